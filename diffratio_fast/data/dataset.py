@@ -1,0 +1,88 @@
+"""What a data set is to the rest of the house: records with labels, in splits, and their scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+SIGMA_DATA = 0.5
+"""Standard deviation of scaled data; every noise level and weight is relative to it."""
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The affine map between records (pixels, latents) and the model's x0, whose std is ``SIGMA_DATA``.
+
+    ``mean`` and ``std`` are those of the records, a number per channel (or one for all); ``low`` and
+    ``high`` bound the records' values, or are None where they have no bounds (latents).
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: float | None = None
+    high: float | None = None
+
+    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        shape = (1, -1) + (1,) * (like.dim() - 2)
+        mean = torch.tensor(self.mean, dtype=torch.float64).reshape(shape)
+        factor = SIGMA_DATA / torch.tensor(self.std, dtype=torch.float64).reshape(shape)
+        return mean.to(like.device, dtype), factor.to(like.device, dtype)
+
+    def to_model(self, records: torch.Tensor) -> torch.Tensor:
+        """Records [B, C, ...] of any dtype to x0, floating point (float32 from integers)."""
+        mean, factor = self._affine(records)
+        return (records.to(mean.dtype) - mean) * factor
+
+    def to_records(self, x0: torch.Tensor) -> torch.Tensor:
+        """x0 [B, C, ...] to the records' units, floating point, neither clipped nor rounded."""
+        mean, factor = self._affine(x0)
+        return x0 / factor + mean
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Lower and upper bound of x0 per channel, float32 [C] each, or None where there are none."""
+        if self.low is None or self.high is None:
+            return None
+        low, high = (
+            self.to_model(torch.full((1, len(self.mean)), v, dtype=torch.float32))[0]
+            for v in (self.low, self.high)
+        )
+        return low, high
+
+
+class DataSet(Protocol):
+    """Records of one shape with integer labels, cut into ``SPLITS`` once and for all."""
+
+    name: str
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    scaling: Scaling
+
+    def count(self, split: str) -> int:
+        """Records in a split."""
+        ...
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Endless (records [b, C, H, W], labels int64 [b]) on the CPU, from batch number ``start``.
+
+        ``batch_size`` is global; this rank gets its slice of ``batch_size / world_size``.
+        """
+        ...
+
+    def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ``count`` records of a split in stored order (all, where it has fewer)."""
+        ...
