@@ -1,0 +1,10 @@
+// One spelling for functions that are compiled for the CPU, for CUDA and for the CUDA-on-CPU tests.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DR_HOST_DEVICE __host__ __device__ __forceinline__
+#define DR_UNROLL _Pragma("unroll")
+#else
+#define DR_HOST_DEVICE inline __attribute__((always_inline))
+#define DR_UNROLL
+#endif

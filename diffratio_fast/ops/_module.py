@@ -1,0 +1,79 @@
+"""Finds and loads the compiled module ``diffratio_fast._C``, or says in one line why it is not used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Raised together with DIFFRATIO_INTERFACE in csrc/bindings.h whenever an operation's schema changes, so that a
+# module left over from older sources is noticed.
+INTERFACE = 1
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_INFO = _PACKAGE / "_build_info.json"
+REBUILD = "run `pip install -e .` (or `python setup.py build_ext --inplace`) in the source directory"
+
+
+class _Unusable(Exception):
+    """Why the compiled module is not used."""
+
+
+def _load() -> Any:
+    """The compiled module. The file beside it is compared first: loading a module that was built for another
+    torch can crash the process."""
+    try:
+        info = json.loads(_INFO.read_text())
+        built, reason = bool(info["built"]), str(info.get("reason", "it was not built"))
+    except FileNotFoundError:
+        built, reason = False, "it was not built"
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _Unusable(f"{_INFO.name} is damaged") from None
+    if not built:
+        raise _Unusable(reason)
+    if info.get("torch_version") != torch.__version__:
+        raise _Unusable(f"it was built for torch {info.get('torch_version')}, this is torch {torch.__version__}")
+    try:
+        module = importlib.import_module("diffratio_fast._C")
+    except ImportError as error:
+        raise _Unusable(f"it cannot be loaded: {str(error).splitlines()[0]}") from None
+    if module.build_info()["interface"] != INTERFACE:
+        raise _Unusable("it was built from other sources")
+    return module
+
+
+@functools.cache
+def _state() -> tuple[Any, str]:
+    try:
+        return _load(), ""
+    except _Unusable as reason:
+        print(
+            f"diffratio_fast: the compiled operations are not used ({reason}); the slower reference operations "
+            f"carry on. To build them, {REBUILD}.",
+            file=sys.stderr,
+        )
+        return None, str(reason)
+
+
+module: Any = _state()[0]  # None: reference twins only
+CUDA: bool = module is not None and bool(module.build_info()["cuda_archs"])
+
+
+def compiled_for(tensor: torch.Tensor) -> bool:
+    """Whether compiled operations exist for the tensor's device."""
+    if module is None:
+        return False
+    kind = tensor.device.type
+    return kind == "cpu" or (kind == "cuda" and CUDA)
+
+
+def build_info() -> dict[str, Any]:
+    """See :func:`diffratio_fast.build_info`."""
+    if module is None:
+        return {"built": False, "reason": _state()[1]}
+    return {"built": True, **module.build_info()}

@@ -1,0 +1,157 @@
+"""Counter-based random numbers and the fused ``add_noise``.
+
+The noise contract. Every random number of a training run is a function of (seed, step, sample index, purpose,
+substep, draw, element) alone: not of device, batch size, threads, ranks or what was drawn before.
+
+- Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: low and high 32 bits of the seed. Counter:
+  (element // 4, low 32 bits of step, low 32 bits of index, purpose << 24 | substep << 16 | draw). Element i of
+  a sample is word i % 4 of counter i // 4.
+- Normals: words (0, 1) and (2, 3) of a counter are Box-Muller pairs; u = ((first >> 8) + 1) 2^-24,
+  r = sqrt(-2 ln u), theta = 2 pi second 2^-32, normals r cos(theta) and r sin(theta) in float32. The functions
+  are defined by fixed polynomials (``csrc/common/normal.h``), so that every device computes the same bits;
+  they are within 1e-6 of the exact formulas.
+
+``rng`` is a tensor int64 [2] = (seed, step) on the device of the operation; it is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffratio_fast.ops import _checks, _module, reference
+
+
+def make_rng(seed: int, step: int, device: torch.device | str | None = None) -> Tensor:
+    """The ``rng`` argument of the operations: int64 [2] = (seed, step).
+
+    The seed may be any 64-bit integer (taken modulo 2^64); of the step the low 32 bits count.
+    """
+    for name, value in (("seed", seed), ("step", step)):
+        if not -(1 << 63) <= value < 1 << 64:
+            raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    signed = [((value + (1 << 63)) % (1 << 64)) - (1 << 63) for value in (seed, step)]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def random_words(
+    rng: Tensor, index: Tensor, purpose: int, count: int, *, substep: int = 0, draw: int = 0
+) -> Tensor:
+    """Uniform 32-bit words: int64 [N, count], values 0 to 2^32 - 1.
+
+    ``index``: int64 [N], the samples' global indices, on the device of ``rng``. ``purpose`` < 256 (see
+    :class:`Purpose`), ``substep`` < 256 and ``draw`` < 65536 name the stream. Raises ``ValueError`` for a
+    wrong shape, dtype or device.
+    """
+    if not _module.compiled_for(rng):
+        return reference.random_words(rng, index, purpose, count, substep=substep, draw=draw)
+    _checks.stream(rng, index, [purpose], substep, draw)
+    _checks.size(count)
+    return torch.ops.diffratio.random_words(rng, index, int(purpose), count, substep, draw)
+
+
+def uniform(rng: Tensor, index: Tensor, purpose: int, count: int, *, substep: int = 0, draw: int = 0) -> Tensor:
+    """Uniform numbers in the open interval (0, 1): float64 [N, count], (word + 0.5) 2^-32.
+
+    Arguments and errors as :func:`random_words`, whose words these are.
+    """
+    words = random_words(rng, index, purpose, count, substep=substep, draw=draw)
+    return (words.double() + 0.5) * 2.0**-32
+
+
+def normal(
+    rng: Tensor, index: Tensor, shape: Sequence[int], purpose: int, *, substep: int = 0, draw: int = 0
+) -> Tensor:
+    """Standard normals: float32 [N, *shape]; the largest magnitude is sqrt(48 ln 2) = 5.77.
+
+    Arguments and errors as :func:`random_words`. These are the eps that :func:`add_noise` adds under the same
+    (rng, index, purpose, substep, draw).
+    """
+    if not _module.compiled_for(rng):
+        return reference.normal(rng, index, shape, purpose, substep=substep, draw=draw)
+    _checks.stream(rng, index, [purpose], substep, draw)
+    _checks.size(*shape)
+    return torch.ops.diffratio.normal(rng, index, list(shape), int(purpose), substep, draw)
+
+
+def add_noise(
+    x0: Tensor | tuple[Tensor, ...],
+    sigma: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    purpose: int | tuple[int, ...],
+    *,
+    substep: int = 0,
+    draw: int = 0,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``(x0 + sigma eps) scale`` with eps from the noise contract, in one launch.
+
+    ``x0``: [B, ...], float32, bfloat16, float16 or float64, or a tuple of inputs of one shape (real, fake):
+    then ``purpose`` is a tuple as long, each input gets its own eps, all share ``sigma``, ``index`` and
+    ``scale``, and the results are concatenated in order: [len * B, ...]. ``sigma``, ``scale`` (default: none,
+    that is one): floating point [B]. ``index``: int64 [B]. ``dtype`` of the result: float32, bfloat16 or
+    float16, default that of ``x0`` (float64 stays float64).
+
+    The arithmetic is fma(sigma, eps, x0), then times scale, in float32 (double for float64 inputs, with the
+    same float32 eps), then one rounding to ``dtype``. The gradient by x0 is upstream times scale; ``sigma``
+    and ``scale`` are not differentiated, and one that requires a gradient is a ``ValueError``. On the CPU a
+    NaN in ``sigma`` raises ``ValueError``; on CUDA that sample becomes NaN. Wrong shapes, dtypes and devices
+    raise ``ValueError`` or ``TypeError``. The variance-exploding noising is the only one a ratio needs: see
+    Karras et al., "Elucidating the design space of diffusion-based generative models", 2022, section 2.
+    """
+    if not _module.compiled_for(rng):
+        return reference.add_noise(
+            x0, sigma, rng, index, purpose, substep=substep, draw=draw, scale=scale, dtype=dtype
+        )
+    a = _checks.add_noise(x0, sigma, rng, index, purpose, substep, draw, scale, dtype)
+    return torch.ops.diffratio.add_noise(
+        a.inputs, a.sigma, rng, index, a.purposes, substep, draw, a.scale, a.dtype
+    )
+
+
+def _add_noise_fake(
+    x0: list[Tensor], sigma: Tensor, rng: Tensor, index: Tensor, purposes: list[int], substep: int, draw: int,
+    scale: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x0[0].new_empty((len(x0) * x0[0].shape[0], *x0[0].shape[1:]), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.count, ctx.dtype = len(inputs[0]), inputs[0][0].dtype
+    ctx.save_for_backward(inputs[7])
+
+
+def _add_noise_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    (scale,) = ctx.saved_tensors
+    if scale is not None:
+        column = scale.repeat(ctx.count).reshape((-1,) + (1,) * (gradient.dim() - 1))
+        gradient = gradient.to(scale.dtype) * column
+    batch = gradient.shape[0] // ctx.count
+    halves = [half.to(ctx.dtype) for half in gradient.split([batch] * ctx.count)]
+    return halves, None, None, None, None, None, None, None, None
+
+
+def _register() -> None:
+    """What torch.compile and autograd need to know of the compiled operations."""
+    register_fake = torch.library.register_fake
+    register_fake("diffratio::random_words")(
+        lambda rng, index, purpose, count, substep, draw: index.new_empty((index.shape[0], count))
+    )
+    register_fake("diffratio::normal")(
+        lambda rng, index, shape, purpose, substep, draw: index.new_empty(
+            (index.shape[0], *shape), dtype=torch.float32
+        )
+    )
+    register_fake("diffratio::add_noise")(_add_noise_fake)
+    torch.library.register_autograd(
+        "diffratio::add_noise", _add_noise_backward, setup_context=_setup_context
+    )
+
+
+if _module.module is not None:
+    _register()
