@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from diffratio_fast.data.sampler import batch_records
 
 SIGMA_DATA = 0.5
 """Standard deviation of scaled data; every noise level and weight is relative to it."""
@@ -86,3 +89,42 @@ class DataSet(Protocol):
     def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first ``count`` records of a split in stored order (all, where it has fewer)."""
         ...
+
+
+@dataclass(frozen=True)
+class InMemoryDataSet:
+    """A data set small enough to live in memory: per split, records [N, C, H, W] and labels int64 [N]."""
+
+    name: str
+    class_names: tuple[str, ...]
+    scaling: Scaling
+    splits: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.splits["train"][0].shape[1:]
+        return channels, height, width
+
+    def count(self, split: str) -> int:
+        return len(self.splits[split][1])
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        records, labels = self.splits[split]
+        for batch in itertools.count(start):
+            chosen = torch.from_numpy(
+                batch_records(seed, batch, batch_size, len(labels), rank=rank, world_size=world_size)
+            )
+            yield records[chosen], labels[chosen]
+
+    def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        records, labels = self.splits[split]
+        return records[:count], labels[:count]

@@ -1,0 +1,115 @@
+"""Metrics of small images on their own pixels: distances, memorisation, class accuracy.
+
+Pixels are measured in [-1, 1] over the range of the records (``to_pixels``), whatever scaling the networks
+use, so that figures of different runs compare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from diffratio_fast.data import DataSet
+from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
+
+MAX_DIMENSION = 1024
+"""Images of more numbers than this want features: their pixel covariance means little and costs much."""
+MAX_RECORDS = 10_000
+"""Records of a split that references are computed from, at most."""
+
+
+def to_pixels(dataset: DataSet, x0: Tensor) -> npt.NDArray[np.float64]:
+    """x0 [N, C, H, W] to float64 [N, C*H*W] in [-1, 1], clipped to the records' range, not quantised."""
+    low, high = dataset.scaling.low, dataset.scaling.high
+    if low is None or high is None:
+        raise ValueError(f"{dataset.name} has no pixel range")
+    records = dataset.scaling.to_records(x0.double().cpu()).clamp(low, high)
+    return (2 * (records - low) / (high - low) - 1).flatten(1).numpy()
+
+
+def proportional_labels(labels: Tensor, count: int, classes: int) -> Tensor:
+    """int64 [count] labels with the class frequencies of ``labels`` (largest remainders), classes in turn."""
+    frequency = torch.bincount(labels, minlength=classes).double() / len(labels) * count
+    numbers = frequency.floor().long()
+    remainder = frequency - numbers
+    for label in remainder.argsort(descending=True, stable=True)[: count - int(numbers.sum())]:
+        numbers[label] += 1
+    place = torch.cat([(torch.arange(int(n)) + 0.5) / max(int(n), 1) for n in numbers])
+    return torch.repeat_interleave(torch.arange(classes), numbers)[place.argsort(stable=True)]
+
+
+def nearest_distance(
+    samples: npt.NDArray[np.float64], references: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Euclidean distance of each sample [N, D] to its nearest reference [M, D]: float64 [N]."""
+    references_t = torch.from_numpy(references)
+    blocks = torch.from_numpy(samples).split(1024)
+    return torch.cat([torch.cdist(block, references_t).amin(1) for block in blocks]).numpy()
+
+
+@dataclass
+class PixelMetrics:
+    """What a data set's own splits say about generated images; references are computed once, when needed."""
+
+    dataset: DataSet
+
+    @staticmethod
+    def suits(dataset: DataSet) -> bool:
+        return dataset.scaling.low is not None and int(np.prod(dataset.shape)) <= MAX_DIMENSION
+
+    def _split(self, name: str) -> tuple[npt.NDArray[np.float64], Tensor]:
+        records, labels = self.dataset.first(name, MAX_RECORDS)
+        return to_pixels(self.dataset, self.dataset.scaling.to_model(records.double())), labels
+
+    @cached_property
+    def train(self) -> tuple[npt.NDArray[np.float64], Tensor]:
+        return self._split("train")
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        return {
+            "train": moments(self.train[0]),
+            **{name: moments(self._split(name)[0]) for name in ("validation", "test")},
+        }
+
+    @cached_property
+    def classifier(self) -> object:
+        """A support-vector machine fitted on the training split (pixels; RBF kernel, C = 10)."""
+        from sklearn.svm import SVC
+
+        pixels, labels = self.train
+        # "scale" sets the kernel's width from the data's variance: no number of one data set here
+        return SVC(C=10.0, gamma="scale").fit(pixels, labels.numpy())
+
+    def labels(self, split: str, count: int) -> Tensor:
+        """Labels to generate with for a comparison with ``split``: its class frequencies."""
+        return proportional_labels(self._split(split)[1], count, len(self.dataset.class_names))
+
+    def distance(self, x0: Tensor, split: str) -> float:
+        """Fréchet distance of generated x0 to a split."""
+        return frechet_distance(moments(to_pixels(self.dataset, x0)), self.moments[split])
+
+    def summary(self, x0: Tensor, labels: Tensor) -> dict[str, float]:
+        """The figures of a finished run: generated x0 with their labels against the test split."""
+        samples = to_pixels(self.dataset, x0)
+        generated = moments(samples)
+        test, test_labels = self._split("test")
+        train = self.train[0]
+        reference = self.moments["test"]
+        predict = self.classifier.predict  # type: ignore[attr-defined]
+        return {
+            "frechet_distance": frechet_distance(generated, reference),
+            "frechet_distance_train": frechet_distance(generated, self.moments["train"]),
+            "frechet_distance_floor": frechet_distance(self.moments["train"], reference),
+            "variance_ratio": float(np.trace(generated.covariance) / np.trace(reference.covariance)),
+            "nearest_train_distance": float(nearest_distance(samples, train).mean()),
+            "nearest_train_distance_test": float(nearest_distance(test, train).mean()),
+            "class_accuracy": float((predict(samples) == labels.cpu().numpy()).mean()),
+            "class_accuracy_test": float((predict(test) == test_labels.numpy()).mean()),
+            "samples": len(samples),
+        }

@@ -1,0 +1,89 @@
+"""A generator and a ratio network for small images, made of dense layers: the default run's networks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from diffratio_fast.networks.layers import Embedding, FourierFeatures, Linear
+
+
+class MLPGenerator(nn.Module):
+    """One-step generator: latents [N, latent_size] and labels int64 [N] to images x0 [N, C, H, W].
+
+    ``bounds`` (low, high; a number per channel, in x0's units) is the data's range, to which images are
+    clamped wherever they go: to the ratio network, to evaluation, to the user. None for unbounded data.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        latent_size: int,
+        width: int,
+        depth: int,
+        bounds: tuple[list[float], list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.latent_shape = (latent_size,)
+        self.bounded = bounds is not None
+        low, high = bounds if bounds is not None else ([0.0], [0.0])
+        self.register_buffer("low", torch.tensor(low).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("high", torch.tensor(high).reshape(-1, 1, 1), persistent=False)
+        self.embed = Embedding(classes, width)
+        self.first = Linear(latent_size, width)
+        self.hidden = nn.ModuleList(Linear(width, width, gain=1.4) for _ in range(depth - 1))
+        self.last = Linear(width, math.prod(shape), gain=0.5)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        h = silu(self.first(latents) + self.embed(labels))
+        for layer in self.hidden:
+            h = silu(layer(h))
+        x = self.last(h).reshape(-1, *self.shape)
+        return torch.clamp(x, self.low, self.high) if self.bounded else x
+
+
+class MLPRatio(nn.Module):
+    """Log ratio [N] of noised images [N, C, H, W] given sigma [N] and labels int64 [N]: a residual MLP.
+
+    The input is scaled by c_in = 1 / sqrt(sigma^2 + sigma_data^2) (Karras et al. 2022); noise level and
+    class give every block its own bias; the output starts at zero.
+    """
+
+    CONDITION = 64
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        sigma_data: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.fourier = FourierFeatures(16, low=0.25, high=4.0)
+        self.noise = Linear(self.fourier.size, self.CONDITION)
+        self.embed = Embedding(classes, self.CONDITION)
+        self.biases = Linear(self.CONDITION, width * depth)
+        self.first = Linear(math.prod(shape), width, gain=2.0)
+        self.blocks = nn.ModuleList(Linear(width, width) for _ in range(depth))
+        self.last = Linear(width, 1, gain=0.0)
+
+    def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+        condition = silu(self.noise(self.fourier(sigma.log())) + self.embed(labels))
+        biases = self.biases(condition).chunk(len(self.blocks), dim=1)
+        h = self.first(noised.flatten(1) * c_in[:, None])
+        for block, bias in zip(self.blocks, biases, strict=True):
+            h = h + silu(block(h) + bias)
+        return self.last(h).squeeze(1)

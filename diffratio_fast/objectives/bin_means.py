@@ -1,0 +1,32 @@
+"""A running mean of the divergence's factor h per noise-level bin.
+
+Dividing h by its mean keeps the noise levels at which a divergence grows fast from deciding every step.
+Bins hold equal shares of the generator's noise law. The mean is that of earlier steps, a part of the
+training state, so that a step stays a pure function of (state, step).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BINS = 16
+MOMENTUM = 0.01
+
+
+def initial_means(device: torch.device) -> Tensor:
+    """One for every bin: float32 [BINS]."""
+    return torch.ones(BINS, device=device)
+
+
+def bins(uniforms: Tensor) -> Tensor:
+    """The bin of each uniform that a noise level was drawn from: int64, same shape."""
+    return (uniforms * BINS).long().clamp(0, BINS - 1)
+
+
+def update_means(means: Tensor, bin_of: Tensor, h: Tensor) -> None:
+    """Move each visited bin's mean toward this step's mean of h, in place (sums are order-independent)."""
+    hot = torch.nn.functional.one_hot(bin_of.reshape(-1), BINS).to(h.dtype)
+    count = hot.sum(0)
+    mean = (hot * h.reshape(-1, 1)).sum(0) / count.clamp(min=1)
+    means.lerp_(torch.where(count > 0, mean.to(means.dtype), means), MOMENTUM)

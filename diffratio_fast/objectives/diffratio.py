@@ -1,0 +1,115 @@
+"""DiffRatio's two steps for any ratio network: what the fused operations compute, composed from autograd.
+
+A ratio network is a module ``ratio(noised [N, C, H, W], sigma [N], labels int64 [N]) -> log_ratio [N]``.
+Method: arXiv 2502.08005; density-ratio estimation by logistic regression: Sugiyama, Suzuki and Kanamori,
+"Density Ratio Estimation in Machine Learning", 2012.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from diffratio_fast import ops
+from diffratio_fast.objectives.divergences import Divergence
+
+RatioNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class RatioLoss(NamedTuple):
+    """loss: scalar; log ratios: [B] each, detached."""
+
+    loss: Tensor
+    log_ratio_real: Tensor
+    log_ratio_fake: Tensor
+
+
+class ScoreDifference(NamedTuple):
+    """gradient: float32 like ``fake``, per sample (no 1/B); log_ratio [B, K]; clamped [B, K] bool; h [B, K]."""
+
+    gradient: Tensor
+    log_ratio: Tensor
+    clamped: Tensor
+    h: Tensor
+
+
+def log_ratio_pair(
+    ratio: RatioNetwork,
+    real: Tensor,
+    fake: Tensor,
+    sigma: Tensor,
+    labels: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    purposes: tuple[ops.Purpose, ops.Purpose] = (ops.Purpose.NOISE_REAL, ops.Purpose.NOISE_FAKE),
+    *,
+    substep: int = 0,
+    draw: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Log ratios ([B], [B]) of noised real and noised fake in one pass; pair i shares sigma_i and label."""
+    noised = ops.add_noise((real, fake), sigma, rng, index, purposes, substep=substep, draw=draw)
+    log_ratio = ratio(noised, torch.cat((sigma, sigma)), torch.cat((labels, labels)))
+    real_half, fake_half = log_ratio.chunk(2)
+    return real_half, fake_half
+
+
+def ratio_loss(
+    ratio: RatioNetwork,
+    real: Tensor,
+    fake: Tensor,
+    sigma: Tensor,
+    labels: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    *,
+    substep: int = 0,
+) -> RatioLoss:
+    """Logistic loss mean softplus(-l_real) + mean softplus(l_fake), differentiable in the network's weights.
+
+    ``real`` and ``fake`` [B, C, H, W] are clean images, ``sigma`` [B]; the optimum is the log ratio of
+    p_data,sigma to p_gen,sigma given the label.
+    """
+    real_half, fake_half = log_ratio_pair(
+        ratio, real, fake.detach(), sigma, labels, rng, index, substep=substep
+    )
+    loss = softplus(-real_half).mean() + softplus(fake_half).mean()
+    return RatioLoss(loss, real_half.detach(), fake_half.detach())
+
+
+def score_difference(
+    ratio: RatioNetwork,
+    fake: Tensor,
+    sigma: Tensor,
+    labels: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    *,
+    weight: Tensor,
+    divergence: Divergence,
+    h_mean: Tensor | None = None,
+) -> ScoreDifference:
+    """What the generator descends: -(1/K) sum_k w(sigma_k) h(l_k) grad l(x_sigma_k), per sample.
+
+    ``fake`` [B, C, H, W] is detached here; ``sigma`` and ``weight`` are [B, K], draw k of sample b having
+    noise of its own. ``h_mean`` [B, K] divides h where given. Weights of the network get no gradient.
+    """
+    batch, draws = sigma.shape
+    clean = fake.detach()
+    noised = torch.cat(
+        [
+            ops.add_noise(clean, sigma[:, k], rng, index, ops.Purpose.NOISE_GENERATOR, draw=k)
+            for k in range(draws)
+        ]
+    ).requires_grad_()
+    with torch.enable_grad():
+        log_ratio = ratio(noised, sigma.T.reshape(-1), labels.repeat(draws))
+        (slope,) = torch.autograd.grad(log_ratio.sum(), noised)
+    log_ratio = log_ratio.detach().reshape(draws, batch).T
+    h, clamped = divergence.factor(log_ratio)
+    factor = (weight * (h if h_mean is None else h / h_mean) / -draws).T.reshape(draws, batch, *(1,) * (fake.dim() - 1))
+    gradient = (slope.reshape(draws, *fake.shape) * factor).sum(0)
+    return ScoreDifference(gradient.to(torch.promote_types(fake.dtype, torch.float32)), log_ratio, clamped, h)

@@ -1,0 +1,261 @@
+"""The training loop: continue or begin, step, measure, save, stop cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffratio_fast import networks
+from diffratio_fast.command import UserError
+from diffratio_fast.config import TrainConfig
+from diffratio_fast.data import DataSet, open_dataset
+from diffratio_fast.devices import choose_device
+from diffratio_fast.files import make_directory, replace_file
+from diffratio_fast.networks import SavedNetwork
+from diffratio_fast.training.evaluation import Evaluation
+from diffratio_fast.training.iteration import Batch, Iteration
+from diffratio_fast.training.reporting import MetricsLog, Progress, peak_memory
+from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.training.state import (
+    SUMS,
+    initial_state,
+    load_checkpoint,
+    network_arguments,
+    save_checkpoint,
+)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM add their names to; a second one acts at once, as usual."""
+    received: list[str] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run: its data, its state, its directory."""
+
+    def __init__(self, preset: str, config: TrainConfig, directory: RunDirectory) -> None:
+        self.preset, self.config, self.directory = preset, config, directory
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = choose_device(config.device)
+        self.dataset: DataSet = open_dataset(config.data)
+        self.state = initial_state(config, self.dataset, self.device)
+        self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device)
+        self.evaluation = Evaluation(config, self.dataset, self.iteration)
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """Batches of each step from the state's on: ``ratio_steps`` of them at a time."""
+        count = self.config.ratio_steps
+        source = self.dataset.batches(
+            "train", self.config.batch_size, seed=self.config.seed, start=self.state.step * count
+        )
+        while True:
+            yield [next(source) for _ in range(count)]
+
+    def train(self) -> str | None:
+        """Run to ``config.steps``; the name of the signal that stopped it earlier, or None."""
+        config, state = self.config, self.state
+        self.log = MetricsLog(self.directory.metrics, state.step)
+        self.progress = Progress(config.steps, state.step, config.batch_size)
+        self.clock = time.monotonic()
+        self.logged = (state.step, state.seconds)
+        try:
+            with _stop_requests() as stop:
+                batches = self.batches()
+                while state.step < config.steps and not stop:
+                    last = state.step + 1 == config.steps
+                    logs = last or (state.step + 1) % config.log_every == 0
+                    self.iteration.run(next(batches), measure=logs)
+                    self.progress.advance()
+                    if logs:
+                        self._log()
+                    if last or state.step % config.eval_every == 0:
+                        self._evaluate()
+                    if state.step % config.snapshot_every == 0:
+                        self._save_generator(f"generator-{state.step:08d}")
+                    if last or stop or state.step % config.checkpoint_every == 0:
+                        self._checkpoint()
+                return stop[0] if stop and state.step < config.steps else None
+        finally:
+            self.log.close()
+            self.progress.close()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def _checkpoint(self) -> None:
+        self._check_finite(float(self.state.sums[0]))
+        self._tick()
+        save_checkpoint(self.directory.checkpoint, self.state)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            kept = self.directory.checkpoint
+            raise UserError(
+                f"training diverged before step {self.state.step}: the ratio loss is {loss}; lower the "
+                f"learning rates ({kept if kept.exists() else 'no checkpoint'} holds the last good state)"
+            )
+
+    def _log(self) -> None:
+        state, config = self.state, self.config
+        sums = dict(zip(SUMS, state.sums.tolist(), strict=True))
+        self._check_finite(sums["ratio_loss"])
+        steps = sums.pop("steps")
+        mean = {name: value / steps for name, value in sums.items()}
+        self._tick()
+        step_before, seconds_before = self.logged
+        values = {
+            "step": state.step,
+            "images": state.step * config.batch_size,
+            "seconds": state.seconds,
+            "images_per_second": (state.step - step_before)
+            * config.batch_size
+            / max(state.seconds - seconds_before, 1e-9),
+            "ratio_loss": mean["ratio_loss"],
+            "ratio_accuracy": (mean["correct_real"] + mean["correct_fake"]) / 2,
+            "log_ratio_real": mean["log_ratio_real"],
+            "log_ratio_fake": mean["log_ratio_fake"],
+            "divergence": float(self.evaluation.divergence("validation")),
+            "divergence_train": float(self.evaluation.divergence("train")),
+            "clamped_fraction": mean["clamped"],
+            "gradient_norm": float(self.iteration.gradient_norm),
+            "generator_lr": state.generator_optimizer.param_groups[0]["lr"],
+            "ratio_lr": state.ratio_optimizer.param_groups[0]["lr"],
+            "memory_bytes": peak_memory(self.device),
+        }
+        state.sums.zero_()
+        self.log.write(values)
+        self.progress.metrics(values)
+        self.logged = (state.step, state.seconds)
+
+    def _evaluate(self) -> None:
+        state = self.state
+        make_directory(self.directory.samples)
+        picture = self.evaluation.grid_png()
+        replace_file(self.directory.samples / f"step-{state.step:08d}.png", picture)
+        distance = self.evaluation.validation_distance()
+        if distance is None:
+            return
+        self.log.write({"step": state.step, "frechet_distance_validation": distance})
+        self.progress.say(f"step {state.step:>6}: Fréchet distance to the validation split {distance:.3f}")
+        if not state.best or distance < state.best["frechet_distance_validation"]:
+            state.best = {"step": state.step, "frechet_distance_validation": distance}
+            self._save_generator("best")
+
+    def _save_generator(self, name: str) -> None:
+        self._save_network(self.directory.snapshots / f"{name}.safetensors", "generator")
+
+    def _save_network(self, path: Path, role: str) -> None:
+        config = self.config
+        scaling = self.dataset.scaling
+        about = SavedNetwork(
+            role=role,
+            architecture=config.generator if role == "generator" else config.ratio_network,
+            arguments=network_arguments(config, self.dataset)[role],
+            data={
+                "name": self.dataset.name,
+                "class_names": list(self.dataset.class_names),
+                "scaling": vars(scaling),
+            },
+            training={"step": self.state.step, "images": self.state.step * config.batch_size},
+        )
+        network = self.state.average if role == "generator" else self.state.ratio
+        networks.save(path, network, about)
+
+    def finish(self) -> dict[str, Any]:
+        """The run's last files: networks and summary.json (which marks the run as finished)."""
+        self.clock = time.monotonic()
+        self._save_network(self.directory.generator, "generator")
+        self._save_network(self.directory.ratio, "ratio")
+        figures = self.evaluation.summary()
+        self._tick()
+        state, config = self.state, self.config
+        summary = {
+            "preset": self.preset,
+            "steps": state.step,
+            "images": state.step * config.batch_size,
+            **figures,
+            "best": state.best,
+            "divergence": float(self.evaluation.divergence("validation")),
+            "images_per_second": state.step * config.batch_size / state.seconds,
+            "seconds": state.seconds,
+        }
+        replace_file(self.directory.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
+    """Run or continue the training that ``config`` describes; the process's exit status."""
+    directory = RunDirectory(Path(config.run_dir or f"runs/{preset}"))
+    started = directory.checkpoint.exists() and not fresh
+    if not (started or fresh) and (directory.generator.exists() or directory.finished()):
+        raise UserError(f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over")
+    if started:
+        directory.check_same(config)
+    trainer = Trainer(preset, config, directory)
+    if started:
+        load_checkpoint(directory.checkpoint, trainer.state)
+        if trainer.state.step >= config.steps and directory.finished():
+            _say_finished(directory, trainer.state.step)
+            return 0
+    directory.open()
+    try:
+        if fresh:
+            directory.clear()
+        directory.summary.unlink(missing_ok=True)
+        directory.write_config(preset, config, trainer.device)
+        step = trainer.state.step
+        print(f"{directory.root}: {f'continuing at step {step}' if step else 'starting'}", flush=True)
+        stopped = trainer.train()
+        if stopped:
+            print(f"{stopped}: saved at step {trainer.state.step}; the same command continues", flush=True)
+            return 0
+        summary = trainer.finish()
+    finally:
+        directory.close()
+    _say_summary(directory, summary)
+    return 0
+
+
+def _say_finished(directory: RunDirectory, step: int) -> None:
+    print(
+        f"{directory.root}: finished at step {step}; nothing to do "
+        "(a larger --steps continues it, --fresh starts over)"
+    )
+
+
+def _say_summary(directory: RunDirectory, summary: dict[str, Any]) -> None:
+    print(f"finished: {summary['steps']} steps in {summary['seconds']:.0f} s")
+    if "frechet_distance" in summary:
+        print(
+            f"  Fréchet distance to the test split {summary['frechet_distance']:.3f} "
+            f"(real training data: {summary['frechet_distance_floor']:.3f})\n"
+            f"  class accuracy {summary['class_accuracy']:.1%} "
+            f"(real test data: {summary['class_accuracy_test']:.1%})"
+        )
+    print(f"  look: {directory.samples}\n  sample: python -m diffratio_fast.sample {directory.root}")

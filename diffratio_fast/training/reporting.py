@@ -1,0 +1,108 @@
+"""What a person and a program see of a run while it goes: the progress line and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffratio_fast.command import UserError
+from diffratio_fast.files import replace_file
+
+PLAIN_INTERVAL = 10.0
+"""Seconds between lines where output is not a terminal."""
+
+
+class MetricsLog:
+    """metrics.jsonl: a JSON object per line, never a line of a step that was undone."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open for appending after ``step``; later lines, of work that a kill undid, are removed."""
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            replace_file(path, "".join(line + "\n" for line in kept))
+        try:
+            self._file = open(path, "a", buffering=1)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; numbers that are not finite become null, as JSON has no others."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off by a kill
+
+
+class Progress:
+    """A bar with rate, time left and the divergence on a terminal; a line now and then elsewhere."""
+
+    def __init__(self, steps: int, start: int, batch_size: int) -> None:
+        self.steps, self.batch_size = steps, batch_size
+        self.terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.terminal
+        )
+        self._start, self._started = start, time.monotonic()
+        self._said = -math.inf
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Show a log line's figures."""
+        shown = {
+            "JS": _figure(values["divergence"]),
+            "acc": _figure(values["ratio_accuracy"]),
+            "img/s": f"{values['images_per_second']:,.0f}",
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        now = time.monotonic()
+        if self.terminal or now - self._said < PLAIN_INTERVAL:
+            return
+        self._said = now
+        done = values["step"]
+        left = (now - self._started) / max(done - self._start, 1) * (self.steps - done)
+        figures = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self.say(f"step {done:>6} of {self.steps}  {figures}  {left:.0f} s left")
+
+    def say(self, line: str) -> None:
+        """Print a line of its own, above the bar."""
+        if self.terminal:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the device where it is a GPU, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

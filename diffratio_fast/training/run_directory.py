@@ -1,0 +1,119 @@
+"""A run's directory: where each file lies, who may write there, and what was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import yaml
+
+import diffratio_fast
+from diffratio_fast.command import UserError
+from diffratio_fast.config import TrainConfig, changed_fields, read_config
+from diffratio_fast.files import make_directory, replace_file
+
+
+class RunDirectory:
+    """Paths of a run's files, its lock and its configuration."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.samples = root / "samples"
+        self.checkpoint = root / "checkpoint" / "state.safetensors"
+        self.snapshots = root / "snapshots"
+        self.generator = root / "generator.safetensors"
+        self.ratio = root / "ratio.safetensors"
+        self.summary = root / "summary.json"
+        self._lock: IO[str] | None = None
+
+    def finished(self) -> bool:
+        return self.summary.exists()
+
+    def open(self) -> None:
+        """Create the directory and hold it against a second process; a ``UserError`` where that fails."""
+        make_directory(self.root)
+        try:
+            self._lock = open(self.root / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.root}: another process is training there") from None
+        except OSError as error:
+            raise UserError(f"cannot write in {self.root}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Remove a run's files, and no others, for a fresh start."""
+        for path in (self.summary, self.generator, self.ratio, self.metrics, self.config):
+            path.unlink(missing_ok=True)
+        for directory in (self.checkpoint.parent, self.samples, self.snapshots):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def check_same(self, config: TrainConfig) -> None:
+        """See that ``config`` would train as the run that is here; a ``UserError`` names the differences."""
+        if not self.config.exists():
+            raise UserError(
+                f"{self.root}: has a checkpoint but no config.yaml; restore it, or start over with --fresh"
+            )
+        old = TrainConfig(**read_config(self.config))
+        changes = [
+            f"{name} {getattr(old, name)} -> {getattr(config, name)}" for name in changed_fields(old, config)
+        ]
+        if changes:
+            raise UserError(
+                f"{self.root}: holds a run with other settings ({', '.join(changes)}); repeat its options or "
+                f"--config {self.config} to continue it, choose another --run-dir, or use --fresh"
+            )
+
+    def write_config(self, preset: str, config: TrainConfig, device: torch.device) -> None:
+        """config.yaml: the resolved configuration and what it runs on."""
+        content = {"preset": preset, **dataclasses.asdict(config), "environment": environment(device)}
+        replace_file(self.config, yaml.safe_dump(content, sort_keys=False))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and source revision."""
+    return {
+        "diffratio_fast": diffratio_fast.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The revision of the source tree this package is run from; None outside a git checkout."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
