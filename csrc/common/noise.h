@@ -1,0 +1,41 @@
+// Arguments of the noise operations, the same for the CPU and the CUDA twin. All pointers are to memory of the
+// twin's device, so that a captured CUDA graph reads the seed and step of its replay.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace diffratio {
+
+constexpr int max_inputs = 8;
+
+// out[i][b] = (x0[i][b] + sigma[b] eps) scale[b] over arrays [inputs][batch][size], eps from stream i.
+// sigma and scale are double for float64 images, else float; scale may be null (one).
+// A null x0[0] gives the normals themselves, in float32; sigma and scale are then not read.
+struct AddNoise {
+  const int64_t* rng;    // [2]: seed, step
+  const int64_t* index;  // [batch]
+  int64_t batch;
+  int64_t size;
+  int inputs;
+  uint32_t streams[max_inputs];  // stream_word() of each input
+  const void* x0[max_inputs];    // each [batch][size], contiguous
+  const void* sigma;
+  const void* scale;
+  void* out;  // [inputs][batch][size]
+  Type in_type;
+  Type out_type;
+};
+
+// out: int64 [batch][count]; element i is word i % 4 of counter i / 4.
+struct Words {
+  const int64_t* rng;
+  const int64_t* index;
+  int64_t batch;
+  int64_t count;
+  uint32_t stream;
+  int64_t* out;
+};
+
+}  // namespace diffratio

@@ -1,0 +1,182 @@
+// The noise kernels of one SIMD level. CMake compiles this file once per level, with that level's flags and
+// DR_LEVEL set to its name. Everything here is in an unnamed namespace or always inlined, so that the linker can
+// never take one level's code for another's.
+#include "../common/normal.h"
+#include "../common/philox.h"
+#include "noise.h"
+#include "simd.h"
+
+namespace diffratio::cpu {
+namespace {
+
+constexpr int block = 4 * Vector::lanes;  // normals of one register of counters
+constexpr int64_t chunk = 2048;           // elements between the passes below: 8 KiB stay in the L1 cache
+static_assert(chunk % block == 0);
+
+struct Key {
+  uint32_t low, high, step;
+  explicit DR_HOST_DEVICE Key(const int64_t* rng)
+      : low(static_cast<uint32_t>(rng[0])),
+        high(static_cast<uint32_t>(static_cast<uint64_t>(rng[0]) >> 32)),
+        step(static_cast<uint32_t>(rng[1])) {}
+};
+
+// Normals of elements [first, first + count) of a sample, first a multiple of 4; writes up to the next multiple
+// of `block`. Two passes, because each alone has few enough instructions and constants to keep several
+// iterations in flight and everything in registers: both are long chains of dependent instructions.
+void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, float* out) {
+  uint32_t counter = static_cast<uint32_t>(first / 4);
+  for (int64_t i = 0; i < count; i += block, counter += Vector::lanes) {
+    Vector::Word state[4] = {Vector::counters(counter), Vector::word(key.step), Vector::word(index),
+                             Vector::word(stream)};
+    philox4x32_10<Vector>(state, key.low, key.high);
+    for (int j = 0; j < 4; ++j) {
+      Vector::store(out + i + j * Vector::lanes, Vector::as_float(Vector::bits(state[j])));
+    }
+  }
+  for (int64_t i = 0; i < count; i += block) {
+    Vector::Bits words[4];
+    for (int j = 0; j < 4; ++j) words[j] = Vector::as_bits(Vector::load(out + i + j * Vector::lanes));
+    Vector::Float n[4];
+    box_muller<Vector>(words[0], words[1], n[0], n[1]);
+    box_muller<Vector>(words[2], words[3], n[2], n[3]);
+    Vector::transpose(n, out + i);
+  }
+}
+
+void widen(const void* x, Type type, int64_t at, int64_t n, float* out) {
+  if (type == Type::bfloat16) {
+    const BFloat16* p = static_cast<const BFloat16*>(x) + at;
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(p[i]);
+  } else {
+    const Float16* p = static_cast<const Float16*>(x) + at;
+    int64_t i = 0;
+    for (; i + Vector::lanes <= n; i += Vector::lanes) Vector::store(out + i, Vector::load(p + i));
+    for (; i < n; ++i) out[i] = to_float(p[i]);
+  }
+}
+
+void narrow(const float* x, int64_t n, void* out, Type type, int64_t at) {
+  if (type == Type::bfloat16) {
+    BFloat16* p = static_cast<BFloat16*>(out) + at;
+    for (int64_t i = 0; i < n; ++i) p[i] = from_float<BFloat16>(x[i]);
+  } else {
+    Float16* p = static_cast<Float16*>(out) + at;
+    int64_t i = 0;
+    for (; i + Vector::lanes <= n; i += Vector::lanes) Vector::store(p + i, x + i);
+    for (; i < n; ++i) p[i] = from_float<Float16>(x[i]);
+  }
+}
+
+void combine(const float* __restrict__ x, const float* __restrict__ eps, float sigma, float scale, int64_t n,
+             float* __restrict__ out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Scalar::fma(sigma, eps[i], x[i]) * scale;
+}
+
+void combine(const double* __restrict__ x, const float* __restrict__ eps, double sigma, double scale, int64_t n,
+             double* __restrict__ out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] + sigma * static_cast<double>(eps[i])) * scale;
+}
+
+// Asks for x while the normals are made: they need the execution units, x needs the memory.
+void prefetch(const void* x, Type type, int64_t at, int64_t n) {
+  if (!x) return;
+  const char* p = static_cast<const char*>(x) + at * size_of(type);
+  for (int64_t i = 0; i < n * size_of(type); i += 64) __builtin_prefetch(p + i);
+}
+
+template <class T>
+DR_HOST_DEVICE T value(const void* p, int64_t i, T otherwise) {
+  return p ? static_cast<const T*>(p)[i] : otherwise;
+}
+
+// Work items are chunks of samples of inputs, in memory order.
+void add_noise(const void* arguments, int64_t begin, int64_t end) {
+  const AddNoise& a = *static_cast<const AddNoise*>(arguments);
+  const Key key(a.rng);
+  const int64_t chunks = (a.size + chunk - 1) / chunk;
+  alignas(64) float eps[chunk];
+  alignas(64) float wide[chunk];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item % chunks * chunk;
+    const int64_t row = item / chunks;  // input * batch + sample
+    const int64_t input = row / a.batch, sample = row % a.batch;
+    const int64_t n = a.size - first < chunk ? a.size - first : chunk;
+    const int64_t from = sample * a.size + first, to = row * a.size + first;
+    const void* x0 = a.x0[input];
+    prefetch(x0, a.in_type, from, n);
+    normals(key, static_cast<uint32_t>(a.index[sample]), a.streams[input], first, n, eps);
+    if (!x0) {
+      __builtin_memcpy(static_cast<float*>(a.out) + to, eps, n * sizeof(float));
+    } else if (a.in_type == Type::float64) {
+      combine(static_cast<const double*>(x0) + from, eps, value(a.sigma, sample, 0.0), value(a.scale, sample, 1.0), n,
+              static_cast<double*>(a.out) + to);
+    } else {
+      const float* x = wide;
+      if (a.in_type == Type::float32) {
+        x = static_cast<const float*>(x0) + from;
+      } else {
+        widen(x0, a.in_type, from, n, wide);
+      }
+      const float sigma = value(a.sigma, sample, 0.0f), scale = value(a.scale, sample, 1.0f);
+      if (a.out_type == Type::float32) {
+        combine(x, eps, sigma, scale, n, static_cast<float*>(a.out) + to);
+      } else {
+        // In place in the widened copy, or into it: element i is read before it is written.
+        for (int64_t i = 0; i < n; ++i) wide[i] = Scalar::fma(sigma, eps[i], x[i]) * scale;
+        narrow(wide, n, a.out, a.out_type, to);
+      }
+    }
+  }
+}
+
+// Work items are samples.
+void words(const void* arguments, int64_t begin, int64_t end) {
+  const Words& a = *static_cast<const Words*>(arguments);
+  const Key key(a.rng);
+  for (int64_t sample = begin; sample < end; ++sample) {
+    int64_t* out = a.out + sample * a.count;
+    for (int64_t i = 0; i < a.count; i += 4) {
+      uint32_t state[4] = {static_cast<uint32_t>(i / 4), key.step, static_cast<uint32_t>(a.index[sample]), a.stream};
+      philox4x32_10<Scalar>(state, key.low, key.high);
+      for (int64_t j = i; j < i + 4 && j < a.count; ++j) out[j] = state[j - i];
+    }
+  }
+}
+
+void philox(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
+  Vector::Word state[4] = {Vector::counters(counter[0]), Vector::word(counter[1]), Vector::word(counter[2]),
+                           Vector::word(counter[3])};
+  philox4x32_10<Vector>(state, key[0], key[1]);
+  for (int j = 0; j < 4; ++j) {
+    float lanes[Vector::lanes];
+    Vector::store(lanes, Vector::as_float(Vector::bits(state[j])));
+    __builtin_memcpy(out + j, lanes, sizeof *out);
+  }
+}
+
+bool supported() {
+#if defined(DR_LEVEL_AVX512)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+#elif defined(DR_LEVEL_AVX2)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+#define DR_JOIN_(a, b) a##b
+#define DR_JOIN(a, b) DR_JOIN_(a, b)
+#define DR_TEXT_(a) #a
+#define DR_TEXT(a) DR_TEXT_(a)
+
+extern const Level DR_JOIN(level_, DR_LEVEL);
+const Level DR_JOIN(level_, DR_LEVEL) = {DR_TEXT(DR_LEVEL), supported, add_noise, words, philox};
+
+}  // namespace diffratio::cpu

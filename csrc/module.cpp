@@ -1,0 +1,59 @@
+// The Python module diffratio_fast._C. Importing it registers the operations of bindings.cpp with torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/noise.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* compiler = "clang " __clang_version__;
+#else
+constexpr const char* compiler = "gcc " __VERSION__;
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  int count;
+  const diffratio::cpu::Level* levels = diffratio::cpu::levels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(levels[i].name);
+  info["compiler"] = compiler;
+  info["torch_version"] = DIFFRATIO_TORCH_VERSION;
+  info["cuda_archs"] = py::str(DIFFRATIO_CUDA_ARCHS).attr("split")();
+  info["cuda_version"] = *DIFFRATIO_CUDA_VERSION ? py::object(py::str(DIFFRATIO_CUDA_VERSION)) : py::none();
+  info["simd_levels"] = names;
+  info["simd_level"] = diffratio::simd_level();
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["interface"] = diffratio::interface_version;
+  return info;
+}
+
+std::array<uint32_t, 4> philox(const std::string& name, std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const char* error = nullptr;
+  const diffratio::cpu::Level* level = diffratio::cpu::choose_level(name.c_str(), &error);
+  if (!level) throw py::value_error(name + ": " + error);
+  std::array<uint32_t, 4> out;
+  level->philox(counter.data(), key.data(), out.data());
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  diffratio::simd_level();  // a wrong DIFFRATIO_SIMD is an import error, said once
+  m.def("build_info", &build_info);
+  m.def("use_simd_level", [](const std::string& name) { diffratio::use_simd_level(name.c_str()); });
+  m.def("philox", &philox, "Philox4x32-10 of one raw counter and key, on the named SIMD level");
+}
