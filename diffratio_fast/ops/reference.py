@@ -92,7 +92,10 @@ def _radius(word: Tensor) -> Tensor:
         s, "-0x1.25295ep-2", "0x1.3dd1e4p-2", "-0x1.1d4e10p-2", "0x1.4fa594p-2", "-0x1.99ebe4p-2",
         "0x1.0018d8p-1", "-0x1.5554bcp-1", "0x1.ffffc2p-1", "-0x1p1",
     )  # fmt: skip
-    return torch.sqrt(_fma(k23.float(), float.fromhex("-0x1.62e430p-23"), s * q))
+    x = _fma(k23.float(), float.fromhex("-0x1.62e430p-23"), s * q)
+    # Correctly rounded: torch's float32 square root need not be, and no float32 has a root so near a midpoint
+    # of two float32 that the rounding of the float64 root could matter.
+    return torch.sqrt(x.double()).float()
 
 
 def _cosine_sine(word: Tensor) -> tuple[Tensor, Tensor]:
