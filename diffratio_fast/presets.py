@@ -7,7 +7,26 @@ from typing import Any
 DEFAULT = "digits"
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {},
+    "digits": {
+        "data": "digits",
+        "steps": 6000,
+        "batch_size": 128,
+        "generator_width": 256,
+        "generator_depth": 3,
+        "latent_size": 64,
+        "ratio_width": 192,
+        "ratio_depth": 4,
+        "generator_lr": 1e-3,
+        "ratio_lr": 2e-3,
+        "ratio_weight_decay": 0.3,
+        "lr_schedule": "cosine",
+        "lr_final": 0.2,
+        "lr_warmup_steps": 100,
+        "ema_half_life_images": 59_000.0,
+        "divergence": "jensen_shannon",
+        "weight": "bounded",
+        "ratio_noise": "loguniform(0.04, 1.33)",
+    },
 }
 
 DESCRIPTIONS = {

@@ -40,13 +40,11 @@ def noise_laws(config: TrainConfig) -> tuple[NoiseLaw, NoiseLaw]:
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """The schedule's factor at ``step``: 1, or falling to 0 at the end of the run."""
+    """The schedule's factor at ``step``: rising to 1 at the start, then constant or falling to ``lr_final``."""
     done = min(step / config.steps, 1.0)
-    return {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-    }[config.lr_schedule]
+    fall = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    share = config.lr_final + (1.0 - config.lr_final) * fall[config.lr_schedule]
+    return share * min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
 
 
 def generator_factor(config: TrainConfig, step: int) -> float:

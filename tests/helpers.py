@@ -1,0 +1,44 @@
+"""What several test files share: commands as processes, small runs."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = [
+    "--threads", "1", "--device", "cpu", "--batch-size", "16", "--generator-width", "16", "--ratio-width", "16",
+    "--latent-size", "8", "--log-every", "4", "--eval-every", "8", "--checkpoint-every", "5",
+    "--snapshot-every", "8",
+]  # fmt: skip
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"diffratio_fast.{name}", *map(str, arguments)]
+
+
+def run(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, *arguments), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def one_error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The process ended with status 2 and said one line on stderr, which is returned."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("diffratio_fast: ")]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def contents(directory: Path) -> dict[str, tuple[str, int]]:
+    """Digest and time of change of every file below a directory."""
+    return {
+        str(path.relative_to(directory)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
