@@ -21,27 +21,51 @@ struct Key {
         step(static_cast<uint32_t>(rng[1])) {}
 };
 
-// Normals of elements [first, first + count) of a sample, first a multiple of 4; writes up to the next multiple
-// of `block`. Two passes, because each alone has few enough instructions and constants to keep several
-// iterations in flight and everything in registers: both are long chains of dependent instructions.
-void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, float* out) {
+// Calls take(i, n) for the normals i to i + block, in the four registers n, of elements first + i of a sample;
+// first is a multiple of 4, the last block may reach beyond `count`. Two passes, because each alone has few enough
+// instructions and constants to keep several iterations in flight and everything in registers: both are long
+// chains of dependent instructions.
+template <class Take>
+DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
+                                const Take& take) {
+  alignas(64) float words[chunk];
   uint32_t counter = static_cast<uint32_t>(first / 4);
   for (int64_t i = 0; i < count; i += block, counter += Vector::lanes) {
     Vector::Word state[4] = {Vector::counters(counter), Vector::word(key.step), Vector::word(index),
                              Vector::word(stream)};
     philox4x32_10<Vector>(state, key.low, key.high);
     for (int j = 0; j < 4; ++j) {
-      Vector::store(out + i + j * Vector::lanes, Vector::as_float(Vector::bits(state[j])));
+      Vector::store(words + i + j * Vector::lanes, Vector::as_float(Vector::bits(state[j])));
     }
   }
   for (int64_t i = 0; i < count; i += block) {
-    Vector::Bits words[4];
-    for (int j = 0; j < 4; ++j) words[j] = Vector::as_bits(Vector::load(out + i + j * Vector::lanes));
+    Vector::Bits w[4];
+    for (int j = 0; j < 4; ++j) w[j] = Vector::as_bits(Vector::load(words + i + j * Vector::lanes));
     Vector::Float n[4];
-    box_muller<Vector>(words[0], words[1], n[0], n[1]);
-    box_muller<Vector>(words[2], words[3], n[2], n[3]);
-    Vector::transpose(n, out + i);
+    box_muller<Vector>(w[0], w[1], n[0], n[1]);
+    box_muller<Vector>(w[2], w[3], n[2], n[3]);
+    Vector::transpose(n);
+    take(i, n);
   }
+}
+
+// The normals of at most a chunk; writes up to the next multiple of `block`.
+void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, float* out) {
+  for_normals(key, index, stream, first, count, [&](int64_t i, const Vector::Float(&n)[4]) {
+    for (int j = 0; j < 4; ++j) Vector::store(out + i + j * Vector::lanes, n[j]);
+  });
+}
+
+// The common case in one pass over memory: whole blocks of float32 images.
+void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, const float* x,
+                 float sigma, float scale, float* out) {
+  const Vector::Float s = Vector::constant(sigma), c = Vector::constant(scale);
+  for_normals(key, index, stream, first, count, [&](int64_t i, const Vector::Float(&n)[4]) {
+    for (int j = 0; j < 4; ++j) {
+      const int64_t at = i + j * Vector::lanes;
+      Vector::store(out + at, Vector::fma(s, n[j], Vector::load(x + at)) * c);
+    }
+  });
 }
 
 void widen(const void* x, Type type, int64_t at, int64_t n, float* out) {
@@ -90,43 +114,54 @@ DR_HOST_DEVICE T value(const void* p, int64_t i, T otherwise) {
   return p ? static_cast<const T*>(p)[i] : otherwise;
 }
 
+void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t sample, int64_t first, int64_t n) {
+  const uint32_t index = static_cast<uint32_t>(a.index[sample]), stream = a.streams[input];
+  const int64_t from = sample * a.size + first, to = input * a.batch * a.size + from;
+  const void* x0 = a.x0[input];
+  alignas(64) float eps[chunk];
+  if (!x0) {
+    normals(key, index, stream, first, n, eps);
+    __builtin_memcpy(static_cast<float*>(a.out) + to, eps, n * sizeof(float));
+    return;
+  }
+  prefetch(x0, a.in_type, from, n);
+  if (a.in_type == Type::float64) {
+    normals(key, index, stream, first, n, eps);
+    combine(static_cast<const double*>(x0) + from, eps, value(a.sigma, sample, 0.0), value(a.scale, sample, 1.0), n,
+            static_cast<double*>(a.out) + to);
+    return;
+  }
+  const float sigma = value(a.sigma, sample, 0.0f), scale = value(a.scale, sample, 1.0f);
+  if (a.in_type == Type::float32 && a.out_type == Type::float32 && n % block == 0) {
+    add_normals(key, index, stream, first, n, static_cast<const float*>(x0) + from, sigma, scale,
+                static_cast<float*>(a.out) + to);
+    return;
+  }
+  alignas(64) float wide[chunk];
+  const float* x = wide;
+  if (a.in_type == Type::float32) {
+    x = static_cast<const float*>(x0) + from;
+  } else {
+    widen(x0, a.in_type, from, n, wide);
+  }
+  normals(key, index, stream, first, n, eps);
+  if (a.out_type == Type::float32) {
+    combine(x, eps, sigma, scale, n, static_cast<float*>(a.out) + to);
+  } else {
+    for (int64_t i = 0; i < n; ++i) eps[i] = Scalar::fma(sigma, eps[i], x[i]) * scale;
+    narrow(eps, n, a.out, a.out_type, to);
+  }
+}
+
 // Work items are chunks of samples of inputs, in memory order.
 void add_noise(const void* arguments, int64_t begin, int64_t end) {
   const AddNoise& a = *static_cast<const AddNoise*>(arguments);
   const Key key(a.rng);
   const int64_t chunks = (a.size + chunk - 1) / chunk;
-  alignas(64) float eps[chunk];
-  alignas(64) float wide[chunk];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % chunks * chunk;
     const int64_t row = item / chunks;  // input * batch + sample
-    const int64_t input = row / a.batch, sample = row % a.batch;
-    const int64_t n = a.size - first < chunk ? a.size - first : chunk;
-    const int64_t from = sample * a.size + first, to = row * a.size + first;
-    const void* x0 = a.x0[input];
-    prefetch(x0, a.in_type, from, n);
-    normals(key, static_cast<uint32_t>(a.index[sample]), a.streams[input], first, n, eps);
-    if (!x0) {
-      __builtin_memcpy(static_cast<float*>(a.out) + to, eps, n * sizeof(float));
-    } else if (a.in_type == Type::float64) {
-      combine(static_cast<const double*>(x0) + from, eps, value(a.sigma, sample, 0.0), value(a.scale, sample, 1.0), n,
-              static_cast<double*>(a.out) + to);
-    } else {
-      const float* x = wide;
-      if (a.in_type == Type::float32) {
-        x = static_cast<const float*>(x0) + from;
-      } else {
-        widen(x0, a.in_type, from, n, wide);
-      }
-      const float sigma = value(a.sigma, sample, 0.0f), scale = value(a.scale, sample, 1.0f);
-      if (a.out_type == Type::float32) {
-        combine(x, eps, sigma, scale, n, static_cast<float*>(a.out) + to);
-      } else {
-        // In place in the widened copy, or into it: element i is read before it is written.
-        for (int64_t i = 0; i < n; ++i) wide[i] = Scalar::fma(sigma, eps[i], x[i]) * scale;
-        narrow(wide, n, a.out, a.out_type, to);
-      }
-    }
+    add_noise_chunk(a, key, row / a.batch, row % a.batch, first, a.size - first < chunk ? a.size - first : chunk);
   }
 }
 

@@ -62,14 +62,14 @@ struct Vector {
   }
   static DR_HOST_DEVICE Float constant(float a) { return _mm512_set1_ps(a); }
 
-  // From register j = word j of all counters to 64 floats in element order.
-  static DR_HOST_DEVICE void transpose(const Float (&n)[4], float* out) {
+  // From n[j] = normal j of all counters to n[0..3] in element order.
+  static DR_HOST_DEVICE void transpose(Float (&n)[4]) {
     const __m512d a = (__m512d)_mm512_unpacklo_ps(n[0], n[1]), b = (__m512d)_mm512_unpackhi_ps(n[0], n[1]);
     const __m512d c = (__m512d)_mm512_unpacklo_ps(n[2], n[3]), d = (__m512d)_mm512_unpackhi_ps(n[2], n[3]);
-    _mm512_storeu_ps(out, (Float)_mm512_unpacklo_pd(a, c));
-    _mm512_storeu_ps(out + 16, (Float)_mm512_unpackhi_pd(a, c));
-    _mm512_storeu_ps(out + 32, (Float)_mm512_unpacklo_pd(b, d));
-    _mm512_storeu_ps(out + 48, (Float)_mm512_unpackhi_pd(b, d));
+    n[0] = (Float)_mm512_unpacklo_pd(a, c);
+    n[1] = (Float)_mm512_unpackhi_pd(a, c);
+    n[2] = (Float)_mm512_unpacklo_pd(b, d);
+    n[3] = (Float)_mm512_unpackhi_pd(b, d);
   }
   static DR_HOST_DEVICE Float load(const Float16* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
@@ -125,13 +125,13 @@ struct Vector {  // as above, half as wide
   static DR_HOST_DEVICE Float flip_sign(Float a, Bits sign) { return (Float)((Bits)a ^ (sign & 1u << 31)); }
   static DR_HOST_DEVICE Float constant(float a) { return _mm256_set1_ps(a); }
 
-  static DR_HOST_DEVICE void transpose(const Float (&n)[4], float* out) {
+  static DR_HOST_DEVICE void transpose(Float (&n)[4]) {
     const __m256d a = (__m256d)_mm256_unpacklo_ps(n[0], n[1]), b = (__m256d)_mm256_unpackhi_ps(n[0], n[1]);
     const __m256d c = (__m256d)_mm256_unpacklo_ps(n[2], n[3]), d = (__m256d)_mm256_unpackhi_ps(n[2], n[3]);
-    _mm256_storeu_ps(out, (Float)_mm256_unpacklo_pd(a, c));
-    _mm256_storeu_ps(out + 8, (Float)_mm256_unpackhi_pd(a, c));
-    _mm256_storeu_ps(out + 16, (Float)_mm256_unpacklo_pd(b, d));
-    _mm256_storeu_ps(out + 24, (Float)_mm256_unpackhi_pd(b, d));
+    n[0] = (Float)_mm256_unpacklo_pd(a, c);
+    n[1] = (Float)_mm256_unpackhi_pd(a, c);
+    n[2] = (Float)_mm256_unpacklo_pd(b, d);
+    n[3] = (Float)_mm256_unpackhi_pd(b, d);
   }
   static DR_HOST_DEVICE Float load(const Float16* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -150,9 +150,7 @@ struct Vector : Scalar {  // portable: one lane; where the CPU has no fma instru
   static constexpr int lanes = 1;
   static DR_HOST_DEVICE Word word(uint32_t a) { return a; }
   static DR_HOST_DEVICE Word counters(uint32_t first) { return first; }
-  static DR_HOST_DEVICE void transpose(const Float (&n)[4], float* out) {
-    for (int j = 0; j < 4; ++j) out[j] = n[j];
-  }
+  static DR_HOST_DEVICE void transpose(Float (&)[4]) {}
   static DR_HOST_DEVICE Float load(const Float16* x) { return to_float(*x); }
   static DR_HOST_DEVICE void store(Float16* x, const float* a) { *x = from_float<Float16>(*a); }
   static DR_HOST_DEVICE Float load(const float* x) { return *x; }
