@@ -67,7 +67,9 @@ class CMakeBuild(build_ext):
         try:
             torch = self.compile(target)
         except CannotBuild as reason:
-            say(f"WARNING: no compiled operations were built: {reason}; the slower reference operations are used")
+            say(
+                f"WARNING: {reason}, so no compiled operations were built; the slower reference ones are used"
+            )
             info.write_text(json.dumps({"built": False, "reason": str(reason)}) + "\n")
             return
         info.write_text(json.dumps({"built": True, "torch_version": torch.version}) + "\n")
@@ -86,8 +88,8 @@ class CMakeBuild(build_ext):
             raise CannotBuild(f"torch {probe.MINIMUM} or newer was not found")
         say(f"building against torch {torch.version} in {torch.path}")
 
-        # Kept between builds, one for each Python and torch. All paths are given anew each time: pip's isolated
-        # environments, where CMake, Ninja and perhaps torch live, have another name at every build.
+        # Kept between builds, one for each Python and torch. All paths are given anew each time: pip's
+        # isolated environments, where CMake, Ninja and perhaps torch live, have another name at every build.
         tree = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.version}"
         options = [
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
@@ -99,7 +101,8 @@ class CMakeBuild(build_ext):
             f"-DDIFFRATIO_TORCH_ABI={torch.cxx11_abi}",
         ]
         cuda = cuda_options()
-        self.configure(cmake, tree, [*options, f"-DDIFFRATIO_CUDA={'OFF' if cuda is None else 'ON'}", *(cuda or [])])
+        options += ["-DDIFFRATIO_CUDA=OFF"] if cuda is None else ["-DDIFFRATIO_CUDA=ON", *cuda]
+        self.configure(cmake, tree, options)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.call([cmake, "--build", str(tree), "--parallel", jobs])
         shutil.copy2(tree / "out" / target.name, target)
@@ -130,9 +133,11 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def call(command: list[str]) -> None:
-        status = subprocess.run(command).returncode
-        if status:
-            raise SystemExit(f"error: building the extension failed (status {status}); the messages above say why")
+        failed = subprocess.run(command).returncode
+        if failed:
+            raise SystemExit("error: building the extension failed; the messages above say why")
 
 
-setup(license="Apache-2.0", ext_modules=[Extension("diffratio_fast._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    license="Apache-2.0", ext_modules=[Extension("diffratio_fast._C", [])], cmdclass={"build_ext": CMakeBuild}
+)

@@ -99,7 +99,7 @@ def nvcc_version(nvcc: str) -> tuple[int, ...]:
 
 
 def cuda_architectures() -> str:
-    """CMake's list: DIFFRATIO_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST, else the visible GPUs', else the default."""
+    """CMake's list, from DIFFRATIO_CUDA_ARCHS, TORCH_CUDA_ARCH_LIST, the visible GPUs, or the default."""
     named = os.environ.get("DIFFRATIO_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not named:
         try:
@@ -113,10 +113,10 @@ def cuda_architectures() -> str:
 
 
 def _architecture(name: str) -> str:
-    """"8.0", "9.0+PTX", "80", "90a-real" ... in CMake's spelling; 9.0 means 9.0a, whose instructions we use."""
+    """From "8.0", "9.0+PTX", "80" ... to CMake's spelling; 9.0 means 9.0a, whose instructions we use."""
     match = re.fullmatch(r"(\d+)\.?(\d)(a|f)?(\+PTX|-real|-virtual)?", name)
     if not match:
-        raise ValueError(f"unknown CUDA architecture {name!r}: use for example DIFFRATIO_CUDA_ARCHS='8.0;9.0a'")
+        raise ValueError(f"unknown CUDA architecture {name!r}; a good list is '8.0;9.0a'")
     major, minor, letter, suffix = match.groups()
     number = major + minor + (letter or ("a" if major + minor == "90" else ""))
     return number + {"+PTX": "", None: "-real"}.get(suffix, suffix or "")

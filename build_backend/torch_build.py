@@ -1,7 +1,7 @@
 """The PEP 517 backend: setuptools, but building against the PyTorch of the environment that runs pip.
 
-pip builds in an isolated environment that does not see it. An extension must match the torch it will be loaded
-beside, so that one is looked for (``probe.find_torch``); only where there is none is one required for the build.
+pip builds in an isolated environment that does not see it. An extension must match the torch it will be
+loaded beside, so that one is looked for (``probe.find_torch``); only where there is none, the build asks for one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _requirements(found: list[str]) -> list[str]:
         print(f"diffratio_fast: building against torch {torch.version} in {torch.path}", flush=True)
         return found
     if torch is not None:
-        print(f"diffratio_fast: torch {torch.version} in {torch.path} is older than {probe.MINIMUM}", flush=True)
+        print(f"diffratio_fast: torch {torch.version} in {torch.path} is too old", flush=True)
     return [*found, f"torch>={probe.MINIMUM}"]
 
 

@@ -75,7 +75,7 @@ def add_noise(
         common = torch.promote_types(common, x.dtype)
     size(*first.shape[1:])
     if index.shape[0] != first.shape[0]:
-        raise ValueError(f"index must have one entry per sample: {index.shape[0]} for {first.shape[0]} samples")
+        raise ValueError(f"index must have one entry per sample: {index.shape[0]} for {first.shape[0]}")
     result = common if dtype is None else dtype
     compute = torch.float64 if common == torch.float64 else torch.float32
     if result not in ((torch.float64,) if compute == torch.float64 else FLOATS):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# Raised together with DIFFRATIO_INTERFACE in csrc/bindings.h whenever an operation's schema changes, so that a
-# module left over from older sources is noticed.
+# Raised together with interface_version in csrc/bindings.h whenever an operation's schema changes, so that
+# a module left over from older sources is noticed.
 INTERFACE = 1
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -37,7 +37,8 @@ def _load() -> Any:
     if not built:
         raise _Unusable(reason)
     if info.get("torch_version") != torch.__version__:
-        raise _Unusable(f"it was built for torch {info.get('torch_version')}, this is torch {torch.__version__}")
+        built_for = info.get("torch_version")
+        raise _Unusable(f"it was built for torch {built_for}, this is torch {torch.__version__}")
     try:
         module = importlib.import_module("diffratio_fast._C")
     except ImportError as error:
@@ -53,8 +54,8 @@ def _state() -> tuple[Any, str]:
         return _load(), ""
     except _Unusable as reason:
         print(
-            f"diffratio_fast: the compiled operations are not used ({reason}); the slower reference operations "
-            f"carry on. To build them, {REBUILD}.",
+            f"diffratio_fast: the compiled operations are not used ({reason}); the slower reference "
+            f"operations carry on. To build them, {REBUILD}.",
             file=sys.stderr,
         )
         return None, str(reason)

@@ -4,12 +4,12 @@ The noise contract. Every random number of a training run is a function of (seed
 substep, draw, element) alone: not of device, batch size, threads, ranks or what was drawn before.
 
 - Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: low and high 32 bits of the seed. Counter:
-  (element // 4, low 32 bits of step, low 32 bits of index, purpose << 24 | substep << 16 | draw). Element i of
-  a sample is word i % 4 of counter i // 4.
+  (element // 4, low 32 bits of step, low 32 bits of index, purpose << 24 | substep << 16 | draw). Element i
+  of a sample is word i % 4 of counter i // 4.
 - Normals: words (0, 1) and (2, 3) of a counter are Box-Muller pairs; u = ((first >> 8) + 1) 2^-24,
-  r = sqrt(-2 ln u), theta = 2 pi second 2^-32, normals r cos(theta) and r sin(theta) in float32. The functions
-  are defined by fixed polynomials (``csrc/common/normal.h``), so that every device computes the same bits;
-  they are within 1e-6 of the exact formulas.
+  r = sqrt(-2 ln u), theta = 2 pi second 2^-32, normals r cos(theta) and r sin(theta) in float32. The
+  functions are defined by fixed polynomials (``csrc/common/normal.h``), so that every device computes the
+  same bits; they are within 1e-6 of the exact formulas.
 
 ``rng`` is a tensor int64 [2] = (seed, step) on the device of the operation; it is only read.
 """
@@ -53,7 +53,9 @@ def random_words(
     return torch.ops.diffratio.random_words(rng, index, int(purpose), count, substep, draw)
 
 
-def uniform(rng: Tensor, index: Tensor, purpose: int, count: int, *, substep: int = 0, draw: int = 0) -> Tensor:
+def uniform(
+    rng: Tensor, index: Tensor, purpose: int, count: int, *, substep: int = 0, draw: int = 0
+) -> Tensor:
     """Uniform numbers in the open interval (0, 1): float64 [N, count], (word + 0.5) 2^-32.
 
     Arguments and errors as :func:`random_words`, whose words these are.
@@ -148,9 +150,7 @@ def _register() -> None:
         )
     )
     register_fake("diffratio::add_noise")(_add_noise_fake)
-    torch.library.register_autograd(
-        "diffratio::add_noise", _add_noise_backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("diffratio::add_noise", _add_noise_backward, setup_context=_setup_context)
 
 
 if _module.module is not None:

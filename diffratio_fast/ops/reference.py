@@ -114,7 +114,9 @@ def _cosine_sine(word: Tensor) -> tuple[Tensor, Tensor]:
     return cosine, sine
 
 
-def _normals(rng: Tensor, index: Tensor, shape: Sequence[int], purpose: int, substep: int, draw: int) -> Tensor:
+def _normals(
+    rng: Tensor, index: Tensor, shape: Sequence[int], purpose: int, substep: int, draw: int
+) -> Tensor:
     count = math.prod(shape)
     words = _words(rng, index, count, purpose, substep, draw)
     radius = _radius(words[:, 0::2])

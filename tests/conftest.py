@@ -1,0 +1,18 @@
+"""Shared by all tests: reproducible torch, and what is not collected where it cannot run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+# The CUDA checks need a CUDA device; without one they are not collected at all (no row of skips).
+collect_ignore: list[str] = [] if torch.cuda.is_available() else ["gpu"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
