@@ -1,7 +1,7 @@
 """The PEP 517 backend: setuptools, but building against the PyTorch of the environment that runs pip.
 
 pip builds in an isolated environment that does not see it. An extension must match the torch it will be
-loaded beside, so that one is looked for (``probe.find_torch``); only where there is none, the build asks for one.
+loaded beside, so that one is looked for (``probe.find_torch``); where there is none, the build asks for one.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Checks of the CUDA noise operations against the CPU. Plain functions that need torch alone: pytest collects
-them through test_noise_cuda.py, and ``python -m benchmarks --device cuda`` runs them before timing anything."""
+them through test_noise_cuda.py, and ``python -m benchmarks --device cuda`` runs them before it times."""
 
 from __future__ import annotations
 
