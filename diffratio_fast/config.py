@@ -38,7 +38,15 @@ def option(
     free: bool = False,
 ) -> Any:
     """A field with its help, its bounds (``above`` is exclusive) and whether it may change on continuing."""
-    metadata = dict(help=help, group=group, choices=choices, low=low, high=high, above=above, free=free)
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "above": above,
+        "free": free,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -57,20 +65,31 @@ WEIGHT_NAMES = ("uniform", "sigma", "sigma2", "bounded", "dmd")
 class TrainConfig:
     """Everything that decides a training run; ``free`` fields do not alter the training of a given step."""
 
-    # fmt: off
     run_dir: str | None = option(None, "where the run lives (default: runs/PRESET)", "run", free=True)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", "run", free=True)
-    threads: int | None = option(None, "CPU threads (default: torch's choice); results are bit-identical only at equal thread counts", "run", low=1, free=True)
+    threads: int | None = option(
+        None,
+        "CPU threads (default: torch's choice); results are bit-identical only at equal thread counts",
+        "run",
+        low=1,
+        free=True,
+    )
     seed: int = option(0, "seed of all randomness", "run", low=0, high=2**63 - 1)
     steps: int = option(8000, "training steps (generator updates)", "run", low=1, high=2**32 - 1, free=True)
     log_every: int = option(100, "steps between lines of metrics.jsonl", "run", low=1, free=True)
-    eval_every: int = option(1000, "steps between evaluations on the validation split and sample grids", "run", low=1, free=True)
+    eval_every: int = option(
+        1000, "steps between evaluations on the validation split and sample grids", "run", low=1, free=True
+    )
     checkpoint_every: int = option(1000, "steps between checkpoints", "run", low=1, free=True)
-    snapshot_every: int = option(4000, "steps between snapshots of the EMA generator", "run", low=1, free=True)
+    snapshot_every: int = option(
+        4000, "steps between snapshots of the EMA generator", "run", low=1, free=True
+    )
 
     data: str = option("digits", "data set: digits", "data")
 
-    init: str | None = option(None, "start from the networks of a run directory, or from one generator.safetensors", "networks")
+    init: str | None = option(
+        None, "start from the networks of a run directory, or from one generator.safetensors", "networks"
+    )
     generator: str = option("mlp", "architecture of the generator", "networks", choices=("mlp",))
     generator_width: int = option(256, "features of the generator's hidden layers", "networks", low=1)
     generator_depth: int = option(3, "hidden layers of the generator", "networks", low=1)
@@ -83,32 +102,75 @@ class TrainConfig:
     optimizer: str = option("adamw", "optimizer of both networks", "optimization", choices=("adamw", "adam"))
     generator_lr: float = option(1e-3, "learning rate of the generator", "optimization", low=0)
     ratio_lr: float = option(2e-3, "learning rate of the ratio network", "optimization", low=0)
-    lr_schedule: str = option("constant", "learning rates over the run: constant, or falling to lr_final", "optimization", choices=("constant", "linear", "cosine"))
-    lr_final: float = option(0.0, "share of the learning rates left at the end of a linear or cosine schedule", "optimization", low=0, high=1)
-    lr_warmup_steps: int = option(0, "steps over which both learning rates rise at the start", "optimization", low=0)
+    lr_schedule: str = option(
+        "constant",
+        "learning rates over the run: constant, or falling to lr_final",
+        "optimization",
+        choices=("constant", "linear", "cosine"),
+    )
+    lr_final: float = option(
+        0.0,
+        "share of the learning rates left at the end of a linear or cosine schedule",
+        "optimization",
+        low=0,
+        high=1,
+    )
+    lr_warmup_steps: int = option(
+        0, "steps over which both learning rates rise at the start", "optimization", low=0
+    )
     beta1: float = option(0.0, "Adam's first-moment decay", "optimization", low=0, high=0.99999)
     beta2: float = option(0.99, "Adam's second-moment decay", "optimization", low=0, high=0.999999)
     generator_weight_decay: float = option(0.0, "weight decay of the generator", "optimization", low=0)
-    ratio_weight_decay: float = option(0.0, "weight decay of the ratio network: an option that small data need", "optimization", low=0)
-    ema_half_life_images: float = option(44_000.0, "half-life of the generator's moving average, in images", "optimization", low=0)
-    ema_rampup_ratio: float | None = option(0.1, "the half-life is at most this share of the images seen; none: no ramp", "optimization", above=0)
-    precision: str = option("float32", "float32, float64, or bfloat16 autocast of the networks", "optimization", choices=("float32", "bfloat16", "float64"))
+    ratio_weight_decay: float = option(
+        0.0, "weight decay of the ratio network: an option that small data need", "optimization", low=0
+    )
+    ema_half_life_images: float = option(
+        44_000.0, "half-life of the generator's moving average, in images", "optimization", low=0
+    )
+    ema_rampup_ratio: float | None = option(
+        0.1, "the half-life is at most this share of the images seen; none: no ramp", "optimization", above=0
+    )
+    precision: str = option(
+        "float32",
+        "float32, float64, or bfloat16 autocast of the networks",
+        "optimization",
+        choices=("float32", "bfloat16", "float64"),
+    )
     compile: bool = option(False, "compile the networks with torch.compile", "optimization")
 
-    divergence: str = option("reverse_kl", "divergence that the generator descends", "objective", choices=DIVERGENCE_NAMES)
-    weight: str = option("sigma2", "weight w(sigma) of the generator's gradient", "objective", choices=WEIGHT_NAMES)
+    divergence: str = option(
+        "reverse_kl", "divergence that the generator descends", "objective", choices=DIVERGENCE_NAMES
+    )
+    weight: str = option(
+        "sigma2", "weight w(sigma) of the generator's gradient", "objective", choices=WEIGHT_NAMES
+    )
     ratio_noise: str = option("loguniform(0.07, 1.3)", "law of sigma for the ratio network", "objective")
-    generator_noise: str | None = option(None, "law of sigma for the generator (default: the ratio network's)", "objective")
-    noise_draws: int = option(1, "noise levels per image in a generator step", "objective", low=1, high=2**16 - 1)
+    generator_noise: str | None = option(
+        None, "law of sigma for the generator (default: the ratio network's)", "objective"
+    )
+    noise_draws: int = option(
+        1, "noise levels per image in a generator step", "objective", low=1, high=2**16 - 1
+    )
     ratio_steps: int = option(1, "ratio-network updates per generator update", "objective", low=1, high=255)
-    ratio_warmup_steps: int = option(0, "first steps, in which only the ratio network learns", "objective", low=0)
-    generator_ramp_steps: int = option(0, "steps over which the generator's learning rate then rises", "objective", low=0)
-    normalize_h: bool = option(False, "divide the divergence's factor h by its running mean per noise-level bin", "objective")
+    ratio_warmup_steps: int = option(
+        0, "first steps, in which only the ratio network learns", "objective", low=0
+    )
+    generator_ramp_steps: int = option(
+        0, "steps over which the generator's learning rate then rises", "objective", low=0
+    )
+    normalize_h: bool = option(
+        False, "divide the divergence's factor h by its running mean per noise-level bin", "objective"
+    )
 
     flip_probability: float = option(0.0, "horizontal flips of the data", "augmentation", low=0, high=1)
-    ratio_roll_probability: float = option(0.0, "cyclic shifts of the ratio network's input, the same for real and fake", "augmentation", low=0, high=1)
+    ratio_roll_probability: float = option(
+        0.0,
+        "cyclic shifts of the ratio network's input, the same for real and fake",
+        "augmentation",
+        low=0,
+        high=1,
+    )
     ratio_roll_reach: int = option(1, "largest such shift, in pixels", "augmentation", low=1)
-    # fmt: on
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -31,7 +31,9 @@ def grid(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
     factor = max(1, round(TARGET_CELL / max(height, width)))
     gap = max(1, factor // 2)
     rows = -(-count // columns)
-    canvas = np.full((rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, 3), 24, np.uint8)
+    canvas = np.full(
+        (rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, 3), 24, np.uint8
+    )
     pixels = images.expand(count, 3, height, width) if channels == 1 else images[:, :3]
     enlarged = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3).permute(0, 2, 3, 1).numpy()
     for i, picture in enumerate(enlarged):

@@ -9,7 +9,10 @@ DEFAULT = "digits"
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "data": "digits",
-        "steps": 6000,
+        "threads": 1,
+        "steps": 4000,
+        "eval_every": 500,
+        "checkpoint_every": 500,
         "batch_size": 128,
         "generator_width": 256,
         "generator_depth": 3,
@@ -24,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_warmup_steps": 100,
         "ema_half_life_images": 59_000.0,
         "divergence": "jensen_shannon",
-        "weight": "bounded",
+        "weight": "sigma2",
         "ratio_noise": "loguniform(0.04, 1.33)",
     },
 }

@@ -21,7 +21,7 @@ MAX_GRID = 10_000
 def parser() -> command.Parser:
     result = command.Parser(
         prog="python -m diffratio_fast.sample",
-        description="Images from a trained one-step generator, each a function of (--seed, its number) alone.",
+        description="Images from a trained one-step generator, each a function of its --seed and number.",
     )
     result.add_argument(
         "run", type=Path, nargs="?", default=Path("runs/digits"), metavar="RUN",
@@ -35,9 +35,11 @@ def parser() -> command.Parser:
     )  # fmt: skip
     result.add_argument(
         "--out", type=Path, default=Path("samples.png"), metavar="PATH",
-        help=".png: a grid; .npz: arrays images uint8 [N, H, W, C] and labels int64 [N]; else a folder of PNGs",
+        help=".png: a grid; .npz: images uint8 [N, H, W, C] and labels int64 [N]; else a folder of PNGs",
     )  # fmt: skip
-    result.add_argument("--columns", type=int, metavar="N", help="images in a row of the grid", default=argparse.SUPPRESS)
+    result.add_argument(
+        "--columns", type=int, metavar="N", help="images in a row of the grid", default=argparse.SUPPRESS
+    )
     result.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N")
     return result
 
@@ -128,8 +130,8 @@ def _write(out: Path, chunks: Iterator[torch.Tensor], labels: torch.Tensor, colu
     else:
         make_directory(out)
         number = 0
-        for images in chunks:
-            for image in images.permute(0, 2, 3, 1).numpy():
+        for chunk in chunks:
+            for image in chunk.permute(0, 2, 3, 1).numpy():
                 name = f"{number:06d}-class{int(labels[number])}.png"
                 replace_file(out / name, png(image.squeeze(2) if image.shape[2] == 1 else image))
                 number += 1

@@ -10,8 +10,8 @@ from diffratio_fast import command
 from diffratio_fast.config import TrainConfig, add_options, read_config
 from diffratio_fast.presets import DEFAULT, DESCRIPTIONS, PRESETS
 
-EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoint and networks in --run-dir. The same
-command continues a run that was stopped, by whatever; a finished run stays as it is."""
+EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoint and networks in
+--run-dir. The same command continues a run that was stopped, by whatever; a finished run stays as it is."""
 
 
 def parser() -> command.Parser:

@@ -21,7 +21,9 @@ def test_file_is_the_published_set_with_a_stratified_split() -> None:
         assert np.array_equal(archive["labels"], published.target)
         split = archive["split"]
     train, test = train_test_split(np.arange(1797), test_size=297, stratify=published.target, random_state=0)
-    train, validation = train_test_split(train, test_size=150, stratify=published.target[train], random_state=0)
+    train, validation = train_test_split(
+        train, test_size=150, stratify=published.target[train], random_state=0
+    )
     for number, records in enumerate((train, validation, test)):
         assert np.array_equal(np.flatnonzero(split == number), np.sort(records))
 

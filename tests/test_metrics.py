@@ -66,5 +66,9 @@ def test_nearest_distance() -> None:
 def test_proportional_labels_keep_the_frequencies() -> None:
     labels = torch.tensor([0] * 5 + [1] * 3 + [3] * 2)
     drawn = proportional_labels(labels, 1001, 4)
-    assert torch.bincount(drawn, minlength=4).tolist() in ([501, 300, 0, 200], [500, 301, 0, 200], [500, 300, 0, 201])
+    assert torch.bincount(drawn, minlength=4).tolist() in (
+        [501, 300, 0, 200],
+        [500, 301, 0, 200],
+        [500, 300, 0, 201],
+    )
     assert abs(int((drawn[:100] == 0).sum()) - 50) <= 1  # classes take turns

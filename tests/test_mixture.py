@@ -63,7 +63,9 @@ def test_learned_score_difference_is_the_analytic_one() -> None:
         noised = (fake + level * noise).double().requires_grad_()
         exact = log_density(DATA, noised, sigma[:, 0]) - log_density(MODEL, noised, sigma[:, 0])
         (slope,) = torch.autograd.grad(exact.sum(), noised)
-        cosine = torch.nn.functional.cosine_similarity(result.gradient.flatten().double(), -slope.flatten(), 0)
+        cosine = torch.nn.functional.cosine_similarity(
+            result.gradient.flatten().double(), -slope.flatten(), 0
+        )
         error = (result.gradient.double() + slope).detach().norm() / slope.norm()
         assert float(cosine) > 0.95, level
         assert float(error) < 0.35, level
@@ -85,7 +87,8 @@ def test_bound_on_exact_ratio_is_the_divergence() -> None:
     count = 200_000
     sigma = torch.full((count,), level)
     noised = [
-        draw(mixture, count, generator).flatten(1).double() + level * torch.randn(count, 2, generator=generator)
+        draw(mixture, count, generator).flatten(1).double()
+        + level * torch.randn(count, 2, generator=generator)
         for mixture in (DATA, MODEL)
     ]
     log_ratios = [log_density(DATA, x, sigma) - log_density(MODEL, x, sigma) for x in noised]

@@ -74,7 +74,9 @@ def test_noise_laws(text: str, median: float, low: float, high: float) -> None:
     assert float(middle) == pytest.approx(median, rel=1e-12)
     assert law.low == pytest.approx(low) and law.high == pytest.approx(high)
     assert parse_noise_law(law.name).name == law.name
-    sigma, uniforms = sample_sigma(law, ops.make_rng(3, 4), torch.arange(2000), ops.Purpose.SIGMA_RATIO, draws=2)
+    sigma, uniforms = sample_sigma(
+        law, ops.make_rng(3, 4), torch.arange(2000), ops.Purpose.SIGMA_RATIO, draws=2
+    )
     assert sigma.shape == uniforms.shape == (2000, 2) and sigma.dtype == torch.float32
     assert bool((sigma >= low * (1 - 1e-6)).all()) and bool((sigma <= high * (1 + 1e-6)).all())
     share_below = float((sigma < median).double().mean())
@@ -82,7 +84,8 @@ def test_noise_laws(text: str, median: float, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "gauss(1, 2)", "loguniform", "loguniform(1)", "loguniform(2, 1)", "lognormal(0, 0)", "karras(a, b)"]
+    "text",
+    ["", "gauss(1, 2)", "loguniform", "loguniform(1)", "loguniform(2, 1)", "lognormal(0, 0)", "karras(a, b)"],
 )
 def test_noise_law_errors_are_one_line(text: str) -> None:
     with pytest.raises(UserError) as error:

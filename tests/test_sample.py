@@ -42,14 +42,18 @@ def test_any_part_of_a_sequence_is_the_same_to_the_last_bit(trained: Path) -> No
     labels = torch.arange(700) % 10
     whole = networks.generate(generator, labels, seed=4)
     for start, end in ((0, 1), (255, 258), (300, 700), (511, 512)):
-        assert torch.equal(networks.generate(generator, labels[start:end], seed=4, start=start), whole[start:end])
+        assert torch.equal(
+            networks.generate(generator, labels[start:end], seed=4, start=start), whole[start:end]
+        )
 
 
 def test_grid_and_folder(trained: Path, tmp_path: Path) -> None:
     assert sample.main([str(trained), "--count", "25", "--out", str(tmp_path / "g.png")]) == 0
     picture = Image.open(tmp_path / "g.png")
     assert picture.size[0] > picture.size[1]  # ten columns, three rows
-    assert sample.main([str(trained), "--count", "3", "--classes", "7,1-2", "--out", str(tmp_path / "d")]) == 0
+    assert (
+        sample.main([str(trained), "--count", "3", "--classes", "7,1-2", "--out", str(tmp_path / "d")]) == 0
+    )
     names = sorted(path.name for path in (tmp_path / "d").iterdir())
     assert names == ["000000-class7.png", "000001-class1.png", "000002-class2.png"]
     assert np.asarray(Image.open(tmp_path / "d" / names[0])).shape == (8, 8)

@@ -67,12 +67,17 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     picture = np.asarray(Image.open(finished / "samples" / pictures[-1]))
     assert picture.ndim == 3 and picture.min() < picture.max()
     snapshots = {path.name for path in (finished / "snapshots").iterdir()}
-    assert snapshots == {"best.safetensors", "generator-00000008.safetensors", "generator-00000016.safetensors"}
+    assert snapshots == {
+        "best.safetensors",
+        "generator-00000008.safetensors",
+        "generator-00000016.safetensors",
+    }
 
     summary = json.loads((finished / "summary.json").read_text())
     assert {
         "frechet_distance", "frechet_distance_train", "frechet_distance_floor", "variance_ratio",
-        "nearest_train_distance", "nearest_train_distance_test", "class_accuracy", "images_per_second", "seconds",
+        "nearest_train_distance", "nearest_train_distance_test", "class_accuracy", "images_per_second",
+        "seconds",
     } <= set(summary)  # fmt: skip
     assert not list(finished.rglob("*.tmp"))
 
@@ -93,10 +98,16 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
-def test_interrupted_and_continued_is_bit_identical(finished: Path, tmp_path: Path, sent: signal.Signals) -> None:
+def test_interrupted_and_continued_is_bit_identical(
+    finished: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     arguments = [*SMALL, "--steps", STEPS, "--run-dir", "run"]
     process = subprocess.Popen(
-        command("train", *arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command("train", *arguments),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     # past the checkpoint of step 5, so that a kill has something to continue from
     wait_for_step(tmp_path / "run", 8, process)
@@ -133,7 +144,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 22])
-def test_stopping_at_any_step_and_asking_for_more_is_the_same_run(finished: Path, tmp_path: Path, steps: int) -> None:
+def test_stopping_at_any_step_and_asking_for_more_is_the_same_run(
+    finished: Path, tmp_path: Path, steps: int
+) -> None:
     assert in_process(tmp_path / "run", "--steps", steps, "--lr-schedule", "constant") == 0
     assert in_process(tmp_path / "run", "--steps", STEPS, "--lr-schedule", "constant") == 0
     assert in_process(tmp_path / "other", "--steps", STEPS, "--lr-schedule", "constant") == 0
@@ -144,12 +157,14 @@ def test_every_option_of_the_objective_trains(tmp_path: Path) -> None:
     for i, options in enumerate(
         [
             ["--divergence", "jeffreys", "--weight", "dmd", "--normalize-h", "--noise-draws", "3"],
-            ["--divergence", "forward_kl", "--weight", "uniform", "--ratio-steps", "2", "--optimizer", "adam"],
+            ["--divergence", "forward_kl", "--weight", "uniform", "--ratio-steps", "2",
+             "--optimizer", "adam"],
             ["--divergence", "squared_hellinger", "--weight", "sigma", "--ratio-noise", "lognormal(-1, 1)"],
             ["--divergence", "softened_reverse_kl", "--weight", "bounded", "--precision", "bfloat16"],
             ["--divergence", "reverse_kl", "--precision", "float64", "--ratio-warmup-steps", "2",
              "--generator-ramp-steps", "2", "--lr-schedule", "linear"],
-            ["--flip-probability", "0.5", "--ratio-roll-probability", "0.5", "--generator-noise", "karras(0.1, 1)"],
+            ["--flip-probability", "0.5", "--ratio-roll-probability", "0.5",
+             "--generator-noise", "karras(0.1, 1)"],
         ]
     ):  # fmt: skip
         directory = tmp_path / str(i)
@@ -172,7 +187,10 @@ def test_the_generator_is_frozen_while_the_ratio_warms_up(tmp_path: Path) -> Non
 
 def test_init_starts_from_another_run(finished: Path, tmp_path: Path) -> None:
     assert in_process(tmp_path / "a", "--steps", 1, "--generator-lr", 0, "--init", finished) == 0
-    start, source = load_file(tmp_path / "a/generator.safetensors"), load_file(finished / "generator.safetensors")
+    start, source = (
+        load_file(tmp_path / "a/generator.safetensors"),
+        load_file(finished / "generator.safetensors"),
+    )
     assert all(torch.equal(start[key], source[key]) for key in source)
     result = run("train", *SMALL, "--steps", 1, "--latent-size", 9, "--init", finished, cwd=tmp_path)
     assert "another architecture" in one_error_line(result)
@@ -291,7 +309,9 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, options: list[str], say
 
 
 def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
-    line = one_error_line(run("train", *SMALL, "--ratio-lr", "1e30", "--steps", 40, "--run-dir", "run", cwd=tmp_path))
+    line = one_error_line(
+        run("train", *SMALL, "--ratio-lr", "1e30", "--steps", 40, "--run-dir", "run", cwd=tmp_path)
+    )
     assert "diverged" in line and "learning rates" in line
 
 

@@ -61,10 +61,17 @@ class Scaling:
 class DataSet(Protocol):
     """Records of one shape with integer labels, cut into ``SPLITS`` once and for all."""
 
-    name: str
-    shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    scaling: Scaling
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def scaling(self) -> Scaling: ...
 
     def count(self, split: str) -> int:
         """Records in a split."""

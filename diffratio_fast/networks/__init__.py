@@ -69,7 +69,7 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
             if metadata.get("format") != f"diffratio_fast.network.{FORMAT_VERSION}":
                 raise UserError(f"{path}: not a network that this version of diffratio_fast wrote")
             about = SavedNetwork(**json.loads(metadata["about"]))
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from diffratio_fast import ops
 
 
 class Linear(nn.Linear):
-    """A linear layer that states its initial scale: weights normal with std gain / sqrt(fan_in), bias zero."""
+    """A linear layer that states its initial scale: weights of std gain / sqrt(fan_in), bias zero."""
 
     def __init__(self, features_in: int, features_out: int, *, gain: float = 1.0, bias: bool = True) -> None:
         self.gain = gain

@@ -29,7 +29,7 @@ class RatioLoss(NamedTuple):
 
 
 class ScoreDifference(NamedTuple):
-    """gradient: float32 like ``fake``, per sample (no 1/B); log_ratio [B, K]; clamped [B, K] bool; h [B, K]."""
+    """gradient: float32 like ``fake``, per sample (no 1/B); log_ratio, clamped (bool) and h: [B, K] each."""
 
     gradient: Tensor
     log_ratio: Tensor
@@ -110,6 +110,8 @@ def score_difference(
         (slope,) = torch.autograd.grad(log_ratio.sum(), noised)
     log_ratio = log_ratio.detach().reshape(draws, batch).T
     h, clamped = divergence.factor(log_ratio)
-    factor = (weight * (h if h_mean is None else h / h_mean) / -draws).T.reshape(draws, batch, *(1,) * (fake.dim() - 1))
+    factor = (weight * (h if h_mean is None else h / h_mean) / -draws).T.reshape(
+        draws, batch, *(1,) * (fake.dim() - 1)
+    )
     gradient = (slope.reshape(draws, *fake.shape) * factor).sum(0)
     return ScoreDifference(gradient.to(torch.promote_types(fake.dtype, torch.float32)), log_ratio, clamped, h)

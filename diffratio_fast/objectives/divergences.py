@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """``f(rho)``, ``h(l)`` = f''(rho) rho^2 / constant, and the bound on l inside h where h grows with rho."""
+    """f(rho), h(l) = f''(rho) rho^2 / constant, and the bound on l inside h where h grows with rho."""
 
     f: Callable[[Tensor], Tensor]
     h: Callable[[Tensor], Tensor]

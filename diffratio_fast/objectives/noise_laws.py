@@ -60,9 +60,7 @@ def karras(
     ``truncated_low`` and ``truncated_high`` keep that fraction of the way from ``low`` to ``high``.
     """
     _require(0 < low < high < math.inf and rho > 0, "karras(min, max, rho) needs 0 < min < max and rho > 0")
-    _require(
-        0 <= truncated_low < truncated_high <= 1, "karras(..., from, to) needs 0 <= from < to <= 1"
-    )
+    _require(0 <= truncated_low < truncated_high <= 1, "karras(..., from, to) needs 0 <= from < to <= 1")
     a, b = low ** (1 / rho), high ** (1 / rho)
 
     def quantile(u: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 
-def ema_decay(
-    step: int, batch_size: int, half_life_images: float, rampup_ratio: float | None
-) -> float:
+def ema_decay(step: int, batch_size: int, half_life_images: float, rampup_ratio: float | None) -> float:
     """Decay of the average at update number ``step`` (from 0): 2^(-batch / half-life).
 
     The half-life is at most ``rampup_ratio`` of the images seen before, so that the average forgets the

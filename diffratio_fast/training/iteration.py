@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffratio_fast import ops
 from diffratio_fast.command import UserError
@@ -40,7 +40,7 @@ def noise_laws(config: TrainConfig) -> tuple[NoiseLaw, NoiseLaw]:
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """The schedule's factor at ``step``: rising to 1 at the start, then constant or falling to ``lr_final``."""
+    """The schedule's factor at ``step``: rising to 1, then constant or falling to ``lr_final``."""
     done = min(step / config.steps, 1.0)
     fall = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
     share = config.lr_final + (1.0 - config.lr_final) * fall[config.lr_schedule]
@@ -71,14 +71,15 @@ class Iteration:
         self.weight = WEIGHTS[config.weight]
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.index = torch.arange(config.batch_size, device=self.device)
-        generator, ratio = state.generator, state.ratio
+        generator: Callable[..., Tensor] = state.generator
+        ratio: Callable[..., Tensor] = state.ratio
         if config.compile:
             generator, ratio = torch.compile(generator), torch.compile(ratio)
         self.generator = self._in_precision(generator)
         self.ratio: RatioNetwork = self._in_precision(ratio)
         self.gradient_norm = torch.zeros((), device=self.device)
 
-    def _in_precision(self, network: nn.Module) -> Callable[..., Tensor]:
+    def _in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if self.config.precision != "bfloat16":
             return network
 
@@ -114,9 +115,7 @@ class Iteration:
     def _ratio_step(self, batch: Batch, fake: Tensor, rng: Tensor, substep: int) -> None:
         real, labels = batch
         real = flip(real, rng, self.index, self.config.flip_probability, substep=substep)
-        sigma, _ = sample_sigma(
-            self.ratio_law, rng, self.index, ops.Purpose.SIGMA_RATIO, substep=substep
-        )
+        sigma, _ = sample_sigma(self.ratio_law, rng, self.index, ops.Purpose.SIGMA_RATIO, substep=substep)
         network = self._augmented(2, rng, substep=substep)
         outcome = ratio_loss(
             network, real, fake, sigma[:, 0].to(self.dtype), labels, rng, self.index, substep=substep
@@ -199,9 +198,7 @@ class Iteration:
         if trains:
             state.ratio.eval()
             self._generator_step(fake, first[1], rng, measure)
-            decay = ema_decay(
-                step, config.batch_size, config.ema_half_life_images, config.ema_rampup_ratio
-            )
+            decay = ema_decay(step, config.batch_size, config.ema_half_life_images, config.ema_rampup_ratio)
             update_average(state.average, state.generator, decay)
         state.step += 1
 

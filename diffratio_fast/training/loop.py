@@ -44,8 +44,8 @@ def _stop_requests() -> Iterator[list[str]]:
         for known, handler in previous.items():
             signal.signal(known, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        previous[wanted] = signal.signal(wanted, note)
     try:
         yield received
     finally:
@@ -214,7 +214,9 @@ def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
     directory = RunDirectory(Path(config.run_dir or f"runs/{preset}"))
     started = directory.checkpoint.exists() and not fresh
     if not (started or fresh) and (directory.generator.exists() or directory.finished()):
-        raise UserError(f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over")
+        raise UserError(
+            f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
+        )
     if started:
         directory.check_same(config)
     trainer = Trainer(preset, config, directory)

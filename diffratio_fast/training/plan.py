@@ -72,22 +72,27 @@ def print_plan(preset: str, config: TrainConfig) -> None:
     counts = ", ".join(f"{split} {trainer.dataset.count(split):,}" for split in SPLITS)
     shape = " x ".join(str(size) for size in trainer.dataset.shape)
     memory = state_bytes + gradient_bytes + activations
-    rows = [
-        ("preset", preset),
-        ("run directory", f"{directory.root}{' (holds a run)' if directory.checkpoint.exists() else ''}"),
-        ("device", f"{trainer.device} ({about['device']}, {about['threads']} threads), {config.precision}"),
-        ("data", f"{config.data}: {shape}, {len(trainer.dataset.class_names)} classes; {counts}"),
-        ("generator", f"{config.generator}, {parameters['generator']:,} parameters"),
-        ("ratio network", f"{config.ratio_network}, {parameters['ratio']:,} parameters"),
-        ("objective", f"{config.divergence}, weight {config.weight}, sigma {trainer.iteration.ratio_law.name}"),
-        ("steps", f"{config.steps:,} of {config.batch_size} images"),
-        ("FLOPs a step", f"{counter.total / 1e9:.2f} G in matrix products and convolutions"),
-        ("memory", f"{memory / 2**20:.0f} MiB (state {state_bytes / 2**20:.0f}, gradients "
-                   f"{gradient_bytes / 2**20:.0f}, activations {activations / 2**20:.0f}) beside PyTorch's own"),
-        ("expected time", f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms a step"),
-    ]  # fmt: skip
-    for name, value in rows:
+    law = trainer.iteration.ratio_law.name
+    rows = {
+        "preset": preset,
+        "run directory": f"{directory.root}{' (holds a run)' if directory.checkpoint.exists() else ''}",
+        "device": f"{trainer.device} ({about['device']}, {about['threads']} threads), {config.precision}",
+        "data": f"{config.data}: {shape}, {len(trainer.dataset.class_names)} classes; {counts}",
+        "generator": f"{config.generator}, {parameters['generator']:,} parameters",
+        "ratio network": f"{config.ratio_network}, {parameters['ratio']:,} parameters",
+        "objective": f"{config.divergence}, weight {config.weight}, sigma {law}",
+        "steps": f"{config.steps:,} of {config.batch_size} images",
+        "FLOPs a step": f"{counter.total / 1e9:.2f} G in matrix products and convolutions",
+        "memory": f"{_mebibytes(memory)} beside PyTorch's own (state {_mebibytes(state_bytes)}, "
+        f"gradients {_mebibytes(gradient_bytes)}, activations {_mebibytes(activations)})",
+        "expected time": f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms a step",
+    }
+    for name, value in rows.items():
         print(f"{name:>14}  {value}")
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ class MetricsLog:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             replace_file(path, "".join(line + "\n" for line in kept))
         try:
-            self._file = open(path, "a", buffering=1)
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 

@@ -42,7 +42,7 @@ class RunDirectory:
         """Create the directory and hold it against a second process; a ``UserError`` where that fails."""
         make_directory(self.root)
         try:
-            self._lock = open(self.root / ".lock", "w")
+            self._lock = open(self.root / ".lock", "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.root}: another process is training there") from None

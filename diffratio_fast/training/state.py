@@ -113,9 +113,7 @@ def _load_initial(source: Path, generator: nn.Module, ratio: nn.Module) -> None:
             raise UserError(f"--init {path}: another architecture than this run's ({reason[:200]})") from None
 
 
-def _optimizer(
-    config: TrainConfig, network: nn.Module, rate: float, decay: float
-) -> torch.optim.Optimizer:
+def _optimizer(config: TrainConfig, network: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
     betas = (config.beta1, config.beta2)
     return kind(network.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
@@ -152,7 +150,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{path}: not a checkpoint of this version of diffratio_fast; {advice}")
             about = json.loads(metadata["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         intact = _digest(tensors) == about["digest"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error}); {advice}") from None
@@ -179,8 +177,6 @@ def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
         for name, tensor in parts.get(part, {}).items():
             number, _, key = name.partition(".")
             values.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict(
-            {"state": values, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
     state.h_means.copy_(parts["h_means"][""])
     state.sums.copy_(parts["sums"][""])
