@@ -72,7 +72,8 @@ class CMakeBuild(build_ext):
             )
             info.write_text(json.dumps({"built": False, "reason": str(reason)}) + "\n")
             return
-        info.write_text(json.dumps({"built": True, "torch_version": torch.version}) + "\n")
+        facts = {"built": True, "torch_version": torch.version, "bytes": target.stat().st_size}
+        info.write_text(json.dumps(facts) + "\n")
 
     def compile(self, target: Path) -> probe.Torch:
         if probe.find_compiler() is None:

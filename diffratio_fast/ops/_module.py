@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import json
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,22 @@ def _load() -> Any:
     if info.get("torch_version") != torch.__version__:
         built_for = info.get("torch_version")
         raise _Unusable(f"it was built for torch {built_for}, this is torch {torch.__version__}")
+    # By its path: by name, an editable installation of another copy of the package might answer.
+    path = _PACKAGE / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     try:
-        module = importlib.import_module("diffratio_fast._C")
+        complete = path.stat().st_size == info.get("bytes")
+    except OSError:
+        complete = False
+    if not complete:  # loading a truncated library kills the process
+        raise _Unusable(f"{path.name} is missing or damaged")
+    spec = importlib.util.spec_from_file_location("diffratio_fast._C", path)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except ImportError as error:
         raise _Unusable(f"it cannot be loaded: {str(error).splitlines()[0]}") from None
+    sys.modules[spec.name] = module
     if module.build_info()["interface"] != INTERFACE:
         raise _Unusable("it was built from other sources")
     return module
