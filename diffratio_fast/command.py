@@ -31,6 +31,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         status = 1
     sys.exit(status or 0)

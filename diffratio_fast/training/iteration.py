@@ -77,6 +77,7 @@ class Iteration:
             generator, ratio = torch.compile(generator), torch.compile(ratio)
         self.generator = self._in_precision(generator)
         self.ratio: RatioNetwork = self._in_precision(ratio)
+        self.rng = ops.make_rng(config.seed, state.step, self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
 
     def _in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -172,11 +173,12 @@ class Iteration:
     def run(self, batches: list[Batch], *, measure: bool = False) -> None:
         """Advance the state by one step on ``config.ratio_steps`` batches of (records, labels).
 
-        ``measure`` keeps the norm of the generator's gradient in ``gradient_norm`` (None-free, on device).
+        ``measure`` keeps the norm of the generator's gradient in ``gradient_norm`` (on the device).
         """
         config, state = self.config, self.state
         step = state.step
-        rng = ops.make_rng(config.seed, step, self.device)
+        rng = self.rng
+        rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU
         factor = learning_rate_factor(config, step)
         _set_rate(state.ratio_optimizer, config.ratio_lr * factor)
         generator_share = generator_factor(config, step)
