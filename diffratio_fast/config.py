@@ -247,14 +247,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return from_mapping(values, str(path))
 
 
-def add_options(parser: Parser) -> None:
-    """An option for every field of ``TrainConfig``; one that is not given is absent from the result."""
-    defaults = TrainConfig()
+def add_options(parser: Parser, shown: TrainConfig) -> None:
+    """An option for every field of ``TrainConfig``; one that is not given is absent from the result.
+
+    The help shows the values of ``shown``.
+    """
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     kinds = _types()
     for field in dataclasses.fields(TrainConfig):
         kind, optional = kinds[field.name]
-        default = getattr(defaults, field.name)
+        default = getattr(shown, field.name)
         arguments: dict[str, Any] = {
             "dest": field.name,
             "default": argparse.SUPPRESS,

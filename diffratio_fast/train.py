@@ -18,7 +18,9 @@ def parser() -> command.Parser:
     presets = "; ".join(f"{name}: {text}" for name, text in DESCRIPTIONS.items())
     result = command.Parser(
         prog="python -m diffratio_fast.train",
-        description="Train a one-step image generator by DiffRatio (arXiv 2502.08005).",
+        usage="python -m diffratio_fast.train [PRESET] [--option value ...]",
+        description="Train a one-step image generator by DiffRatio (arXiv 2502.08005). "
+        f"In brackets: the values of the preset {DEFAULT}.",
         epilog=EPILOG,
         formatter_class=argparse.HelpFormatter,
     )
@@ -28,7 +30,7 @@ def parser() -> command.Parser:
     )
     result.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     result.add_argument("--fresh", action="store_true", help="start over: remove the run that is there")
-    add_options(result)
+    add_options(result, TrainConfig(**PRESETS[DEFAULT]))
     return result
 
 
