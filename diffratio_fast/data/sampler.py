@@ -2,11 +2,13 @@
 
 A training run sees one endless sequence of positions, ``position = batch * batch_size + i``; position p
 is record ``permutation(seed, p // n)[p % n]``. So a run resumes from a batch number alone, at any world
-size, and an epoch visits every record exactly once.
+size, and an epoch visits every record exactly once. A finite sequence is the first ``epochs * n``
+positions of the endless one; its last batch may be short.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,34 +18,98 @@ from diffratio_fast import ops
 
 
 @lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, n: int, block: int = 1) -> np.ndarray:
     """A uniformly random order of ``n`` records: int64 (n,), the same on every machine.
 
     Records are sorted by 64-bit keys drawn from the noise contract (purpose ``DATA_ORDER``, the epoch in
-    the place of the step, the record as the sample index); ties keep the record order.
+    the place of the step, the record as the sample index); ties keep the record order. With ``block`` > 1
+    the order of blocks of that many neighbours is random instead, and each block is read in one piece.
     """
+    blocks = -(-n // block)
     words = ops.random_words(
-        ops.make_rng(seed, epoch), torch.arange(n, dtype=torch.int64), ops.Purpose.DATA_ORDER, 2
+        ops.make_rng(seed, epoch), torch.arange(blocks, dtype=torch.int64), ops.Purpose.DATA_ORDER, 2
     ).numpy()
     keys = (words[:, 0].astype(np.uint64) << np.uint64(32)) | words[:, 1].astype(np.uint64)
     order = np.argsort(keys, kind="stable")
+    if block > 1:
+        order = (order[:, None] * block + np.arange(block)).reshape(-1)
+        order = order[order < n]
     order.setflags(write=False)
     return order
 
 
 def batch_records(
-    seed: int, batch: int, batch_size: int, n: int, *, rank: int = 0, world_size: int = 1
+    seed: int,
+    batch: int,
+    batch_size: int,
+    n: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    epochs: int | None = None,
+    block: int = 1,
 ) -> np.ndarray:
     """Records of this rank's slice of global batch number ``batch``: int64 (batch_size / world_size,).
 
     ``batch_size`` is the global batch and a multiple of ``world_size``; batches run on across epochs.
+    With ``epochs`` the sequence ends there: the slice of the last batch is shorter, or empty.
     """
     if batch_size % world_size:
         raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} processes")
     local = batch_size // world_size
     positions = batch * batch_size + rank * local + np.arange(local, dtype=np.int64)
-    records = np.empty(local, np.int64)
+    if epochs is not None:
+        positions = positions[positions < epochs * n]
+    records = np.empty(len(positions), np.int64)
+    if not len(positions):
+        return records
     for epoch in range(int(positions[0] // n), int(positions[-1] // n) + 1):
         inside = positions // n == epoch
-        records[inside] = permutation(seed, epoch, n)[positions[inside] % n]
+        records[inside] = permutation(seed, epoch, n, block)[positions[inside] % n]
     return records
+
+
+@dataclass(frozen=True)
+class Order:
+    """One rank's view of the sequence over the ``n`` records that begin at row ``first``."""
+
+    seed: int
+    batch_size: int
+    n: int
+    first: int = 0
+    rank: int = 0
+    world_size: int = 1
+    epochs: int | None = None
+    block: int = 1
+
+    @property
+    def local(self) -> int:
+        """Records of this rank in a full batch."""
+        return self.batch_size // self.world_size
+
+    @property
+    def batches(self) -> int | None:
+        """How many batches there are (the same on every rank), or None where there is no end."""
+        return None if self.epochs is None else -(-self.epochs * self.n // self.batch_size)
+
+    def rows(self, batch: int) -> np.ndarray:
+        """Rows of the data set in this rank's slice of ``batch``: int64 (b,)."""
+        return self.first + batch_records(
+            self.seed,
+            batch,
+            self.batch_size,
+            self.n,
+            rank=self.rank,
+            world_size=self.world_size,
+            epochs=self.epochs,
+            block=self.block,
+        )
+
+    def epoch(self, batch: int) -> int:
+        """The epoch in which ``batch`` begins."""
+        return batch * self.batch_size // self.n
+
+    def prepare_epoch(self, epoch: int) -> None:
+        """Draw an epoch's order ahead of its use, so that nothing waits for it."""
+        if self.epochs is None or epoch < self.epochs:
+            permutation(self.seed, epoch, self.n, self.block)

@@ -1,0 +1,80 @@
+"""``prepare --info``: what a prepared data set is, in words and as a contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from diffratio_fast.data.dataset import SPLITS
+from diffratio_fast.data.shards import ShardDataSet
+
+COLUMNS = 12
+ROWS = 12
+GAP = 2
+
+
+def describe(data: ShardDataSet) -> str:
+    """A few lines: kind, splits, classes, scaling, and statistics per channel."""
+    m = data.manifest
+    total = sum(shard.size for shard in m.shards)
+    more = ", …" if len(m.class_names) > 12 else ""
+    lines = [
+        f"{m.name}: {m.records:,} records of {m.kind} {list(m.shape)} {m.dtype.name}, "
+        f"{m.record_bytes:,} bytes each, {total / 2**20:,.1f} MiB in {len(m.shards)} shards",
+        "splits: " + ", ".join(f"{s} {data.count(s):,}" for s in SPLITS),
+        f"classes: {len(m.class_names)} ({', '.join(m.class_names[:12])}{more})",
+    ]
+    if m.vae:
+        lines.append(f"VAE: {m.vae.name} (sha256 {m.vae.sha256 or 'unknown'})")
+    low = "" if m.scaling.low is None else f", values {m.scaling.low:g} to {m.scaling.high:g}"
+    lines.append(f"scaling: mean {_row(m.scaling.mean)}, std {_row(m.scaling.std)}{low}")
+    lines.append(f"source: {m.source.get('format')}, {m.source.get('unreadable', 0)} unreadable left out")
+    lines.append(f"{'channel':>10} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}   (training records)")
+    statistics = zip(m.statistics.mean, m.statistics.std, m.statistics.min, m.statistics.max, strict=True)
+    for channel, row in enumerate(statistics):
+        half = m.shape[0] // 2
+        label = f"{channel}"
+        if m.vae:
+            label = f"mean {channel}" if channel < half else f"std {channel - half}"
+        lines.append(f"{label:>10} " + " ".join(f"{value:>10.4g}" for value in row))
+    return "\n".join(lines)
+
+
+def _row(values: tuple[float, ...]) -> str:
+    return "/".join(f"{v:.5g}" for v in values)
+
+
+def contact_sheet(data: ShardDataSet, path: Path) -> None:
+    """Write a PNG of training records: a class a row (the first ``ROWS`` of them), ``COLUMNS`` of each.
+
+    Latents show the first three channels of their mean, three standard deviations to either side.
+    """
+    from PIL import Image
+
+    first, end = data.manifest.splits["train"]
+    labels = data.labels(first, min(end, first + 100_000))
+    rows = [first + np.flatnonzero(labels == c)[:COLUMNS] for c in range(len(data.class_names))]
+    rows = [row for row in rows if len(row)][:ROWS]
+    if len(data.class_names) == 1:  # no classes to tell apart: fill the sheet
+        rows = np.array_split(np.arange(first, min(end, first + ROWS * COLUMNS)), ROWS)
+    height, width = data.shape[1:]
+    sheet = np.full((len(rows) * (height + GAP) + GAP, COLUMNS * (width + GAP) + GAP, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(to_pixels(data, row)):
+            top, left = GAP + r * (height + GAP), GAP + c * (width + GAP)
+            sheet[top : top + height, left : left + width] = image
+    zoom = max(1, 96 // height)
+    Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
+
+
+def to_pixels(data: ShardDataSet, rows: np.ndarray) -> np.ndarray:
+    """uint8 [b, H, W, 3] to look at, of records ``rows``."""
+    records, _ = data.read(rows)
+    if data.kind == "image":
+        pixels = records.numpy()
+    else:
+        model = data.scaling.to_model(records[:, : data.shape[0] // 2].float())
+        pixels = (model / 3 + 0.5).clamp(0, 1).mul(255).round().numpy().astype(np.uint8)
+    channels = [min(c, pixels.shape[1] - 1) for c in range(3)]
+    return pixels[:, channels].transpose(0, 2, 3, 1)

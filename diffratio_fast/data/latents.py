@@ -1,0 +1,83 @@
+"""Images to latent moments with diffusers' ``AutoencoderKL`` from a local directory (extra ``[latents]``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.manifest import SD_VAE, Vae
+
+PUBLISHED = {"a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815": SD_VAE}
+"""Names of published VAEs by the sha256 of their ``diffusion_pytorch_model.safetensors``."""
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class LatentEncoder:
+    """Encodes uint8 images, scaled to [0, 1], to moments: mean and standard deviation of the posterior."""
+
+    def __init__(self, directory: Path, *, name: str | None, precision: str, device: torch.device) -> None:
+        weights = next((directory / w for w in WEIGHTS if (directory / w).is_file()), None)
+        if weights is None or not (directory / "config.json").is_file():
+            raise UserError(f"{directory}: holds no AutoencoderKL (config.json, {WEIGHTS[0]})")
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise UserError(f"--vae needs diffusers ({error}); install diffratio_fast[latents]") from None
+        sha256 = _sha256_of_file(weights)
+        if name == SD_VAE and sha256 not in PUBLISHED and weights.name == WEIGHTS[0]:
+            raise UserError(f"{weights}: not the published weights of {SD_VAE}; leave --vae-name out")
+        self.vae = Vae(name or PUBLISHED.get(sha256, directory.resolve().name), sha256)
+        self.description = {"precision": precision, "config": _sha256_of_json(directory / "config.json")}
+        try:
+            model = AutoencoderKL.from_pretrained(
+                directory, torch_dtype=PRECISIONS[precision], local_files_only=True
+            )
+        except Exception as error:  # diffusers raises many kinds for a model that is not whole
+            raise UserError(f"{directory}: the VAE cannot be loaded ({str(error).splitlines()[0]})") from None
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._device, self._dtype = device, PRECISIONS[precision]
+
+    def shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Shape of the moments of an image [3, H, W]."""
+        moments = self.encode(np.zeros((1, *image_shape), np.uint8))
+        return moments.shape[1], moments.shape[2], moments.shape[3]
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, 3, H, W] to float32 moments [B, 2c, h, w] = mean ‖ standard deviation."""
+        with torch.inference_mode():
+            x = torch.from_numpy(images).to(self._device, torch.float32) / 255
+            posterior = self._model.encode(x.to(self._dtype)).latent_dist
+            return torch.cat([posterior.mean, posterior.std], dim=1).float().cpu().numpy()
+
+
+def to_float16(moments: np.ndarray) -> np.ndarray:
+    """float16 moments; raises ValueError where a value is not finite, too large, or no standard deviation."""
+    if not np.isfinite(moments).all():
+        raise ValueError("the latent is not finite (a VAE in bf16 or a damaged file?)")
+    largest = float(np.abs(moments).max())
+    if largest > FLOAT16_MAX:
+        raise ValueError(f"the latent reaches {largest:.4g}, beyond float16's {FLOAT16_MAX:.0f}")
+    if float(moments[moments.shape[0] // 2 :].min()) < 0:
+        raise ValueError("the second half of the channels, the standard deviation, is negative")
+    return moments.astype("<f2")
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while content := stream.read(8 << 20):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _sha256_of_json(path: Path) -> str:
+    content = json.dumps(json.loads(path.read_text()), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

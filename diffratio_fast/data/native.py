@@ -1,0 +1,171 @@
+"""The native loader: threads read batches ahead into a ring of reused buffers.
+
+A buffer goes back to the ring when the last tensor over it dies, so a batch may be kept for as long as
+anybody likes and never changes underneath. On a GPU the ring is pinned, and batches are copied one ahead
+on a side stream.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from diffratio_fast.data.records import Records
+from diffratio_fast.data.sampler import Order
+
+PIECE_BYTES = 1 << 20
+"""A batch is read in pieces of at least this size, as many at a time as there are threads."""
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How batches are read: ``threads`` at a time, ``ahead`` batches early, hashed by ``verify``."""
+
+    threads: int = 4
+    ahead: int = 4
+    verify: str = "first_epoch"
+
+    def verifies(self, order: Order, batch: int, start: int) -> bool:
+        """Whether ``batch`` is hashed: with ``first_epoch``, every record once, from where we began."""
+        if self.verify == "first_epoch":
+            return (batch - start) * order.batch_size < order.n
+        return self.verify == "always"
+
+
+class Ring:
+    """Buffers of ``nbytes`` bytes; each is lent again once nothing refers to the array lent before."""
+
+    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+        self._nbytes, self._pinned = nbytes, pinned
+        self._free: deque[np.ndarray] = deque()
+        self.allocated = 0
+
+    def lend(self) -> np.ndarray:
+        """An array uint8 (nbytes,) that nobody else holds; its bytes are undefined."""
+        try:
+            owner = self._free.popleft()
+        except IndexError:
+            owner = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=self._pinned).numpy()
+            self.allocated += 1
+        lent = np.frombuffer(owner.data, np.uint8)  # its own owner: views of it keep it alive, not `owner`
+        weakref.finalize(lent, self._free.append, owner).atexit = False
+        return lent
+
+
+class ReadAhead:
+    """Batches of an order as NumPy arrays, read ahead of their use.
+
+    ``read(k)`` is a pure function of ``k``; asked for k, k + 1, … it finds them under way.
+    """
+
+    def __init__(
+        self, records: Records, order: Order, start: int, reading: Reading, *, pinned: bool = False
+    ) -> None:
+        self._records, self._order, self._start, self._reading = records, order, start, reading
+        self.ring = Ring(order.local * records.record_bytes, pinned=pinned)
+        self._pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="diffratio-data")
+        self._pending: dict[int, _Pending] = {}
+        self._epoch = -1
+
+    def read(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records [b, C, H, W] in the stored dtype and labels int64 (b,) of ``batch``; b = 0 past the end."""
+        for stale in [k for k in self._pending if not batch <= k <= batch + self._reading.ahead]:
+            del self._pending[stale]
+        end = self._order.batches
+        for k in range(batch, batch + self._reading.ahead + 1):
+            if k not in self._pending and (k == batch or end is None or k < end):
+                self._pending[k] = self._begin(k)
+        return self._pending.pop(batch).result()
+
+    def _begin(self, batch: int) -> _Pending:
+        records, order = self._records, self._order
+        epoch = order.epoch(batch)
+        rows = order.rows(batch)
+        if epoch != self._epoch:  # the next epoch's order is drawn while this one is read
+            self._epoch = epoch
+            self._pool.submit(order.prepare_epoch, epoch + 1)
+        buffer = self.ring.lend()[: len(rows) * records.record_bytes].reshape(len(rows), records.record_bytes)
+        verify = self._reading.verifies(order, batch, self._start)
+        pieces = max(1, min(self._reading.threads, buffer.nbytes // PIECE_BYTES))
+        cuts = [len(rows) * i // pieces for i in range(pieces + 1)]
+        work = [
+            self._pool.submit(records.gather, rows[a:b], buffer[a:b], verify=verify)
+            for a, b in pairwise(cuts)
+        ]
+        manifest = records.manifest
+        # No view of the whole batch is kept elsewhere: the ring counts on it.
+        shaped = buffer.reshape(-1).view(manifest.dtype).reshape(len(rows), *manifest.shape)
+        return _Pending(work, shaped, records.labels[rows])
+
+    def close(self) -> None:
+        """Stop reading; what is under way is waited for."""
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class _Pending:
+    work: list[Future[None]]
+    records: np.ndarray
+    labels: np.ndarray
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        for piece in self.work:
+            piece.result()
+        return self.records, self.labels
+
+
+def native_batches(
+    records: Records, order: Order, start: int, reading: Reading, device: torch.device
+) -> Iterator[Batch]:
+    """(records [b, C, H, W], labels int64 (b,)) on ``device``, from batch number ``start`` on."""
+    source = ReadAhead(records, order, start, reading, pinned=device.type == "cuda")
+    try:
+        batches = _on_cpu(source, order, start)
+        yield from batches if device.type == "cpu" else _copied_ahead(batches, device)
+    finally:
+        source.close()
+
+
+def _on_cpu(source: ReadAhead, order: Order, start: int) -> Iterator[Batch]:
+    batch, end = start, order.batches
+    while end is None or batch < end:
+        read, labels = source.read(batch)
+        yield torch.from_numpy(read), torch.from_numpy(np.ascontiguousarray(labels))
+        del read, labels  # else this frame holds the buffer until the next turn
+        batch += 1
+
+
+def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on a GPU, each copied on a side stream while the one before it is used."""
+    side = torch.cuda.Stream(device)
+    copies: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event, Batch]] = deque()
+    done = False
+    while not done or copies:
+        while not done and len(copies) < 2:
+            host = next(batches, None)
+            if host is None:
+                done = True
+                break
+            event = torch.cuda.Event()
+            with torch.cuda.stream(side):
+                copy = host[0].to(device, non_blocking=True), host[1].to(device, non_blocking=True)
+                event.record(side)
+            copies.append((*copy, event, host))
+        if copies:
+            records, labels, event, host = copies.popleft()
+            event.synchronize()  # the copy is one batch old; its pinned buffer goes back to the ring
+            del host
+            for tensor in (records, labels):
+                tensor.record_stream(torch.cuda.current_stream(device))
+            yield records, labels
+            del records, labels

@@ -1,0 +1,138 @@
+"""The records of a prepared data set: shards opened and checked, read by row into the caller's buffers.
+
+Shards are read with ``preadv`` rather than mapped: warm reads run at the speed of memory either way, but
+the pages stay the kernel's (resident memory does not grow with the data set), a cold record is one request
+of its exact size, and a file that is cut short while it is open is an error instead of a killed process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.manifest import AGAIN, CHECKSUMS, LABELS, Manifest
+
+
+class Records:
+    """Opened shards. Every size is checked at opening; reading is thread-safe and releases the GIL.
+
+    ``labels`` is int64 (N,) and ``checksums`` uint64 (N,), both mapped read-only.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory, self.manifest = directory, manifest
+        self.record_bytes = manifest.record_bytes
+        self._starts = np.cumsum([0] + [s.records for s in manifest.shards])
+        self._files: list[int] = []
+        self._paths = [directory / s.file for s in manifest.shards]
+        for shard, path in zip(manifest.shards, self._paths, strict=True):
+            check_size(path, shard.size)
+        self.labels = load_index(directory / LABELS, np.dtype("<i8"), manifest.records)
+        self.checksums = load_index(directory / CHECKSUMS, np.dtype("<u8"), manifest.records)
+        check_labels(directory / LABELS, self.labels, len(manifest.class_names))
+        _allow_open_files(len(self._paths))
+        for path in self._paths:
+            self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", ()):
+            os.close(file)
+
+    def gather(self, rows: np.ndarray, out: np.ndarray, *, verify: bool) -> None:
+        """Read records ``rows`` int64 (b,) into ``out`` uint8 (b, record_bytes), contiguous.
+
+        Neighbouring rows are one request. With ``verify`` each record is hashed against its checksum.
+        Raises ``UserError`` naming file and record where a file is cut short or a record is damaged.
+        """
+        if not len(rows):
+            return
+        size = self.record_bytes
+        shards = self._shard_of(rows)
+        offsets = (rows - self._starts[shards]) * size
+        cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
+        first = np.concatenate([[0], cuts])
+        begins, ends = (first * size).tolist(), np.append(cuts * size, len(rows) * size).tolist()
+        buffer = out.reshape(-1).data
+        for shard, offset, begin, end in zip(
+            shards[first].tolist(), offsets[first].tolist(), begins, ends, strict=True
+        ):
+            while begin < end:  # one turn, but for a read the kernel cuts short (2 GiB, a signal)
+                got = os.preadv(self._files[shard], (buffer[begin:end],), offset)
+                if got == 0:
+                    expected = self.manifest.shards[shard].size
+                    raise UserError(_truncated(self._paths[shard], offset, expected, offset // size))
+                begin, offset = begin + got, offset + got
+        if verify:
+            self._verify(rows, out)
+
+    def _verify(self, rows: np.ndarray, out: np.ndarray) -> None:
+        for row, expected, record in zip(rows.tolist(), self.checksums[rows].tolist(), out, strict=True):
+            if xxhash.xxh3_64_intdigest(record) != expected:
+                raise UserError(self.damage(row))
+
+    def damage(self, row: int) -> str:
+        """What is said of a record whose bytes are not those that were written."""
+        shard = int(self._shard_of(np.array([row]))[0])
+        return (
+            f"{self._paths[shard]}: record {row} (number {row - self._starts[shard]} of this shard) is "
+            f"damaged: its xxh3 is not the one written; {AGAIN}"
+        )
+
+    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise ``UserError`` unless ``path`` is a file of ``size`` bytes."""
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: missing ({error.strerror}); {AGAIN}") from None
+    if actual < size:
+        raise UserError(_truncated(path, actual, size, None))
+    if actual > size:
+        raise UserError(f"{path}: {actual} bytes, but the manifest says {size}; {AGAIN}")
+
+
+def _truncated(path: Path, actual: int, size: int, record: int | None) -> str:
+    where = "" if record is None else f" at record {record} of this shard"
+    return f"{path}: truncated{where} ({actual} of {size} bytes); {AGAIN}"
+
+
+def load_index(path: Path, dtype: np.dtype, records: int) -> np.ndarray:
+    """Map the index file ``path``: ``dtype`` (records,); raises ``UserError`` where it is anything else."""
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
+    if not isinstance(index, np.ndarray) or index.dtype != dtype or index.shape != (records,):
+        raise UserError(f"{path}: not {dtype} ({records},) as the manifest says; {AGAIN}")
+    return index
+
+
+def check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
+    """Raise ``UserError`` naming the first record whose label is not in [0, classes)."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise UserError(
+            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, out of range for {classes} classes "
+            f"({len(wrong)} such); prepare the data set again"
+        )
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files where ``count`` shards need it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"{count} shards need {needed} open files, but the limit is {hard}; raise it (ulimit -n) or "
+                "prepare with larger --shard-bytes"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,138 @@
+"""A prepared data set: a directory of fixed-record shards behind the ``DataSet`` interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.manifest import read_manifest
+from diffratio_fast.data.native import Batch, Reading, native_batches
+from diffratio_fast.data.records import Records
+from diffratio_fast.data.sampler import Order
+
+LOADERS = ("native", "dali")
+VERIFY = ("always", "first_epoch", "never")
+
+
+class ShardDataSet:
+    """Records of a prepared data set; satisfies ``DataSet``.
+
+    ``kind`` is ``image`` (uint8 pixels) or ``latent_moments`` (float16 mean ‖ standard deviation, twice the
+    channels of the latent; z = mean + std · ε is the caller's to draw). ``shape`` is that of a record;
+    ``scaling`` is that of pixels, or of latents z.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        loader: str = "native",
+        verify: str = "first_epoch",
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        ahead: int = 4,
+        block: int = 1,
+    ) -> None:
+        """Open ``directory``; raises ``UserError`` where anything about it is not as it was written.
+
+        ``loader`` is one of ``LOADERS`` (the batches are the same), ``verify`` one of ``VERIFY`` (which
+        records are hashed while read), ``device`` where batches go, ``ahead`` how many are read early, and
+        ``block`` > 1 shuffles blocks of that many neighbouring records instead of single ones, for disks
+        that cannot seek.
+        """
+        for word, value, allowed in (("loader", loader, LOADERS), ("verify", verify, VERIFY)):
+            if value not in allowed:
+                raise UserError(f"{word} {value!r} is none of {', '.join(allowed)}")
+        if block < 1 or ahead < 1 or (threads is not None and threads < 1):
+            raise UserError("block, ahead and threads must be at least 1")
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        self._records = Records(self.directory, self.manifest)
+        self._loader, self._device, self._block = loader, torch.device(device), block
+        self._reading = Reading(threads or min(8, max(4, os.cpu_count() or 1)), ahead, verify)
+        self.name = self.manifest.name
+        self.kind = self.manifest.kind
+        self.shape = self.manifest.shape
+        self.class_names = self.manifest.class_names
+        self.scaling = self.manifest.scaling
+        self.vae = self.manifest.vae
+
+    def require(
+        self, *, kind: str, shape: tuple[int, int, int] | None = None, vae: str | None = None
+    ) -> None:
+        """Raise ``UserError`` unless records are of this kind, record shape and VAE (where given)."""
+        if self.kind != kind:
+            held = f"latents of {self.vae.name}" if self.vae else "pixels"
+            wanted = "pixels" if kind == "image" else "latents"
+            raise UserError(
+                f"{self.directory}: holds {held}, but {wanted} are asked for; choose a preset for "
+                f"{'latents' if self.vae else 'pixels'}, or prepare the data as {wanted}"
+            )
+        if vae is not None and self.vae is not None and self.vae.name != vae:
+            raise UserError(
+                f"{self.directory}: its latents are of {self.vae.name} and scaled for it, but the preset is "
+                f"for {vae}; prepare the data with that VAE"
+            )
+        if shape is not None and self.shape != shape:
+            raise UserError(f"{self.directory}: records are {list(self.shape)}, not {list(shape)}")
+
+    def count(self, split: str) -> int:
+        """Records in a split."""
+        first, end = self._range(split)
+        return end - first
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        epochs: int | None = None,
+    ) -> Iterator[Batch]:
+        """(records [b, C, H, W] in the stored dtype, labels int64 (b,)) from batch number ``start``.
+
+        ``batch_size`` is global; this rank gets its slice of ``batch_size / world_size``. Batches run on
+        across epochs, without end or for ``epochs`` of them; then the last batch is short (on some ranks
+        perhaps empty) and every rank sees the same number of batches. Batch b begins at
+        (epoch, record) = divmod(b · batch_size, count), whatever the world size.
+        """
+        first, end = self._range(split)
+        if end == first:
+            raise UserError(f"{self.directory}: the {split} split is empty; prepare it with --{split}")
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f"batch size {batch_size} is no multiple of {world_size} processes")
+        order = Order(seed, batch_size, end - first, first, rank, world_size, epochs, self._block)
+        if self._loader == "dali":
+            from diffratio_fast.data.dali import dali_batches
+
+            return dali_batches(self._records, order, start, self._reading, self._device)
+        return native_batches(self._records, order, start, self._reading, self._device)
+
+    def first(self, split: str, count: int) -> Batch:
+        """The first ``count`` records of a split in stored order (all, where it has fewer)."""
+        begin, end = self._range(split)
+        return self.read(np.arange(begin, min(begin + count, end)))
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """Records [b, C, H, W] and labels int64 (b,) of ``rows`` int64 (b,), on the CPU, verified."""
+        buffer = np.empty((len(rows), self.manifest.record_bytes), np.uint8)
+        self._records.gather(rows, buffer, verify=self._reading.verify != "never")
+        records = buffer.reshape(-1).view(self.manifest.dtype).reshape(len(rows), *self.shape)
+        return torch.from_numpy(records), torch.from_numpy(np.ascontiguousarray(self._records.labels[rows]))
+
+    def labels(self, first: int, end: int) -> np.ndarray:
+        """Labels int64 (end - first,) of a range of rows."""
+        return np.array(self._records.labels[first:end])
+
+    def _range(self, split: str) -> tuple[int, int]:
+        if split not in self.manifest.splits:
+            raise UserError(f"no split {split!r}; there are {', '.join(self.manifest.splits)}")
+        return self.manifest.splits[split]

@@ -1,0 +1,61 @@
+"""Where records come from. ``open_source`` knows every kind of source; a new kind is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.sources.arrays import CIFAR10_MD5, IDX_FILE, cifar10, idx
+from diffratio_fast.data.sources.base import CROPS, ImageOptions, Joined, Source, Unreadable, cut_splits
+from diffratio_fast.data.sources.files import EdmZip, ImageFolder, WebDataset
+
+__all__ = [
+    "CROPS", "FORMATS", "ImageOptions", "Joined", "Source", "Unreadable", "cut_splits", "open_source",
+]  # fmt: skip
+
+FORMATS: dict[str, Callable[[Path, ImageOptions], Source]] = {
+    "cifar10": lambda path, options: _as_stored(cifar10, path, options),
+    "idx": lambda path, options: _as_stored(idx, path, options),
+    "zip": EdmZip,
+    "webdataset": WebDataset,
+    "folder": ImageFolder,
+}
+
+
+def open_source(path: Path, kind: str, options: ImageOptions) -> Source:
+    """The source at ``path``; ``kind`` is a key of ``FORMATS``, or ``auto`` to tell by what lies there."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    kind = detect(path) if kind == "auto" else kind
+    source = FORMATS[kind](path, options)
+    source.format = kind
+    return source
+
+
+def detect(path: Path) -> str:
+    """The kind of source at ``path``, by its names alone."""
+    if path.is_file():
+        if path.suffix == ".zip":
+            return "zip"
+        if path.name.endswith((".tgz", ".tar.gz")):
+            return "cifar10"
+        if path.suffix == ".tar":
+            return "webdataset"
+        raise UserError(f"{path}: of no known kind; say which with --format")
+    names = [p.name for p in path.iterdir()]
+    inner = [p.name for d in path.iterdir() if d.is_dir() for p in d.iterdir()] if len(names) <= 4 else []
+    first = next(iter(CIFAR10_MD5))
+    if any(f"{first}{suffix}" in (*names, *inner) for suffix in ("", ".bin", ".png")):
+        return "cifar10"
+    if any(IDX_FILE.search(name) for name in names):
+        return "idx"
+    if any(name.endswith(".tar") for name in names):
+        return "webdataset"
+    return "folder"
+
+
+def _as_stored(read: Callable[[Path], Source], path: Path, options: ImageOptions) -> Source:
+    if options.resolution is not None or options.channels != ImageOptions.channels:
+        raise UserError("this source is taken as it is; leave --resolution and --channels out")
+    return read(path)

@@ -1,0 +1,238 @@
+"""What a source of records is, and what all sources share: splits, refusals, decoding of images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.dataset import SPLITS
+from diffratio_fast.data.manifest import Vae
+from diffratio_fast.data.sampler import permutation
+
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+MEMBER_LIMIT = 1 << 28
+"""Largest file, in bytes, that is taken for one record."""
+
+
+class Unreadable(Exception):
+    """One record cannot be read: its message names the record and says why."""
+
+
+class Source(ABC):
+    """Labelled records of one shape in a fixed order, each assigned to a split."""
+
+    name: str
+    format: str = ""
+    """The kind of source, a key of ``FORMATS``"""
+    kind: str = "image"
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    """int64 (N,)"""
+    splits: np.ndarray
+    """uint8 (N,): an index into ``SPLITS``"""
+    vae: Vae | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def read(self, index: int) -> np.ndarray:
+        """Record ``index``: uint8 [C, H, W], or moments [2c, h, w]. Thread-safe; raises ``Unreadable``."""
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """What a person would call record ``index``."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the content does; the same whatever the path. Cheap: need not read every byte."""
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How image files become records: RGB or grey, cropped square to ``resolution`` (None: as they are)."""
+
+    resolution: int | None = None
+    crop: str = "dhariwal"
+    channels: int = 3
+
+
+CROPS = ("dhariwal", "lanczos")
+
+
+def decode_image(content: bytes, options: ImageOptions, key: str) -> np.ndarray:
+    """uint8 [C, H, W] of an encoded image; raises ``Unreadable`` where it is not one.
+
+    ``dhariwal``: halve with a box filter while the short side is at least twice the resolution, then
+    bicubic to the resolution, then crop the centre. ``lanczos``: crop the centre square, then Lanczos.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise ValueError(f"pixels of mode {image.mode} do not fit 8 bits")
+            pixels = image.convert("RGB" if options.channels == 3 else "L")
+        if options.resolution is not None:
+            crop = crop_dhariwal if options.crop == "dhariwal" else crop_lanczos
+            pixels = crop(pixels, options.resolution)
+        array = np.asarray(pixels)
+    except Exception as error:  # image plugins raise whatever they meet
+        raise Unreadable(f"{key}: {error or type(error).__name__}") from None
+    return np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array[None])
+
+
+def crop_dhariwal(image, size: int):  # type: ignore[no-untyped-def]
+    """The ImageNet crop of Dhariwal and Nichol (2021)."""
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def crop_lanczos(image, size: int):  # type: ignore[no-untyped-def]
+    """The older ImageNet-64 convention: the centre square, scaled with a Lanczos filter."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def decode_moments(content: bytes, shape: tuple[int, int, int] | None, key: str) -> np.ndarray:
+    """float32 or float16 [2c, h, w] moments of a ``.npy`` file; ``shape`` is the one expected, if any.
+
+    The header is checked before anything is allocated. Raises ``Unreadable``.
+    """
+    try:
+        found, dtype, start = _npy_header(content)
+        if len(found) != 3 or found[0] % 2 or dtype not in ("<f4", "<f2"):
+            raise ValueError(f"moments are float32 or float16 [2c, h, w], not {dtype} {list(found)}")
+        if shape is not None and found != shape:
+            raise ValueError(f"shape {list(found)} instead of {list(shape)}")
+        count = math.prod(found)
+        if len(content) - start != count * np.dtype(dtype).itemsize:
+            raise ValueError(f"{len(content)} bytes do not hold {dtype} {list(found)}")
+        return np.frombuffer(content, dtype, count, start).reshape(found)
+    except ValueError as error:
+        raise Unreadable(f"{key}: {error}") from None
+
+
+def _npy_header(content: bytes) -> tuple[tuple[int, ...], str, int]:
+    """(shape, dtype, where the data begin) of a ``.npy`` file in C order; raises ValueError.
+
+    NumPy's own reader evaluates the header with Python's parser, which in CPython 3.11 fails now and then
+    when several threads use it at once.
+    """
+    if content[:6] != b"\x93NUMPY" or len(content) < 12:
+        raise ValueError("not a .npy file")
+    begin = 10 if content[6] == 1 else 12
+    start = begin + int.from_bytes(content[8:begin], "little")
+    header = content[begin:start].decode("latin-1")
+    dtype = re.search(r"'descr': *'([^']*)'", header)
+    shape = re.search(r"'shape': *\(([0-9, ]*)\)", header)
+    if dtype is None or shape is None or not re.search(r"'fortran_order': *False", header):
+        raise ValueError("not a .npy file of numbers in C order")
+    return tuple(int(n) for n in shape[1].split(",") if n.strip()), dtype[1], start
+
+
+def check_member(archive: object, name: str, size: int, limit: int = MEMBER_LIMIT) -> None:
+    """Refuse an archive with a member whose name leaves its folder or whose size is beyond reason."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or any(ord(c) < 32 for c in name):
+        raise UserError(f"{archive}: member {name!r} has a hostile name; refused")
+    if size > limit:
+        raise UserError(f"{archive}: member {name!r} claims {size} bytes, more than {limit}; refused")
+
+
+def cut_splits(splits: np.ndarray, validation: str | None, test: str | None, seed: int) -> np.ndarray:
+    """Cut the splits a source lacks out of its training records, at random: uint8 (N,).
+
+    ``validation`` and ``test`` are counts ("5000") or fractions ("0.1"); None is a tenth, 10,000 at most,
+    where the source has no such split, and refused where a source has one of its own.
+    """
+    splits = splits.copy()
+    train = np.flatnonzero(splits == TRAIN)
+    train = train[permutation(seed, 0, len(train))] if len(train) else train
+    taken = 0
+    for split, wanted in ((TEST, test), (VALIDATION, validation)):
+        if np.any(splits == split):
+            if wanted is not None:
+                raise UserError(f"the source has its own {SPLITS[split]} split; leave --{SPLITS[split]} out")
+            continue
+        count = _split_size(wanted, len(train), SPLITS[split])
+        splits[train[taken : taken + count]] = split
+        taken += count
+    if taken >= len(train):
+        raise UserError(f"{len(train)} training records cannot spare {taken}; lower --validation or --test")
+    return splits
+
+
+def _split_size(wanted: str | None, available: int, split: str) -> int:
+    if wanted is None:
+        return min(available // 10, 10_000)
+    try:
+        number = float(wanted)
+        if not number >= 0 or (number >= 1 and number != int(number)):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"--{split} {wanted}: a count or a fraction below 1 is asked for") from None
+    return int(number) if number >= 1 or number == 0 else int(number * available)
+
+
+def digest(*parts: object) -> str:
+    """sha256 of the parts' text, for fingerprints."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        state.update(b"\0")
+    return state.hexdigest()
+
+
+class Joined(Source):
+    """A source followed by another of the same kind, shape and classes, which is its test set."""
+
+    def __init__(self, first: Source, test: Source) -> None:
+        for what in ("kind", "shape", "class_names"):
+            if getattr(first, what) != getattr(test, what):
+                raise UserError(
+                    f"--test-source differs in {what.replace('_', ' ')}: {getattr(test, what)} instead of "
+                    f"{getattr(first, what)}"
+                )
+        if np.any(first.splits == TEST):
+            raise UserError("the source has its own test split; leave --test-source out")
+        self._parts = (first, test)
+        self.name, self.format, self.kind = first.name, first.format, first.kind
+        self.shape, self.vae = first.shape, first.vae
+        self.class_names = first.class_names
+        self.labels = np.concatenate([first.labels, test.labels])
+        self.splits = np.concatenate([first.splits, np.full(len(test), TEST, np.uint8)])
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        n = len(self._parts[0])
+        return (self._parts[0], index) if index < n else (self._parts[1], index - n)
+
+    def read(self, index: int) -> np.ndarray:
+        source, i = self._at(index)
+        return source.read(i)
+
+    def key(self, index: int) -> str:
+        source, i = self._at(index)
+        return source.key(i)
+
+    def fingerprint(self) -> str:
+        return digest(*(part.fingerprint() for part in self._parts))

@@ -1,0 +1,264 @@
+"""Sources of one encoded file per record: an image folder, an EDM ZIP, webdataset tars."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zipfile
+import zlib
+from abc import abstractmethod
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.manifest import SD_VAE, Vae
+from diffratio_fast.data.sources.base import (
+    IMAGE_SUFFIXES,
+    MEMBER_LIMIT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    ImageOptions,
+    Source,
+    Unreadable,
+    check_member,
+    decode_image,
+    decode_moments,
+    digest,
+)
+
+UNLABELLED = ("unlabelled",)
+
+
+class FileSource(Source):
+    """Records decoded from files: all images, or all ``.npy`` latent moments."""
+
+    def __init__(self, path: Path, keys: list[str], sizes: list[int], options: ImageOptions) -> None:
+        if not keys:
+            raise UserError(f"{path}: holds no images and no .npy latents")
+        self.path, self.name, self._keys, self._sizes, self._options = path, path.stem, keys, sizes, options
+        moments = [k.endswith(".npy") for k in keys]
+        if any(moments) and not all(moments):
+            raise UserError(f"{path}: holds both images and .npy latents; prepare them apart")
+        self.splits = np.full(len(keys), TRAIN, np.uint8)
+        self.kind = "latent_moments" if moments[0] else "image"
+        self._decode_shape: tuple[int, int, int] | None = None
+        if self.kind == "latent_moments":
+            if options.resolution is not None:
+                raise UserError("latents have a resolution of their own; leave --resolution out")
+            self.vae = Vae(SD_VAE)
+
+    def _finish(self) -> None:
+        """Learn the shape of a record from the first that can be read."""
+        failed: list[str] = []
+        for index in range(min(len(self), 100)):
+            try:
+                shape = self.read(index).shape
+            except Unreadable as error:
+                failed.append(str(error))
+                continue
+            self.shape = self._decode_shape = (shape[0], shape[1], shape[2])
+            return
+        raise UserError(f"{self.path}: no record can be read; the first: {failed[0]}")
+
+    def read(self, index: int) -> np.ndarray:
+        key = self.key(index)
+        try:
+            content = self._content(index)
+        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise Unreadable(f"{key}: {error}") from None
+        if self.kind == "latent_moments":
+            return decode_moments(content, self._decode_shape, key)
+        array = decode_image(content, self._options, key)
+        if self._decode_shape is not None and array.shape != self._decode_shape:
+            raise Unreadable(
+                f"{key}: image {list(array.shape)} among {list(self._decode_shape)}; "
+                "--resolution makes all alike"
+            )
+        return array
+
+    def key(self, index: int) -> str:
+        return self._keys[index]
+
+    def fingerprint(self) -> str:
+        return digest(type(self).__name__, self._keys, self._sizes, self.labels, self.splits, self._options)
+
+    @abstractmethod
+    def _content(self, index: int) -> bytes:
+        """The bytes of file ``index``; thread-safe."""
+
+
+SPLIT_FOLDERS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
+
+
+class ImageFolder(FileSource):
+    """A folder of images, with a sub-folder per class, perhaps below ``train``, ``val`` and ``test``."""
+
+    def __init__(self, path: Path, options: ImageOptions) -> None:
+        folders = sorted(p.name for p in path.iterdir() if p.is_dir())
+        split_roots = {f: SPLIT_FOLDERS[f] for f in folders if f in SPLIT_FOLDERS}
+        if "train" not in split_roots or len(split_roots) != len(folders):
+            split_roots = {"": TRAIN}
+        found: list[tuple[str, int, str, int]] = []  # key, split, class, size
+        for root, split in split_roots.items():
+            found += [(key, split, name, size) for key, name, size in _images_below(path, root)]
+        found.sort()
+        super().__init__(path, [f[0] for f in found], [f[3] for f in found], options)
+        self.class_names, self.labels = classes_of([f[2] for f in found])
+        self.splits = np.array([f[1] for f in found], np.uint8)
+        self._finish()
+
+    def _content(self, index: int) -> bytes:
+        if self._sizes[index] > MEMBER_LIMIT:
+            raise OSError(f"{self._sizes[index]} bytes are too many for one image")
+        return (self.path / self._keys[index]).read_bytes()
+
+
+def _images_below(path: Path, root: str) -> list[tuple[str, str, int]]:
+    """(path relative to ``path``, class name, size) of every image below ``path/root``."""
+    found = []
+    for folder, _, files in os.walk(path / root):
+        below = Path(folder).relative_to(path / root).parts
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                file = Path(folder, name)
+                key = file.relative_to(path).as_posix()
+                found.append((key, below[0] if below else "", file.stat().st_size))
+    return found
+
+
+def classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names in order and labels int64 (N,) of each record's class name."""
+    unique = sorted(set(names))
+    index = {name: i for i, name in enumerate(unique)}
+    if unique == [""]:
+        return UNLABELLED, np.zeros(len(names), np.int64)
+    if "" in index:
+        raise UserError("some images lie in class folders and some beside them; put each into a class folder")
+    return tuple(unique), np.array([index[n] for n in names], np.int64)
+
+
+def numbered_classes(labels: list[object], where: object) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names "0", "1", … and labels int64 (N,) of integer labels, or unlabelled where all are None."""
+    if all(label is None for label in labels):
+        return UNLABELLED, np.zeros(len(labels), np.int64)
+    for i, label in enumerate(labels):
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 1 << 20:
+            raise UserError(f"{where}: record {i} has label {label!r}, no integer from 0 (or label none)")
+    array = np.array(labels, np.int64)
+    return tuple(str(i) for i in range(int(array.max()) + 1)), array
+
+
+class EdmZip(FileSource):
+    """The ZIP of EDM and EDM2: PNG images or ``img-mean-std-*.npy`` moments, labels in ``dataset.json``."""
+
+    def __init__(self, path: Path, options: ImageOptions) -> None:
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not a readable ZIP ({error})") from None
+        members = {}
+        for info in self._zip.infolist():
+            is_index = PurePosixPath(info.filename).name == "dataset.json"
+            check_member(path, info.filename, info.file_size, 1 << 30 if is_index else MEMBER_LIMIT)
+            members[info.filename] = info
+        records = sorted(n for n in members if n.lower().endswith((*IMAGE_SUFFIXES, ".npy")))
+        super().__init__(path, records, [members[n].CRC for n in records], options)
+        self._members = [members[n] for n in records]
+        self.class_names, self.labels = numbered_classes(self._read_labels(members, records), path)
+        self._finish()
+
+    def _read_labels(self, members: dict[str, zipfile.ZipInfo], records: list[str]) -> list[object]:
+        if "dataset.json" not in members:
+            return [None] * len(records)
+        try:
+            entries = json.loads(self._zip.read("dataset.json")).get("labels")
+            by_name = dict(entries) if entries else {}
+        except (ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path}: dataset.json cannot be read ({error})") from None
+        missing = [n for n in records if n not in by_name] if by_name else []
+        if missing:
+            raise UserError(f"{self.path}: dataset.json has no label for {missing[0]} ({len(missing)} such)")
+        return [by_name.get(n) for n in records]
+
+    def _content(self, index: int) -> bytes:
+        info = self._members[index]
+        with self._zip.open(info) as member:  # checks the CRC as it ends
+            content = member.read(info.file_size + 1)
+        if len(content) != info.file_size:
+            raise OSError(f"{len(content)} bytes instead of {info.file_size}")
+        return content
+
+
+class WebDataset(FileSource):
+    """webdataset tars: files that share a name up to its first dot are one record.
+
+    The label is the integer of a ``.cls`` file, or of ``label`` in a ``.json`` file.
+    """
+
+    def __init__(self, path: Path, options: ImageOptions) -> None:
+        self._tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        self._where: list[tuple[int, int, int]] = []  # file descriptor, offset, size
+        self._files: list[int] = []
+        keys: list[str] = []
+        labels: list[object] = []
+        for tar in self._tars:
+            self._files.append(os.open(tar, os.O_RDONLY | os.O_CLOEXEC))
+            for key, record, label in _tar_records(tar):
+                keys.append(f"{tar.name}/{key}")
+                self._where.append((self._files[-1], record.offset_data, record.size))
+                labels.append(label)
+        super().__init__(path, keys, [w[2] for w in self._where], options)
+        self.class_names, self.labels = numbered_classes(labels, path)
+        self._finish()
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", ()):
+            os.close(file)
+
+    def _content(self, index: int) -> bytes:
+        file, offset, size = self._where[index]
+        content = os.pread(file, size, offset)
+        if len(content) != size:
+            raise OSError(f"{len(content)} bytes instead of {size}")
+        return content
+
+
+def _tar_records(tar: Path) -> list[tuple[str, tarfile.TarInfo, object]]:
+    """(name, member, label) of every record of a tar, in its order."""
+    records: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, object] = {}
+    end = tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                check_member(tar, member.name, member.size)
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise UserError(f"{tar}: member {member.name!r} is a link, a device or sparse; refused")
+                if member.offset_data + member.size > end:
+                    raise UserError(f"{tar}: truncated within {member.name!r}")
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+                if suffix in ("cls", "json"):
+                    labels[key] = _tar_label(archive, member, suffix, tar)
+                elif f".{suffix}" in IMAGE_SUFFIXES or suffix == "npy":
+                    if key in records:
+                        raise UserError(f"{tar}: two records are named {key!r}")
+                    records[key] = member
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{tar}: not a readable tar ({error}); unpack it if it is compressed") from None
+    return [(f"{key}{PurePosixPath(m.name).suffix}", m, labels.get(key)) for key, m in records.items()]
+
+
+def _tar_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, tar: Path) -> object:
+    stream = archive.extractfile(member)
+    content = stream.read(1 << 20) if stream else b""
+    try:
+        return int(content) if suffix == "cls" else json.loads(content).get("label")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{tar}: {member.name!r} holds no label ({error})") from None

@@ -1,0 +1,388 @@
+"""Writing shards: restartable at any point, the same bytes every time.
+
+The order of records is fixed first. A shard is a fixed slice of that order, so shards are independent:
+each is written to a temporary file, flushed, renamed, and only then noted in ``partial/``. Whatever is
+not noted when a run stops is written again by the next. Several processes may work on one data set: each
+takes the shards that nobody holds (a file lock, which dies with its process), and whoever finds all of
+them noted writes the index files and, last, the manifest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data.dataset import SPLITS, Scaling
+from diffratio_fast.data.manifest import (
+    CHECKSUMS,
+    DTYPES,
+    LABELS,
+    LATENT_SCALINGS,
+    MANIFEST,
+    Manifest,
+    Shard,
+    Statistics,
+    Vae,
+    read_manifest,
+)
+from diffratio_fast.data.sampler import permutation
+from diffratio_fast.files import make_directory, replace_file
+
+PARTIAL = "partial"
+UNREADABLE = "unreadable.txt"
+SHARD_BYTES = 256 << 20
+CHUNK_BYTES = 8 << 20
+EDM_PIXELS = Scaling((127.5,), (63.75,), 0, 255)
+"""Pixels to [-1, 1], which published EDM networks expect."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Records to be written: which of the source, mirrored or not, into which split, with which label.
+
+    ``index`` int64 (n,), ``mirrored`` bool (n,), ``split`` uint8 (n,), ``label`` int64 (n,).
+    """
+
+    index: np.ndarray
+    mirrored: np.ndarray
+    split: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, part: slice) -> Entries:
+        return Entries(*(array[part] for array in vars(self).values()))
+
+
+Records = Iterator[np.ndarray | str]
+"""One item per entry: the record in its stored dtype, or why it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the bytes depend on, bar the content of the source."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    scaling: str
+    shard_bytes: int
+    seed: int
+    mirrors: bool
+    vae: Vae | None
+    source: dict[str, Any]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(DTYPES[self.kind]).newbyteorder("<")
+
+    @property
+    def record_bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def identity(self) -> str:
+        """Equal for equal plans: two runs with one identity write the same bytes."""
+        content = {k: v if k != "vae" or v is None else [v.name, v.sha256] for k, v in vars(self).items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fixed_order(labels: np.ndarray, splits: np.ndarray, *, seed: int, mirrors: bool) -> Entries:
+    """Entries in the order they are written: split after split, each in a fixed random order.
+
+    With ``mirrors`` every training record comes twice, as it is and mirrored.
+    """
+    indices, mirrored = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    for split, name in enumerate(SPLITS):
+        members = np.flatnonzero(splits == split)
+        copies = 2 if mirrors and name == "train" else 1
+        if len(members):
+            chosen = permutation(seed, split + 1, len(members) * copies)
+            indices.append(members[chosen // copies])
+            mirrored.append(chosen % copies == 1)
+    index = np.concatenate(indices)
+    return Entries(index, np.concatenate(mirrored), splits[index], labels[index])
+
+
+def write_shards(
+    destination: Path,
+    plan: Plan,
+    order: Entries,
+    read: Callable[[Entries], Records],
+    *,
+    skip_unreadable: bool,
+    part: float = 0,
+    progress: Callable[[int, int], None] = lambda done, unreadable: None,
+) -> Manifest | None:
+    """Write what is missing of ``order`` into ``destination``; None where another process has yet to finish.
+
+    ``read`` yields the records of entries in their order. This process begins at ``part`` of the shards,
+    in [0, 1). ``progress`` hears of records done, and of how many could not be read. Raises ``UserError``
+    where the directory holds something else, or at the first unreadable record unless ``skip_unreadable``.
+    """
+    identity = plan.identity()
+    partial = destination / PARTIAL
+    if (destination / MANIFEST).exists():
+        manifest = read_manifest(destination)
+        if manifest.source.get("identity") != identity:
+            raise UserError(
+                f"{destination}: holds another data set ({manifest.name}); choose another directory"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        progress(len(order), 0)
+        return manifest
+    if not partial.exists() and destination.is_dir() and any(destination.iterdir()):
+        raise UserError(f"{destination}: neither empty nor begun here; choose another directory")
+    make_directory(partial)
+    with _lock(partial / "plan.lock", wait=True):
+        begun = partial / "plan.json"
+        if not begun.exists():
+            replace_file(begun, json.dumps({"identity": identity}).encode())
+        elif json.loads(begun.read_text())["identity"] != identity:
+            raise UserError(
+                f"{destination}: begun with other options or another source; remove it, or rerun as before"
+            )
+    per_shard = max(1, plan.shard_bytes // plan.record_bytes)
+    slices = [order[i : i + per_shard] for i in range(0, len(order), per_shard)]
+    for turn in range(len(slices)):
+        number = (int(part * len(slices)) + turn) % len(slices)
+        with _lock(partial / f"shard-{number:05d}.lock") as mine:
+            if not mine:
+                continue
+            if _is_whole(destination, _note(partial, number)):
+                progress(len(slices[number]), 0)
+            elif not (destination / MANIFEST).exists():  # else another has just finished
+                _write_shard(destination, number, slices[number], read, plan, skip_unreadable, progress)
+    with _lock(partial / "finish.lock", wait=True):
+        if (destination / MANIFEST).exists():
+            return read_manifest(destination)
+        notes = [_note(partial, number) for number in range(len(slices))]
+        if not all(_is_whole(destination, note) for note in notes):
+            return None
+        manifest = _finish(destination, plan, identity, [json.loads(note.read_text()) for note in notes])
+        shutil.rmtree(partial)
+    return manifest
+
+
+def _note(partial: Path, number: int) -> Path:
+    return partial / f"shard-{number:05d}.json"
+
+
+def _is_whole(destination: Path, note: Path) -> bool:
+    """Whether a shard is noted, and there in its full size."""
+    if not note.exists():
+        return False
+    content = json.loads(note.read_text())
+    shard = destination / content["file"]
+    return shard.exists() and shard.stat().st_size == content["size"]
+
+
+def _write_shard(
+    destination: Path,
+    number: int,
+    entries: Entries,
+    read: Callable[[Entries], Records],
+    plan: Plan,
+    skip_unreadable: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    name = f"shard-{number:05d}.bin"
+    temporary = destination / f"{name}.tmp"
+    sha256, size = hashlib.sha256(), 0
+    moments = Moments(plan.shape[0])
+    labels: list[int] = []
+    checksums: list[int] = []
+    unreadable: list[str] = []
+    counts = [0] * len(SPLITS)
+    records = read(entries)
+    chunk = max(1, CHUNK_BYTES // plan.record_bytes)
+    try:
+        with temporary.open("wb") as file:
+            for start in range(0, len(entries), chunk):
+                kept: list[np.ndarray] = []
+                training = 0  # splits follow each other, so the training records of a chunk come first
+                failed = 0
+                part = entries[start : start + chunk]
+                for split, label in zip(part.split.tolist(), part.label.tolist(), strict=True):
+                    record = next(records)
+                    if isinstance(record, str):
+                        if not skip_unreadable:
+                            raise UserError(f"unreadable: {record}; mend it, or pass --unreadable skip")
+                        unreadable.append(record)
+                        failed += 1
+                        continue
+                    assert record.shape == plan.shape and record.dtype == plan.dtype, (
+                        record.shape,
+                        record.dtype,
+                    )
+                    kept.append(record)
+                    labels.append(label)
+                    checksums.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(record).data))
+                    counts[split] += 1
+                    training += SPLITS[split] == "train"
+                if kept:
+                    block = np.stack(kept)
+                    moments.add(block[:training])
+                    content = block.tobytes()
+                    file.write(content)
+                    sha256.update(content)
+                    size += len(content)
+                progress(len(part), failed)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, destination / name)
+        _sync_directory(destination)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(
+            f"cannot write {temporary}: {why}; rerun to continue once it can be written"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    content_of = {"file": name, "records": len(labels), "size": size, "sha256": sha256.hexdigest()}
+    content_of |= {"counts": counts, "labels": labels, "checksums": checksums, "unreadable": unreadable}
+    content_of |= {"moments": moments.to_json()}
+    replace_file(_note(destination / PARTIAL, number), json.dumps(content_of).encode())
+
+
+def _finish(destination: Path, plan: Plan, identity: str, notes: list[dict[str, Any]]) -> Manifest:
+    """Write the index files and the manifest of shards that are all there."""
+    moments = Moments(plan.shape[0])
+    for note in notes:
+        moments.merge(Moments.from_json(note["moments"]))
+    ends = np.cumsum([sum(note["counts"][s] for note in notes) for s in range(len(SPLITS))]).tolist()
+    if not ends[0]:
+        raise UserError("no training record could be read")
+    unreadable = [line for note in notes for line in note["unreadable"]]
+    labels = np.array([label for note in notes for label in note["labels"]], "<i8")
+    checksums = np.array([checksum for note in notes for checksum in note["checksums"]], "<u8")
+    sha256 = {}
+    for file, array in ((LABELS, labels), (CHECKSUMS, checksums)):
+        content = _npy(array)
+        replace_file(destination / file, content)
+        sha256[file] = hashlib.sha256(content).hexdigest()
+    if unreadable:
+        replace_file(destination / UNREADABLE, "".join(line + "\n" for line in unreadable).encode())
+    statistics = moments.statistics()
+    manifest = Manifest(
+        name=plan.name,
+        kind=plan.kind,
+        shape=plan.shape,
+        class_names=plan.class_names,
+        scaling=choose_scaling(plan, statistics),
+        statistics=statistics,
+        splits={s: (b, e) for s, b, e in zip(SPLITS, [0, *ends], ends, strict=False)},
+        shards=tuple(Shard(n["file"], n["records"], n["size"], n["sha256"]) for n in notes),
+        sha256=sha256,
+        vae=plan.vae,
+        source=plan.source
+        | {"seed": plan.seed, "mirrors": plan.mirrors, "identity": identity, "unreadable": len(unreadable)},
+    )
+    replace_file(destination / MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def choose_scaling(plan: Plan, statistics: Statistics) -> Scaling:
+    """The map from records to x0: published for known VAEs, [-1, 1] for ``edm``, measured otherwise.
+
+    ``auto`` is ``edm`` for colour images and ``measured`` for grey ones.
+    """
+    mean, std = np.array(statistics.mean), np.array(statistics.std)
+    if plan.vae is not None:
+        if plan.vae.name in LATENT_SCALINGS:
+            return LATENT_SCALINGS[plan.vae.name]
+        half = plan.shape[0] // 2  # z = mean + std·ε has variance Var[mean] + E[std²]
+        drawn = np.sqrt(std[:half] ** 2 + std[half:] ** 2 + mean[half:] ** 2)
+        return Scaling(tuple(mean[:half].tolist()), tuple(drawn.tolist()))
+    if plan.scaling == "edm" or (plan.scaling == "auto" and plan.shape[0] == 3):
+        return EDM_PIXELS
+    # One number for all channels, so that colours keep their proportions.
+    overall = float(mean.mean())
+    spread = float(np.sqrt(np.mean(std**2 + (mean - overall) ** 2)))
+    return Scaling((overall,), (max(spread, 1e-6),), 0, 255)
+
+
+class Moments:
+    """Running count, sums, minimum and maximum per channel, exact for pixels."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.sum, self.squares = np.zeros(channels), np.zeros(channels)
+        self.min, self.max = np.full(channels, np.inf), np.full(channels, -np.inf)
+
+    def add(self, records: np.ndarray) -> None:
+        """Take in records [n, C, H, W]."""
+        if not len(records):
+            return
+        values = records.astype(np.float64)
+        self.count += values[:, 0].size
+        self.sum += values.sum((0, 2, 3))
+        self.squares += np.square(values).sum((0, 2, 3))
+        self.min = np.minimum(self.min, values.min((0, 2, 3)))
+        self.max = np.maximum(self.max, values.max((0, 2, 3)))
+
+    def merge(self, other: Moments) -> None:
+        self.count += other.count
+        self.sum, self.squares = self.sum + other.sum, self.squares + other.squares
+        self.min, self.max = np.minimum(self.min, other.min), np.maximum(self.max, other.max)
+
+    def statistics(self) -> Statistics:
+        mean = self.sum / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
+        return Statistics(*(tuple(a.tolist()) for a in (mean, std, self.min, self.max)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Moments:
+        moments = cls(len(content["sum"]))
+        moments.count = content["count"]
+        for name in ("sum", "squares", "min", "max"):
+            setattr(moments, name, np.array(content[name], np.float64))
+        return moments
+
+
+def _sync_directory(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+@contextmanager
+def _lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock file ``path``; yields False where another process does, or has finished the data set."""
+    try:
+        file = path.open("w")
+    except FileNotFoundError:
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
