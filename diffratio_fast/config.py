@@ -85,7 +85,21 @@ class TrainConfig:
         4000, "steps between snapshots of the EMA generator", "run", low=1, free=True
     )
 
-    data: str = option("digits", "data set: digits", "data")
+    data: str = option("digits", "data set: digits, or the directory of a prepared one", "data")
+    loader: str = option(
+        "native",
+        "how prepared data are read; the batches are the same",
+        "data",
+        choices=("native", "dali"),
+        free=True,
+    )
+    verify: str = option(
+        "first_epoch",
+        "which records of prepared data are hashed while read",
+        "data",
+        choices=("always", "first_epoch", "never"),
+        free=True,
+    )
 
     init: str | None = option(
         None, "start from the networks of a run directory, or from one generator.safetensors", "networks"

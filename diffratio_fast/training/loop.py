@@ -61,7 +61,9 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
-        self.dataset: DataSet = open_dataset(config.data)
+        self.dataset: DataSet = open_dataset(
+            config.data, kind="image", loader=config.loader, verify=config.verify, device=self.device
+        )
         self.state = initial_state(config, self.dataset, self.device)
         self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device)
         self.evaluation = Evaluation(config, self.dataset, self.iteration)
