@@ -83,7 +83,18 @@ def compiled_for(tensor: torch.Tensor) -> bool:
     if module is None:
         return False
     kind = tensor.device.type
+    if kind == "cuda" and not CUDA and not torch.compiler.is_compiling():
+        _say_without_cuda()
     return kind == "cpu" or (kind == "cuda" and CUDA)
+
+
+@functools.cache
+def _say_without_cuda() -> None:
+    print(
+        "diffratio_fast: the compiled operations were built without CUDA; the slower reference operations "
+        f"run on the GPU. With a CUDA compiler (nvcc) and DIFFRATIO_CUDA=1, {REBUILD}.",
+        file=sys.stderr,
+    )
 
 
 def build_info() -> dict[str, Any]:
