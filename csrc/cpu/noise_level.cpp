@@ -4,14 +4,14 @@
 #include "../common/normal.h"
 #include "../common/philox.h"
 #include "noise.h"
-#include "simd.h"
+#include "several.h"
 
 namespace diffratio::cpu {
 namespace {
 
 constexpr int block = 4 * Vector::lanes;  // normals of one register of counters
 constexpr int64_t chunk = 2048;           // elements between the passes below: 8 KiB stay in the L1 cache
-static_assert(chunk % block == 0);
+static_assert(chunk % (Vector::together * block) == 0);
 
 struct Key {
   uint32_t low, high, step;
@@ -21,24 +21,39 @@ struct Key {
         step(static_cast<uint32_t>(rng[1])) {}
 };
 
-// Calls take(i, n) for the normals i to i + block, in the four registers n, of elements first + i of a sample;
-// first is a multiple of 4, the last block may reach beyond `count`. Two passes, because each alone has few enough
-// instructions and constants to keep several iterations in flight and everything in registers: both are long
-// chains of dependent instructions.
-template <class Take>
-DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
-                                const Take& take) {
-  alignas(64) float words[chunk];
-  uint32_t counter = static_cast<uint32_t>(first / 4);
-  for (int64_t i = 0; i < count; i += block, counter += Vector::lanes) {
-    Vector::Word state[4] = {Vector::counters(counter), Vector::word(key.step), Vector::word(index),
-                             Vector::word(stream)};
-    philox4x32_10<Vector>(state, key.low, key.high);
+// The words of `groups` consecutive blocks from `counter` on: word j of block g at out[g * block + j * lanes].
+template <int groups>
+DR_HOST_DEVICE void random_blocks(const Key& key, uint32_t index, uint32_t stream, uint32_t counter, float* out) {
+  using V = Several<Vector, groups>;
+  typename V::Word state[4] = {V::counters(counter), V::word(key.step), V::word(index), V::word(stream)};
+  philox4x32_10<V>(state, key.low, key.high);
+  for (int g = 0; g < groups; ++g) {
     for (int j = 0; j < 4; ++j) {
-      Vector::store(words + i + j * Vector::lanes, Vector::as_float(Vector::bits(state[j])));
+      Vector::store(out + g * block + j * Vector::lanes, Vector::as_float(Vector::bits(state[j].r[g])));
     }
   }
-  for (int64_t i = 0; i < count; i += block) {
+}
+
+// Calls take(i, n) for the normals i to i + block, in the four registers n, of elements first + i of a sample;
+// first is a multiple of 4, the last block may reach beyond `count`. Two passes, because each alone has few enough
+// instructions and constants to keep several iterations in flight and everything in registers. Before that,
+// prepare(i) is called for each block while the execution units are busy with its words: to ask for its memory.
+template <class Prepare, class Take>
+DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
+                                const Prepare& prepare, const Take& take) {
+  alignas(64) float words[chunk];
+  const uint32_t counter = static_cast<uint32_t>(first / 4);
+  constexpr int together = Vector::together;
+  int64_t i = 0;
+  for (; i + (together - 1) * block < count; i += together * block) {
+    for (int g = 0; g < together; ++g) prepare(i + g * block);
+    random_blocks<together>(key, index, stream, counter + static_cast<uint32_t>(i / 4), words + i);
+  }
+  for (; i < count; i += block) {
+    prepare(i);
+    random_blocks<1>(key, index, stream, counter + static_cast<uint32_t>(i / 4), words + i);
+  }
+  for (i = 0; i < count; i += block) {
     Vector::Bits w[4];
     for (int j = 0; j < 4; ++j) w[j] = Vector::as_bits(Vector::load(words + i + j * Vector::lanes));
     Vector::Float n[4];
@@ -51,7 +66,8 @@ DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream,
 
 // The normals of at most a chunk; writes up to the next multiple of `block`.
 void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, float* out) {
-  for_normals(key, index, stream, first, count, [&](int64_t i, const Vector::Float(&n)[4]) {
+  const auto prepare = [](int64_t) {};
+  for_normals(key, index, stream, first, count, prepare, [&](int64_t i, const Vector::Float(&n)[4]) {
     for (int j = 0; j < 4; ++j) Vector::store(out + i + j * Vector::lanes, n[j]);
   });
 }
@@ -60,7 +76,13 @@ void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int
 void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, const float* x,
                  float sigma, float scale, float* out) {
   const Vector::Float s = Vector::constant(sigma), c = Vector::constant(scale);
-  for_normals(key, index, stream, first, count, [&](int64_t i, const Vector::Float(&n)[4]) {
+  const auto prepare = [&](int64_t i) {
+    for (int64_t k = 0; k < block; k += 16) {
+      __builtin_prefetch(x + i + k);
+      __builtin_prefetch(out + i + k, 1);
+    }
+  };
+  for_normals(key, index, stream, first, count, prepare, [&](int64_t i, const Vector::Float(&n)[4]) {
     for (int j = 0; j < 4; ++j) {
       const int64_t at = i + j * Vector::lanes;
       Vector::store(out + at, Vector::fma(s, n[j], Vector::load(x + at)) * c);
@@ -124,7 +146,6 @@ void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t s
     __builtin_memcpy(static_cast<float*>(a.out) + to, eps, n * sizeof(float));
     return;
   }
-  prefetch(x0, a.in_type, from, n);
   if (a.in_type == Type::float64) {
     normals(key, index, stream, first, n, eps);
     combine(static_cast<const double*>(x0) + from, eps, value(a.sigma, sample, 0.0), value(a.scale, sample, 1.0), n,
@@ -137,6 +158,7 @@ void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t s
                 static_cast<float*>(a.out) + to);
     return;
   }
+  prefetch(x0, a.in_type, from, n);
   alignas(64) float wide[chunk];
   const float* x = wide;
   if (a.in_type == Type::float32) {

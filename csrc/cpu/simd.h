@@ -15,6 +15,7 @@ namespace {
 
 struct Vector {
   static constexpr int lanes = 16;
+  static constexpr int together = 2;  // registers of counters in Philox: measured, 10% faster than 1
   using Float = __m512;
   using Bits = uint32_t __attribute__((vector_size(64)));
   // vpmuludq multiplies the even 32-bit lanes into 64 bits. So a word of the Philox state is two registers, one
@@ -86,6 +87,7 @@ struct Vector {
 
 struct Vector {  // as above, half as wide
   static constexpr int lanes = 8;
+  static constexpr int together = 1;  // with 2, the 16 registers are too few
   using Float = __m256;
   using Bits = uint32_t __attribute__((vector_size(32)));
   struct Word {
@@ -148,6 +150,7 @@ struct Vector {  // as above, half as wide
 
 struct Vector : Scalar {  // portable: one lane; where the CPU has no fma instruction the library's is used
   static constexpr int lanes = 1;
+  static constexpr int together = 1;
   static DR_HOST_DEVICE Word word(uint32_t a) { return a; }
   static DR_HOST_DEVICE Word counters(uint32_t first) { return first; }
   static DR_HOST_DEVICE void transpose(Float (&)[4]) {}
