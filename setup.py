@@ -102,8 +102,15 @@ class CMakeBuild(build_ext):
             f"-DDIFFRATIO_TORCH_ABI={torch.cxx11_abi}",
         ]
         cuda = cuda_options()
-        options += ["-DDIFFRATIO_CUDA=OFF"] if cuda is None else ["-DDIFFRATIO_CUDA=ON", *cuda]
-        self.configure(cmake, tree, options)
+        if cuda is not None and not self.configure(cmake, tree, [*options, "-DDIFFRATIO_CUDA=ON", *cuda]):
+            if os.environ.get("DIFFRATIO_CUDA", "auto") == "1":
+                raise SystemExit(
+                    "error: DIFFRATIO_CUDA=1, but CMake cannot use the CUDA compiler (see above)"
+                )
+            say("CMake cannot use the CUDA compiler (see above); building for the CPU only")
+            cuda = None
+        if cuda is None and not self.configure(cmake, tree, [*options, "-DDIFFRATIO_CUDA=OFF"]):
+            raise SystemExit("error: CMake cannot configure the build; the messages above say why")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.call([cmake, "--build", str(tree), "--parallel", jobs])
         shutil.copy2(tree / "out" / target.name, target)
@@ -122,15 +129,15 @@ class CMakeBuild(build_ext):
                     (package / name).unlink(missing_ok=True)
                     shutil.copy2(built.parent / name, package / name)
 
-    def configure(self, cmake: str, tree: Path, options: list[str]) -> None:
+    def configure(self, cmake: str, tree: Path, options: list[str]) -> bool:
         cache = tree / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(tree)  # the source directory was moved or copied
         command = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", *options]
         if cache.exists() and subprocess.run(command).returncode == 0:
-            return
+            return True
         shutil.rmtree(tree, ignore_errors=True)  # a first try, or a stale cache (a compiler that has gone)
-        self.call(command)
+        return subprocess.run(command).returncode == 0
 
     @staticmethod
     def call(command: list[str]) -> None:

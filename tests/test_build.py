@@ -164,6 +164,23 @@ def test_cuda_wished_for_but_absent_is_an_error(tmp_path):
     assert "DIFFRATIO_CUDA=1, but no CUDA compiler (nvcc) was found" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(probe.find_compiler() is None, reason="there is no C++ compiler")
+def test_a_cuda_compiler_that_does_not_work(tmp_path):
+    """auto builds for the CPU and says so; 1 is an error."""
+    copy_sources(tmp_path)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.1'\n[ $1 = --version ]\n")
+    nvcc.chmod(0o755)
+    result = build(tmp_path, DIFFRATIO_CUDA="1", CUDACXX=str(nvcc))
+    assert result.returncode != 0 and "cannot use the CUDA compiler" in result.stderr
+    for name in ("bindings.cpp", "module.cpp"):  # what is compiled does not matter here
+        (tmp_path / "csrc" / name).write_text("")
+    result = build(tmp_path, DIFFRATIO_CUDA="auto", CUDACXX=str(nvcc))
+    assert result.returncode == 0, result.stderr
+    assert "cannot use the CUDA compiler (see above); building for the CPU only" in result.stderr
+
+
 def test_a_wrong_wish_is_an_error(tmp_path):
     copy_sources(tmp_path)
     result = build(tmp_path, DIFFRATIO_CUDA="maybe")
