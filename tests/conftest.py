@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Tests are small: a second thread brings nothing, and where something else runs too, threads that wait for
+# one another make them ten times slower. Processes that tests start inherit it; a test that needs threads asks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

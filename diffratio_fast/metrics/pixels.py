@@ -14,13 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffratio_fast.data import DataSet
+from diffratio_fast.data import SPLITS, DataSet
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
 
 MAX_DIMENSION = 1024
 """Images of more numbers than this want features: their pixel covariance means little and costs much."""
 MAX_RECORDS = 10_000
 """Records of a split that references are computed from, at most."""
+CLASSIFIER_RECORDS = 2_000
+"""Records that the classifier is fitted on, at most: its cost grows with their square."""
 
 
 def to_pixels(dataset: DataSet, x0: Tensor) -> npt.NDArray[np.float64]:
@@ -62,20 +64,24 @@ class PixelMetrics:
     def suits(dataset: DataSet) -> bool:
         return dataset.scaling.low is not None and int(np.prod(dataset.shape)) <= MAX_DIMENSION
 
-    def _split(self, name: str) -> tuple[npt.NDArray[np.float64], Tensor]:
-        records, labels = self.dataset.first(name, MAX_RECORDS)
-        return to_pixels(self.dataset, self.dataset.scaling.to_model(records.double())), labels
+    def __post_init__(self) -> None:
+        self._splits: dict[str, tuple[npt.NDArray[np.float64], Tensor]] = {}
 
-    @cached_property
+    def split(self, name: str) -> tuple[npt.NDArray[np.float64], Tensor]:
+        """Pixels float64 [N, D] and labels int64 [N] of a split's first ``MAX_RECORDS``."""
+        if name not in self._splits:
+            records, labels = self.dataset.first(name, MAX_RECORDS)
+            x0 = self.dataset.scaling.to_model(records.double())
+            self._splits[name] = to_pixels(self.dataset, x0), labels
+        return self._splits[name]
+
+    @property
     def train(self) -> tuple[npt.NDArray[np.float64], Tensor]:
-        return self._split("train")
+        return self.split("train")
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
-        return {
-            "train": moments(self.train[0]),
-            **{name: moments(self._split(name)[0]) for name in ("validation", "test")},
-        }
+        return {name: moments(self.split(name)[0]) for name in SPLITS}
 
     @cached_property
     def classifier(self) -> object:
@@ -84,11 +90,13 @@ class PixelMetrics:
 
         pixels, labels = self.train
         # "scale" sets the kernel's width from the data's variance: no number of one data set here
-        return SVC(C=10.0, gamma="scale").fit(pixels, labels.numpy())
+        return SVC(C=10.0, gamma="scale").fit(
+            pixels[:CLASSIFIER_RECORDS], labels[:CLASSIFIER_RECORDS].numpy()
+        )
 
     def labels(self, split: str, count: int) -> Tensor:
         """Labels to generate with for a comparison with ``split``: its class frequencies."""
-        return proportional_labels(self._split(split)[1], count, len(self.dataset.class_names))
+        return proportional_labels(self.split(split)[1], count, len(self.dataset.class_names))
 
     def distance(self, x0: Tensor, split: str) -> float:
         """Fréchet distance of generated x0 to a split."""
@@ -98,7 +106,7 @@ class PixelMetrics:
         """The figures of a finished run: generated x0 with their labels against the test split."""
         samples = to_pixels(self.dataset, x0)
         generated = moments(samples)
-        test, test_labels = self._split("test")
+        test, test_labels = self.split("test")
         train = self.train[0]
         reference = self.moments["test"]
         predict = self.classifier.predict  # type: ignore[attr-defined]
