@@ -23,8 +23,20 @@ from diffratio_fast.command import UserError
 from diffratio_fast.files import replace_file
 from diffratio_fast.networks.layers import initialise
 from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
+from diffratio_fast.networks.published import from_published, load_published
 
-__all__ = ["GENERATORS", "RATIO_NETWORKS", "SavedNetwork", "build", "generate", "initialise", "load", "save"]
+__all__ = [
+    "GENERATORS",
+    "RATIO_NETWORKS",
+    "SavedNetwork",
+    "build",
+    "from_published",
+    "generate",
+    "initialise",
+    "load",
+    "load_published",
+    "save",
+]
 
 GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator}
 RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPRatio}

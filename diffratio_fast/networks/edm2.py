@@ -1,0 +1,290 @@
+"""EDM2's magnitude-preserving U-Net and its preconditioning (Karras et al. 2024, "Analyzing and Improving
+the Training Dynamics of Diffusion Models"; equation numbers below are that paper's). Options keep their
+published names.
+
+Every learned layer keeps the expected magnitude of its input: weights are normalised whenever they are used,
+and in training mode they are also stored normalised ("forced weight normalisation", Section 2.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffratio_fast.networks.unet import (
+    CHANNELS_PER_HEAD,
+    Denoiser,
+    Entry,
+    KeepsPrecision,
+    UNet,
+    at_least_float32,
+    attend,
+    downsample,
+    heads_for,
+    is_box,
+    plan,
+    separable_filter,
+    upsample,
+)
+
+EDM2_CHANNELS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
+
+
+def normalize(x: Tensor, dim: int | Sequence[int], eps: float = 1e-4) -> Tensor:
+    """x with vectors along ``dim`` divided by (their root mean square + eps), computed in float32."""
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    return (x / (eps + norm / math.sqrt(math.prod(x.shape[d] for d in dims)))).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU over its root mean square for standard normal input (Eq. 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """(1 − t) a + t b, of unit magnitude where a and b are and do not correlate (Eq. 88)."""
+    return torch.lerp(a, b.to(a.dtype), t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """a and b [N, C, ...] side by side, weighed so that b contributes by t whatever its width (Eq. 103)."""
+    width = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t**2))
+    scale_a, scale_b = width * (1 - t) / math.sqrt(a.shape[1]), width * t / math.sqrt(b.shape[1])
+    return torch.cat((scale_a * a, scale_b * b), dim=1)
+
+
+class MPFourier(KeepsPrecision):
+    """√2 cos(f c_noise + φ) at ``size`` random frequencies and phases (Eq. 75), kept in the weights."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, size: int, bandwidth: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * bandwidth * torch.randn(size))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(size))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        angle = c_noise[:, None] * self.freqs.to(c_noise.dtype) + self.phases.to(c_noise.dtype)
+        return angle.cos() * math.sqrt(2)
+
+
+class MPConv(nn.Module):
+    """Linear map ([N, in], ``kernel`` 0) or convolution of same size ([N, in, H, W], ``kernel`` odd).
+
+    Each output's weights are normalised to unit length in use (Eq. 47), and in training mode also in store
+    (Eq. 66). ``gain`` multiplies the output.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
+        super().__init__()
+        self.padding = kernel // 2
+        sides = (kernel, kernel) if kernel else ()
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in, *sides))
+
+    def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        """The weights in use; in training mode the stored ones are normalised first."""
+        dims = range(1, self.weight.ndim)
+        if self.training:
+            # Not seen by autograd: a graph built from an earlier forward pass stays valid, for after the first
+            # time this changes the weights by rounding only.
+            stored = self.weight.data
+            stored.copy_(normalize(stored, dims))
+        weight = at_least_float32(self.weight)
+        scaled = normalize(weight, dims) * (gain / math.sqrt(weight[0].numel()))
+        return scaled.to(self.weight.dtype)
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        weight = self.effective_weight(gain)
+        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=self.padding)
+
+
+class Block(nn.Module):
+    """Residual block [N, in, H, W] to [N, out, H', W'] given an embedding [N, D].
+
+    Encoder blocks normalise each pixel's feature vector and their skip convolution comes before the residual
+    branch; decoder blocks do neither.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        embedding: int,
+        *,
+        encoder: bool,
+        resample_filter: Sequence[float] = (1, 1),
+        channels_per_head: int = CHANNELS_PER_HEAD,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ) -> None:
+        super().__init__()
+        channels_in, channels_out = entry.channels_in, entry.channels_out
+        self.encoder = encoder
+        self.resample: Literal["down", "up"] | None = (
+            "down" if entry.kind == "down" else "up" if entry.kind == "up" else None
+        )
+        self.resample_filter = None if is_box(resample_filter) else tuple(resample_filter)
+        separable_filter(resample_filter)  # raises if it cannot be one
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.heads = heads_for(channels_out, channels_per_head) if entry.attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(channels_out if encoder else channels_in, channels_out, 3)
+        self.emb_linear = MPConv(embedding, channels_out, 0)
+        self.conv_res1 = MPConv(channels_out, channels_out, 3)
+        self.conv_skip = MPConv(channels_in, channels_out, 1) if channels_in != channels_out else None
+        if self.heads:
+            self.attn_qkv = MPConv(channels_out, 3 * channels_out, 1)
+            self.attn_proj = MPConv(channels_out, channels_out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.resample is not None:
+            taps = self.resample_filter
+            kernel = None if taps is None else separable_filter(taps).to(x.device)
+            x = downsample(x, kernel) if self.resample == "down" else upsample(x, kernel)
+        if self.encoder:
+            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=1)
+        condition = self.emb_linear(embedding, gain=self.emb_gain) + 1
+        h = mp_silu(self.conv_res0(mp_silu(x)) * condition[:, :, None, None])
+        h = self.conv_res1(F.dropout(h, self.dropout, self.training))
+        if not self.encoder and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, h, self.res_balance)
+        if self.heads:
+            qkv, proj = self.attn_qkv.effective_weight(), self.attn_proj.effective_weight()
+            h = attend(x, self.heads, (qkv, None), (proj, None), lambda v: normalize(v, dim=-1))
+            x = mp_sum(x, h, self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+
+class MPUNet(UNet):
+    """EDM2's U-Net: images [N, img_channels, R, R] to the same shape.
+
+    A channel of ones joins the input in the place of biases; class vectors are scaled by √classes; the output
+    starts at zero through ``out_gain``.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        resample_filter: Sequence[float] = (1, 1),
+        channels_per_head: int = CHANNELS_PER_HEAD,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ) -> None:
+        super().__init__()
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        channels = [model_channels * mult for mult in channel_mult]
+        noise = channels[0] if channel_mult_noise is None else model_channels * channel_mult_noise
+        embedding = max(channels) if channel_mult_emb is None else model_channels * channel_mult_emb
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise)
+        self.emb_noise = MPConv(noise, embedding, 0)
+        self.emb_label = MPConv(label_dim, embedding, 0) if label_dim else None
+
+        def block(entry: Entry, *, encoder: bool) -> Block:
+            return Block(
+                entry,
+                embedding,
+                encoder=encoder,
+                resample_filter=resample_filter,
+                channels_per_head=channels_per_head,
+                dropout=dropout,
+                res_balance=res_balance,
+                attn_balance=attn_balance,
+                clip_act=clip_act,
+            )
+
+        encoder, decoder = plan(
+            img_resolution, (img_channels + 1, channels[0]), channels, num_blocks, attn_resolutions
+        )
+        self.enc = nn.ModuleDict(
+            {
+                entry.name: MPConv(entry.channels_in, entry.channels_out, 3)
+                if entry.kind == "stem"
+                else block(entry, encoder=True)
+                for entry in encoder
+            }
+        )
+        self.dec = nn.ModuleDict({entry.name: block(entry, encoder=False) for entry in decoder})
+        self.out_conv = MPConv(channels[0], img_channels, 3)
+
+    def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        if augment_labels is not None:
+            raise ValueError("EDM2 networks take no augment labels")
+        h = self.emb_noise(self.emb_fourier(c_noise).to(self.emb_noise.weight.dtype))
+        if self.emb_label is not None and labels is not None:
+            h = mp_sum(h, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
+        return mp_silu(h)
+
+    def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+        features: list[Tensor] = []
+        for name, layer in self.enc.items():
+            if name.endswith("_conv"):
+                features.append(layer(torch.cat((x, torch.ones_like(x[:, :1])), dim=1)))
+            else:
+                features.append(layer(features[-1], embedding))
+        return features
+
+    def decode(self, h: Tensor, features: list[Tensor], embedding: Tensor) -> Tensor:
+        skips = list(features)
+        for name, layer in self.dec.items():
+            if name.endswith("_up"):
+                h = layer(h, embedding)
+            elif "_block" in name:
+                h = layer(mp_cat(h, skips.pop(), self.concat_balance), embedding)
+        return self.out_conv(h, gain=self.out_gain)
+
+
+class EDM2Denoiser(Denoiser):
+    """A denoiser with EDM preconditioning around ``unet``, and the learned uncertainty of its loss.
+
+    The constructor's options are the published ones: those named here, and the U-Net's by keyword.
+    ``use_fp16`` is accepted and has no effect: precision is chosen by autocast or by the dtype of the weights.
+    """
+
+    backbone_name = "unet"
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = True,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_kwargs: object,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, label_dim, sigma_data)
+        self.unet = MPUNet(img_resolution, img_channels, label_dim, **unet_kwargs)  # type: ignore[arg-type]
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1, 0)
+
+    def log_variance(self, sigma: Tensor) -> Tensor:
+        """u(σ) [N], the learned log variance of the denoising error at sigma [N]."""
+        features = self.logvar_fourier(at_least_float32(sigma).reshape(-1).log() / 4)
+        return self.logvar_linear(features.to(self.logvar_linear.weight.dtype)).squeeze(1)

@@ -1,0 +1,192 @@
+"""Networks by the architecture and configuration of a published checkpoint, and the files they are kept in.
+
+An architecture is "family:variant". Families: "edm" (variants ddpmpp, ncsnpp, adm) and "edm2" (xxs, xs, s, m,
+l, xl, xxl). A configuration holds the published constructor's options, by their names. A variant supplies the
+options that define it where the configuration leaves them out; everything else takes the published default.
+Any other variant is a mere label, and the configuration must then say "model_type" (edm) or "model_channels"
+(edm2) itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffratio_fast.command import UserError
+from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser
+from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser, MPUNet
+from diffratio_fast.networks.unet import Denoiser
+
+Config = dict[str, Any]
+
+EDM_VARIANTS: dict[str, Config] = {
+    "ddpmpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "positional",
+        "encoder_type": "standard",
+        "decoder_type": "standard",
+        "channel_mult_noise": 1,
+        "resample_filter": [1, 1],
+    },
+    "ncsnpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "decoder_type": "standard",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+    },
+    "adm": {"model_type": "DhariwalUNet"},
+}
+EDM2_VARIANTS: dict[str, Config] = {name: {"model_channels": width} for name, width in EDM2_CHANNELS.items()}
+
+_LEAST = {  # whole numbers, and the least of each
+    "img_resolution": 1, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 1,
+    "channel_mult_emb": 1, "channel_mult_noise": 1, "num_blocks": 1, "channels_per_head": 1,
+    "logvar_channels": 1,
+}  # fmt: skip
+_OPTIONAL = {"channel_mult_emb", "channel_mult_noise", "clip_act"}  # None is a value for these, in EDM2
+_FRACTIONS = {"dropout", "label_dropout", "label_balance", "concat_balance", "res_balance", "attn_balance"}
+
+
+def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denoiser:
+    """The denoiser of a published architecture, whose state dict has the published names and shapes.
+
+    ``config``: the published constructor's options, as a mapping or its JSON; weights start as published (they
+    are random), in float32, in training mode. The network keeps both as ``architecture`` and ``config``. What
+    is not known or cannot be built is a ``ValueError`` that names it.
+    """
+    family, _, variant = architecture.partition(":")
+    options = _as_mapping(config)
+    if family == "edm":
+        defaults = EDM_VARIANTS.get(variant, {})
+        model_type = options.get("model_type", defaults.get("model_type"))
+        if model_type is None:
+            raise _unknown(architecture, EDM_VARIANTS, "model_type")
+        if model_type not in EDM_MODELS:
+            raise ValueError(f"model_type must be one of {', '.join(EDM_MODELS)}, not {model_type!r}")
+        if model_type != defaults.get("model_type", model_type):
+            raise ValueError(f"model_type {model_type} contradicts the architecture {architecture}")
+        network_class: type[Denoiser] = EDMDenoiser
+        backbone: type = EDM_MODELS[model_type]
+    elif family == "edm2":
+        defaults = EDM2_VARIANTS.get(variant, {})
+        if not defaults and "model_channels" not in options:
+            raise _unknown(architecture, EDM2_VARIANTS, "model_channels")
+        network_class, backbone = EDM2Denoiser, MPUNet
+    else:
+        raise ValueError(f"unknown architecture {architecture!r}: the families are edm and edm2")
+    known = _parameters(network_class) | _parameters(backbone)
+    known -= {"in_channels", "out_channels", "model_kwargs", "unet_kwargs"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown option {unknown[0]!r} for {architecture}; known: {', '.join(sorted(known))}")
+    if missing := [name for name in ("img_resolution", "img_channels") if name not in options]:
+        raise ValueError(f"the configuration of {architecture} lacks {missing[0]!r}")
+    arguments = {**defaults, **options}
+    for name, value in arguments.items():
+        _check(name, value, optional=family == "edm2" and name in _OPTIONAL)
+    network = network_class(**arguments)
+    network.architecture, network.config = architecture, dict(options)
+    return network
+
+
+def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
+    """The denoiser kept in a file that ``diffratio_fast.convert`` wrote: (network, the file's metadata).
+
+    The network is on the CPU, in float32 and eval mode. A file whose tensors are named ``state.*`` is read
+    too (its other tensors are left alone). Whatever is wrong with the file is a ``UserError``.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = list(file.keys())
+            prefix = "state." if any(name.startswith("state.") for name in names) else ""
+            state = {
+                name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)
+            }
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+    if missing := [key for key in ("architecture", "config") if key not in metadata]:
+        raise UserError(
+            f"{path}: its metadata lacks {missing[0]!r}; make it with python -m diffratio_fast.convert"
+        )
+    try:
+        network = with_state(metadata["architecture"], metadata["config"], state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return network.float().eval(), metadata
+
+
+def with_state(
+    architecture: str, config: str | Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> Denoiser:
+    """``from_published`` holding the tensors of ``state`` themselves; names and shapes must all agree."""
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        network = from_published(architecture, config)
+    try:
+        network.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise ValueError(f"weights do not fit {architecture}: {reasons[0][:300]}") from None
+    return network
+
+
+def _as_mapping(config: str | Mapping[str, Any]) -> Config:
+    if isinstance(config, str):
+        try:
+            config = json.loads(config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is not JSON: {error}") from None
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"the configuration must map options' names to values, not {config!r}")
+    return dict(config)
+
+
+def _unknown(architecture: str, variants: Mapping[str, Config], option: str) -> ValueError:
+    return ValueError(
+        f"unknown architecture {architecture!r}: the variants are {', '.join(variants)} (another name needs "
+        f"{option!r} in the configuration)"
+    )
+
+
+def _parameters(network: type) -> set[str]:
+    return set(inspect.signature(network).parameters)
+
+
+def _check(name: str, value: Any, *, optional: bool) -> None:
+    """Raise ``ValueError`` unless ``value`` is of the kind that the option ``name`` takes."""
+    if optional and value is None:
+        return
+    if name in _LEAST:
+        kind, right = f"a whole number of at least {_LEAST[name]}", _whole(value, _LEAST[name])
+    elif name in ("channel_mult", "attn_resolutions"):
+        kind = "a list of whole numbers above 0"
+        right = isinstance(value, (list, tuple)) and all(_whole(item, 1) for item in value)
+    elif name == "resample_filter":
+        kind = "a list of numbers"
+        right = isinstance(value, (list, tuple)) and all(_number(item) for item in value)
+    elif name in _FRACTIONS:
+        kind, right = "a number from 0 to 1", _number(value) and 0 <= value <= 1
+    elif name in ("sigma_data", "clip_act"):
+        kind, right = "a number above 0", _number(value) and 0 < value < math.inf
+    else:
+        return
+    if not right:
+        raise ValueError(f"{name} must be {kind}, not {value!r}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
