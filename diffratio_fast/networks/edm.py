@@ -47,7 +47,7 @@ class SongUNet(UNet):
 
     Images [N, in_channels, R, R] to [N, out_channels, R, R]. An encoder or decoder of type "skip" also
     carries an image pyramid beside the features, an encoder of type "residual" adds one to them. Class
-    vectors are scaled by √classes; augment labels [N, augment_dim] are optional.
+    vectors are scaled by sqrt(classes); augment labels [N, augment_dim] are optional.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class EDMDenoiser(Denoiser):
 
     The constructor's options are the published ones: those named here, and the network's by keyword.
     ``use_fp16``, ``sigma_min`` and ``sigma_max`` are accepted and have no effect: precision is chosen by
-    autocast or by the dtype of the weights, and the noise levels by whoever calls.
+    autocast or by the weights' dtype, and the noise levels by whoever calls.
     """
 
     backbone_name = "model"
@@ -313,4 +313,7 @@ class EDMDenoiser(Denoiser):
         )
 
 
-EDM_MODELS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+EDM_MODELS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {
+    "SongUNet": SongUNet,
+    "DhariwalUNet": DhariwalUNet,
+}

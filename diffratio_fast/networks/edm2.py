@@ -49,7 +49,7 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """(1 − t) a + t b, of unit magnitude where a and b are and do not correlate (Eq. 88)."""
+    """(1 - t) a + t b, of unit magnitude where a and b are and do not correlate (Eq. 88)."""
     return torch.lerp(a, b.to(a.dtype), t) / math.sqrt((1 - t) ** 2 + t**2)
 
 
@@ -61,7 +61,7 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 class MPFourier(KeepsPrecision):
-    """√2 cos(f c_noise + φ) at ``size`` random frequencies and phases (Eq. 75), kept in the weights."""
+    """sqrt(2) cos(freqs c_noise + phases): ``size`` random features (Eq. 75), kept with the weights."""
 
     freqs: Tensor
     phases: Tensor
@@ -93,8 +93,8 @@ class MPConv(nn.Module):
         """The weights in use; in training mode the stored ones are normalised first."""
         dims = range(1, self.weight.ndim)
         if self.training:
-            # Not seen by autograd: a graph built from an earlier forward pass stays valid, for after the first
-            # time this changes the weights by rounding only.
+            # Unseen by autograd, so that graphs of earlier forward passes stay valid: after the first time
+            # this changes the weights by rounding only.
             stored = self.weight.data
             stored.copy_(normalize(stored, dims))
         weight = at_least_float32(self.weight)
@@ -171,8 +171,8 @@ class Block(nn.Module):
 class MPUNet(UNet):
     """EDM2's U-Net: images [N, img_channels, R, R] to the same shape.
 
-    A channel of ones joins the input in the place of biases; class vectors are scaled by √classes; the output
-    starts at zero through ``out_gain``.
+    A channel of ones joins the input in the place of biases; class vectors are scaled by sqrt(classes); the
+    output starts at zero through ``out_gain``.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class EDM2Denoiser(Denoiser):
     """A denoiser with EDM preconditioning around ``unet``, and the learned uncertainty of its loss.
 
     The constructor's options are the published ones: those named here, and the U-Net's by keyword.
-    ``use_fp16`` is accepted and has no effect: precision is chosen by autocast or by the dtype of the weights.
+    ``use_fp16`` is accepted and has no effect: precision is chosen by autocast or by the weights' dtype.
     """
 
     backbone_name = "unet"
@@ -285,6 +285,6 @@ class EDM2Denoiser(Denoiser):
         self.logvar_linear = MPConv(logvar_channels, 1, 0)
 
     def log_variance(self, sigma: Tensor) -> Tensor:
-        """u(σ) [N], the learned log variance of the denoising error at sigma [N]."""
+        """u(sigma) [N], the learned log variance of the denoising error at sigma [N]."""
         features = self.logvar_fourier(at_least_float32(sigma).reshape(-1).log() / 4)
         return self.logvar_linear(features.to(self.logvar_linear.weight.dtype)).squeeze(1)

@@ -25,8 +25,8 @@ Resample = Literal["keep", "down", "up"]
 
 
 class Initial(NamedTuple):
-    """How a layer's weights start: uniform, of variance ``weight``² × 2 / (fan_in + fan_out) ("xavier") or
-    ``weight``² / fan_in ("kaiming"); biases likewise with ``bias``."""
+    """How a layer's weights start: uniform, of variance ``weight``^2 * 2 / (fan_in + fan_out) ("xavier") or
+    ``weight``^2 / fan_in ("kaiming"); biases likewise with ``bias``."""
 
     law: Literal["xavier", "kaiming"] = "xavier"
     weight: float = 1.0
@@ -115,7 +115,9 @@ class GroupNorm(nn.Module):
         super().__init__()
         self.groups = min(32, channels // 4)
         if not self.groups or channels % self.groups:
-            raise ValueError(f"{channels} channels do not divide into {max(self.groups, 1)} groups of four or more")
+            raise ValueError(
+                f"{channels} channels do not divide into {max(self.groups, 1)} groups of four or more"
+            )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -59,9 +59,9 @@ _FRACTIONS = {"dropout", "label_dropout", "label_balance", "concat_balance", "re
 def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denoiser:
     """The denoiser of a published architecture, whose state dict has the published names and shapes.
 
-    ``config``: the published constructor's options, as a mapping or its JSON; weights start as published (they
-    are random), in float32, in training mode. The network keeps both as ``architecture`` and ``config``. What
-    is not known or cannot be built is a ``ValueError`` that names it.
+    ``config``: the published constructor's options, as a mapping or its JSON. Weights start by the published
+    laws (drawn by torch's generator), in float32, in training mode. The network keeps both arguments, as
+    ``architecture`` and ``config``. What is not known or cannot be built is a ``ValueError`` that names it.
     """
     family, _, variant = architecture.partition(":")
     options = _as_mapping(config)
@@ -86,7 +86,9 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
     known = _parameters(network_class) | _parameters(backbone)
     known -= {"in_channels", "out_channels", "model_kwargs", "unet_kwargs"}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"unknown option {unknown[0]!r} for {architecture}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown option {unknown[0]!r} for {architecture}; known: {', '.join(sorted(known))}"
+        )
     if missing := [name for name in ("img_resolution", "img_channels") if name not in options]:
         raise ValueError(f"the configuration of {architecture} lacks {missing[0]!r}")
     arguments = {**defaults, **options}

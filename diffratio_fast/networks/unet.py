@@ -70,7 +70,9 @@ def plan(
         for index in range(num_blocks + 1):
             joined = width + skips.pop()
             width = channels[level]
-            decoder.append(Entry(f"{prefix[level]}_block{index}", "join", level, joined, width, attends[level]))
+            decoder.append(
+                Entry(f"{prefix[level]}_block{index}", "join", level, joined, width, attends[level])
+            )
     return encoder, decoder
 
 
@@ -129,8 +131,9 @@ class Features(NamedTuple):
 class Denoiser(nn.Module):
     """Preconditioning of a U-Net F into a denoiser D (Karras et al. 2022, Eq. 7 and Table 1):
 
-    D(x; σ, c) = c_skip x + c_out F(c_in x; c_noise, c), c_skip = σ_data² / (σ² + σ_data²),
-    c_out = σ σ_data / √(σ² + σ_data²), c_in = 1 / √(σ² + σ_data²), c_noise = ln(σ) / 4.
+    D(x; sigma, c) = c_skip x + c_out F(c_in x; c_noise, c), c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),
+    c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2), c_in = 1 / sqrt(sigma^2 + sigma_data^2),
+    c_noise = ln(sigma) / 4.
 
     ``forward(x, sigma, labels)`` takes noised images x [N, img_channels, H, W], noise levels sigma [N] or [],
     in x's units, and labels int64 [N], or float [N, label_dim] (one-hot, or weights of classes), or None
@@ -215,13 +218,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def class_vectors(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
-    """Labels as ``Denoiser.forward`` takes them, as float [N, classes] of the dtype and device of ``like``."""
+    """Labels as ``Denoiser.forward`` takes them to vectors [N, classes] of ``like``'s dtype and device."""
     count = len(like)
     if labels is None:
         return like.new_zeros(count, classes)
     if labels.is_floating_point() or labels.ndim == 2:
         if labels.ndim != 2 or labels.shape[1] != classes or len(labels) not in (1, count):
-            raise ValueError(f"labels must be int64 [{count}] or [{count}, {classes}], not {list(labels.shape)}")
+            raise ValueError(
+                f"labels must be int64 [{count}] or [{count}, {classes}], not {list(labels.shape)}"
+            )
         return labels.to(like).expand(count, classes)
     labels = labels.to(like.device).reshape(-1)
     if len(labels) not in (1, count):

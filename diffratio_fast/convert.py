@@ -1,0 +1,93 @@
+"""python -m diffratio_fast.convert SNAPSHOT.pkl OUT.safetensors: published EDM and EDM2 weights, safely."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffratio_fast import command
+from diffratio_fast.command import UserError
+
+if TYPE_CHECKING:
+    from diffratio_fast.snapshots import PublishedNetwork
+
+EPILOG = """Nothing in the snapshot is executed, and the code it was written by is not needed. OUT holds the
+weights under their published names, as they are; its metadata's architecture and config are what
+diffratio_fast.networks.from_published takes; diffratio_fast.networks.load_published(OUT) is the network."""
+
+
+def parser() -> command.Parser:
+    result = command.Parser(
+        prog="python -m diffratio_fast.convert",
+        description="Published EDM and EDM2 snapshots (pickles) to safetensors; no pickled code is executed.",
+        epilog=EPILOG,
+    )
+    result.add_argument("snapshot", type=Path, metavar="SNAPSHOT.pkl", help="a published snapshot")
+    result.add_argument("out", type=Path, nargs="?", metavar="OUT.safetensors", help="the file to write")
+    result.add_argument("--key", default="ema", metavar="NAME", help="the network to take from the snapshot")
+    result.add_argument("--info", action="store_true", help="print what the snapshot holds, write nothing")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    path: Path = arguments.snapshot
+    out: Path | None = arguments.out
+    if out is None and not arguments.info:
+        raise UserError("say where to write: SNAPSHOT.pkl OUT.safetensors, or --info (see --help)")
+    if out is not None and out.resolve() == path.resolve():
+        raise UserError(f"{out}: would overwrite the snapshot itself")
+
+    from diffratio_fast.snapshots import one_line, published_network, read_snapshot
+
+    content = read_snapshot(path)
+    if arguments.key not in content:
+        raise UserError(
+            f"{path}: has no {arguments.key!r}; it holds {one_line(', '.join(map(ascii, content)))}"
+        )
+    try:
+        network = published_network(content[arguments.key])
+        parameters = _verified(network)
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    dtypes = ", ".join(
+        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in network.state.values()})
+    )
+    summary = f"{network.architecture}, {parameters:,} parameters, {len(network.state)} tensors of {dtypes}"
+    if arguments.info or out is None:
+        _print_info(content, arguments.key, network, summary)
+        return 0
+    _write(out, network)
+    print(f"{out}: {summary}")
+    return 0
+
+
+def _verified(network: PublishedNetwork) -> int:
+    """The number of parameters; ``ValueError`` unless names and shapes are those of the architecture."""
+    from diffratio_fast.networks.published import with_state
+
+    built = with_state(network.architecture, network.config, network.state)
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+def _write(out: Path, network: PublishedNetwork) -> None:
+    import safetensors.torch
+
+    from diffratio_fast.files import replace_file
+
+    metadata = {"architecture": network.architecture, "config": json.dumps(network.config)}
+    replace_file(out, safetensors.torch.save(network.state, metadata))
+
+
+def _print_info(content: dict[str, Any], key: str, network: PublishedNetwork, summary: str) -> None:
+    from diffratio_fast.snapshots import class_of
+
+    for name, value in content.items():
+        print(f"{ascii(name)[1:-1]}: {ascii(class_of(value))[1:-1][:100]}")
+    print(f"architecture of {key}: {summary}")
+    print(f"config: {json.dumps(network.config)}")
+
+
+if __name__ == "__main__":
+    command.run(main)
