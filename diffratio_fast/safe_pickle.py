@@ -56,6 +56,7 @@ ALLOWED = frozenset(
         "numpy.ndarray", "numpy.dtype",
         *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
         *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+        *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
     ]
 )  # fmt: skip
 

@@ -109,7 +109,9 @@ def published_network(value: Any) -> PublishedNetwork:
         sizes = {width: size for size, width in EDM2_CHANNELS.items()}
         architecture = f"edm2:{sizes.get(config.setdefault('model_channels', 192), 'other')}"
     else:
-        raise ValueError(f"holds a {name[:100]}; known are EDMPrecond (EDM) and Precond (EDM2)")
+        raise ValueError(
+            f"the network is of class {ascii(name)[1:-1][:100]}; known: EDMPrecond (EDM), Precond (EDM2)"
+        )
     try:
         config = json.loads(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
@@ -123,7 +125,7 @@ def _edm(value: Any) -> tuple[str, Config]:
         del config["sigma_max"]
     model = class_of(_dictionary(_state(value), "_modules").get("model"))
     if model not in EDM_MODELS:
-        raise ValueError(f"holds a network of class {model[:100]}; known are {', '.join(EDM_MODELS)}")
+        raise ValueError(f"its U-Net is of class {ascii(model)[1:-1][:100]}; known: {', '.join(EDM_MODELS)}")
     config["model_type"] = model
     if model == "DhariwalUNet":
         return "edm:adm", config

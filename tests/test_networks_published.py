@@ -119,8 +119,8 @@ def test_float64_is_computed_in_float64() -> None:
 
 
 FULL = {
-    "ddpmpp_cifar10": ("edm:ddpmpp", {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "augment_dim": 9,
-                                      "model_channels": 128, "channel_mult": [2, 2, 2]}),
+    "ddpmpp_cifar10": ("edm:ddpmpp", {"img_resolution": 32, "img_channels": 3, "label_dim": 10,
+                                      "augment_dim": 9, "model_channels": 128, "channel_mult": [2, 2, 2]}),
     "adm_imagenet64": ("edm:adm", {"img_resolution": 64, "img_channels": 3, "label_dim": 1000,
                                    "model_channels": 192, "channel_mult": [1, 2, 3, 4]}),
     "edm2_xs_imagenet512": ("edm2:xs", {"img_resolution": 64, "img_channels": 4, "label_dim": 1000}),

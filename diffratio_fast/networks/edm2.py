@@ -40,7 +40,8 @@ def normalize(x: Tensor, dim: int | Sequence[int], eps: float = 1e-4) -> Tensor:
     dims = [dim] if isinstance(dim, int) else list(dim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    return (x / (eps + norm / math.sqrt(math.prod(x.shape[d] for d in dims)))).to(x.dtype)
+    length = x.numel() // norm.numel()
+    return (x / (eps + norm / math.sqrt(length))).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
