@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # Tests are small: a second thread brings nothing, and where something else runs too, threads that wait for
-# one another make them ten times slower. Processes that tests start inherit it; a test of threads asks for them.
+# one another make them ten times slower. Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
