@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from simt_programs import Programs
 
 HERE = Path(__file__).parent
 
@@ -21,3 +22,9 @@ collect_ignore: list[str] = [] if torch.cuda.is_available() else ["gpu"]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def simt_programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """Compiles the CUDA-on-CPU programs, each once per session."""
+    return Programs(tmp_path_factory.mktemp("simt"))

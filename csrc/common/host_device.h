@@ -3,8 +3,10 @@
 
 #if defined(__CUDACC__)
 #define DR_HOST_DEVICE __host__ __device__ __forceinline__
+#define DR_DEVICE __device__ __forceinline__
 #define DR_UNROLL _Pragma("unroll")
 #else
 #define DR_HOST_DEVICE inline __attribute__((always_inline))
+#define DR_DEVICE inline
 #define DR_UNROLL
 #endif

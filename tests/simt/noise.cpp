@@ -1,7 +1,7 @@
-// The CUDA noise kernels, compiled for the host and run thread by thread, against the CPU twin: bit for bit, at odd
-// sizes, unaligned addresses, all types and few blocks. Built with the address and undefined-behaviour sanitizers,
+// The CUDA noise kernels, executed on the CPU, against the CPU twin: bit for bit, at odd sizes, unaligned addresses, all
+// types, few blocks and every schedule. Built with the address and undefined-behaviour sanitizers,
 // which see accesses outside the exactly sized buffers and misaligned 16-byte accesses.
-#include "shim.h"
+#include "simt.h"
 
 #include "../../csrc/cpu/noise.h"
 #include "../../csrc/cuda/noise_kernel.cuh"
@@ -63,7 +63,7 @@ void serial(int64_t count, int64_t, cpu::Body body, const void* context) { body(
 }
 
 void check_add_noise(Type in, Type out, int inputs, int64_t batch, int64_t size, int64_t offset, bool scaled,
-                     bool normals, unsigned grid, bool backwards) {
+                     bool normals, unsigned grid, simt::Schedule schedule) {
   const int64_t rng[2] = {-0x123456789abcdef, 0x700000005};
   const int64_t index[5] = {0, 0xffffffff, 0x100000003, 77, -5};
   AddNoise a{};
@@ -97,7 +97,7 @@ void check_add_noise(Type in, Type out, int inputs, int64_t batch, int64_t size,
   cuda::visit_types(a, [&](auto* in_null, auto* out_null, auto constant) {
     using In = std::remove_pointer_t<decltype(in_null)>;
     using Out = std::remove_pointer_t<decltype(out_null)>;
-    simt::launch(grid, cuda::threads, backwards, [&] {
+    simt::launch({"add_noise", {grid}, cuda::threads}, {schedule}, [&] {
       cuda::add_noise_kernel<In, Out, decltype(constant)::normals_only>(a, in_aligned, out_aligned);
     });
     return 0;
@@ -113,7 +113,7 @@ void check_words(int64_t batch, int64_t count, unsigned grid) {
   Words w{rng, index, batch, count, stream_word(9, 8, 7), reinterpret_cast<int64_t*>(expected.data())};
   cpu::random_words(portable(), w, serial);
   w.out = reinterpret_cast<int64_t*>(got.data());
-  simt::launch(grid, cuda::threads, false, [&] { cuda::random_words_kernel(w); });
+  simt::launch({"random_words", {grid}, cuda::threads}, {}, [&] { cuda::random_words_kernel(w); });
   if (std::memcmp(expected.data(), got.data(), expected.bytes)) {
     std::printf("random_words differs: batch %ld count %ld grid %u\n", long(batch), long(count), grid);
     std::exit(1);
@@ -147,10 +147,13 @@ int main(int argc, char**) {
     for (int64_t size : sizes) {
       for (int64_t offset = 0; offset < 2; ++offset) {
         for (Type in : small) {
-          for (Type out : small) check_add_noise(in, out, 2, 3, size, offset, offset == 0, false, grid, size % 2);
+          for (Type out : small) {
+            const auto schedule = static_cast<simt::Schedule>(size % 3);
+            check_add_noise(in, out, 2, 3, size, offset, offset == 0, false, grid, schedule);
+          }
         }
-        check_add_noise(Type::float64, Type::float64, 2, 5, size, offset, true, false, grid, false);
-        check_add_noise(Type::float32, Type::float32, 1, 5, size, offset, false, true, grid, true);
+        check_add_noise(Type::float64, Type::float64, 2, 5, size, offset, true, false, grid, simt::Schedule::forward);
+        check_add_noise(Type::float32, Type::float32, 1, 5, size, offset, false, true, grid, simt::Schedule::backward);
       }
       check_words(3, size, grid);
     }

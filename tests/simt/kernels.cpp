@@ -1,0 +1,4 @@
+// The reference kernels under every schedule, and without each synchronisation.
+#include "kernels/cases.h"
+
+int main(int argc, char** argv) { return simt::main_of(argc, argv, reference_cases::all()); }

@@ -1,0 +1,93 @@
+"""CUDA kernels executed on the CPU by the shim of tests/simt, and proof that the shim sees what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from simt_programs import PLAIN, ROOT, Programs, probe, run
+
+pytestmark = pytest.mark.skipif(probe.find_compiler() is None, reason="there is no C++ compiler")
+
+KERNELS = ["tests/simt/kernels.cpp"]
+PLANTED = ["tests/simt/planted.cpp"]
+NOISE = ["tests/simt/noise.cpp", "csrc/cpu/noise.cpp", "csrc/cpu/noise_level.cpp"]
+
+
+def failures(result: subprocess.CompletedProcess[str]) -> int:
+    match = re.search(r"(\d+) runs, (\d+) failures", result.stdout)
+    assert match and int(match[1]) > 0, result.stdout + result.stderr
+    return int(match[2])
+
+
+@pytest.mark.parametrize("flags", ["plain", "sanitized"])
+@pytest.mark.parametrize("sources", [KERNELS, PLANTED], ids=["kernels", "planted"])
+def test_correct_kernels_pass_and_planted_bugs_are_caught(simt_programs: Programs, sources, flags):
+    chosen = PLAIN if flags == "plain" else simt_programs.sanitized()
+    program = simt_programs.build(Path(sources[0]).stem, sources, chosen)
+    result = run(program, "check")
+    assert failures(result) == 0 and result.returncode == 0, result.stdout + result.stderr
+    if sources is PLANTED:
+        assert len(re.findall(r"^planted ", result.stdout, re.MULTILINE)) >= 36, result.stdout
+
+
+def test_every_synchronisation_is_needed(simt_programs: Programs):
+    program = simt_programs.build("kernels", KERNELS, PLAIN)
+    result = run(program, "mutate")
+    assert result.returncode == 0, result.stdout + result.stderr
+    mutants = re.findall(r"^mutant (.*): caught in (\d) of 6 modes", result.stdout, re.MULTILINE)
+    assert len(mutants) >= 28 and all(modes == "6" for _, modes in mutants), result.stdout
+    # Every line that synchronises is there, of each kernel.
+    for file in (ROOT / "tests/simt/kernels").glob("*.cuh"):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if re.search(r"ptx::(\w+_sync|barrier_arrive|copy_commit|copy_wait)\b", line):
+                assert any(f"{file.name}:{number}" in place for place, _ in mutants), f"{file.name}:{number}"
+
+
+def test_a_synchronisation_that_nothing_needs_is_reported(simt_programs: Programs, tmp_path):
+    source = tmp_path / "idle.cpp"
+    source.write_text(
+        '#include "harness.h"\n#include <simt.h>\n'
+        "int main(int argc, char** argv) {\n"
+        "  const auto body = [] { diffratio::ptx::block_sync(); };\n"
+        '  return simt::main_of(argc, argv, {{"idle", [&](simt::Mode mode) {\n'
+        '    simt::launch({"idle", {}, 64}, mode, body); return std::string(); }}});\n'
+        "}\n"
+    )
+    result = run(simt_programs.build("idle", [str(source)], PLAIN), "mutate")
+    assert result.returncode == 1 and "NOT CAUGHT mutant without block_sync at idle.cpp:4" in result.stdout
+
+
+def test_a_report_names_both_sides(simt_programs: Programs):
+    program = simt_programs.build("planted", PLANTED, PLAIN)
+    report = run(program, "show", "no barrier before a buffer's reuse", "backward/wait").stdout
+    for part in (
+        "race: kernel no barrier before a buffer's reuse, block (0, 0, 0), schedule backward/wait",
+        "of 'x'",
+        r"thread \d+ \(warp \d, lane \d+\) \w+ at planted.cpp:\d+",
+        "no barrier orders the two",
+    ):
+        assert re.search(part if "\\" in part else re.escape(part), report), report
+    report = run(program, "show", "a thread exits before a barrier", "forward/issue").stdout
+    assert "95 wait in block_sync at planted.cpp:" in report and "1 have exited" in report, report
+
+
+def test_bank_conflicts_are_counted(simt_programs: Programs):
+    program = simt_programs.build("kernels", KERNELS, PLAIN)
+    result = run(program, "show", "gemm", "forward/issue")
+    assert result.returncode == 0 and "passed" in result.stdout
+    counts = re.findall(r"banks: gemm.cuh:\d+: (\d+) passes, (\d+) without", result.stdout)
+    assert counts and all(int(taken) >= int(least) > 0 for taken, least in counts), result.stdout
+    assert any(taken == least for taken, least in counts)  # ldmatrix on padded rows
+    assert any(int(taken) > int(least) for taken, least in counts)  # the staged output
+
+
+def test_noise_kernels(simt_programs: Programs):
+    program = simt_programs.build("noise", NOISE, simt_programs.sanitized(), ("-DDR_LEVEL=portable",))
+    result = run(program)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) comparisons", result.stdout)[1]) > 500
+    result = run(program, "sabotage")
+    assert result.returncode == 1 and "add_noise differs" in result.stdout
