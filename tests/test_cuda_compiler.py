@@ -1,4 +1,4 @@
-"""CUDA's compiler's report on the kernels, and what the built module says of CUDA. (tests/simt executes them.)"""
+"""CUDA's compiler's report on the kernels, and what the built module says of CUDA."""
 
 from __future__ import annotations
 

@@ -74,6 +74,27 @@ def test_a_report_names_both_sides(simt_programs: Programs):
     assert "95 wait in block_sync at planted.cpp:" in report and "1 have exited" in report, report
 
 
+def test_address_sanitizer_sees_what_a_kernel_does_to_global_memory(simt_programs: Programs, tmp_path):
+    flags = simt_programs.sanitized()
+    if flags == PLAIN:
+        pytest.skip("the compiler has no AddressSanitizer")
+    source = tmp_path / "beyond.cpp"
+    source.write_text(
+        "#include <simt.h>\n#include <vector>\n"
+        "int main(int argc, char**) {\n"
+        "  std::vector<float> x(64);\n"
+        '  simt::launch({"beyond", {}, 64}, {}, [&] {\n'
+        "    diffratio::ptx::block_sync();\n"
+        "    diffratio::ptx::store(x.data() + threadIdx.x + (argc > 1), 1.0f);\n"
+        "  });\n"
+        "}\n"
+    )
+    program = simt_programs.build("beyond", [str(source)], flags)
+    assert run(program).returncode == 0
+    result = run(program, "beyond")
+    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr, result.stderr
+
+
 def test_bank_conflicts_are_counted(simt_programs: Programs):
     program = simt_programs.build("kernels", KERNELS, PLAIN)
     result = run(program, "show", "gemm", "forward/issue")

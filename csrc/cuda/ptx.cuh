@@ -14,7 +14,6 @@
 #if defined(__CUDACC_RTC__)
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
-using uint64_t = unsigned long long;
 #else
 #include <cstdint>
 #endif

@@ -30,7 +30,7 @@ Context* entered_from = nullptr;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
 
 // Pushes the registers that a call must preserve, leaves the stack pointer in *from, and the same backwards.
 extern "C" void simt_switch(void** from, void* to);
@@ -80,7 +80,7 @@ void Context::start(void (*entry)(void*), void* argument) {
 #if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(bottom_, size_);  // a thread that was abandoned half-way left its frames' redzones
 #endif
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
   // Six registers, the address to return to, and a slot that aligns the stack as a call would.
   auto* top = reinterpret_cast<void**>(stack_ + guard + stack_size);
   for (int i = 1; i <= 8; ++i) top[-i] = nullptr;
@@ -112,7 +112,7 @@ void Context::switch_to(Context& other, bool last) {
 #else
   (void)last;
 #endif
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
   simt_switch(&pointer_, other.pointer_);
 #else
   swapcontext(&place_, &other.place_);

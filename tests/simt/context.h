@@ -5,6 +5,9 @@
 #include <cstddef>
 
 #if !defined(__x86_64__)
+#define SIMT_UCONTEXT 1
+#endif
+#if defined(SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -34,7 +37,7 @@ class Context {
   char* stack_ = nullptr;  // a guard page, then the stack
   const void* bottom_ = nullptr;  // for AddressSanitizer, as is size_
   std::size_t size_ = 0;
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
   void* pointer_ = nullptr;
 #else
   ucontext_t place_;

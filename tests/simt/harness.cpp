@@ -55,9 +55,9 @@ int check(const std::vector<Case>& cases, const std::vector<Planted>& planted) {
 }
 
 // Whether some case fails under the mutation that is in force; counts how.
-bool caught(const std::vector<Case>& cases, Mode mode, std::map<std::string, int>& kinds) {
-  for (const Case& c : cases) {
-    const Outcome outcome = run(c, mode);
+bool caught(const std::vector<const Case*>& cases, Mode mode, std::map<std::string, int>& kinds) {
+  for (const Case* c : cases) {
+    const Outcome outcome = run(*c, mode);
     if (outcome.kind.empty()) continue;
     ++kinds[outcome.kind];
     return true;
@@ -66,8 +66,14 @@ bool caught(const std::vector<Case>& cases, Mode mode, std::map<std::string, int
 }
 
 int mutate(const std::vector<Case>& cases) {
+  std::vector<std::vector<const Case*>> users;  // of each point
   for (const Case& c : cases) {
+    forget_executed();
     if (!run(c, Mode{}).kind.empty()) return check(cases, {});  // nothing to learn from a suite that fails anyway
+    users.resize(sync_points().size());
+    for (std::size_t i = 0; i < users.size(); ++i) {
+      if (sync_points()[i].executed) users[i].push_back(&c);
+    }
   }
   const std::size_t count = sync_points().size();  // not of the mutants, which may reach other lines
   int missed = 0, mutants = 0;
@@ -77,7 +83,7 @@ int mutate(const std::vector<Case>& cases) {
       change(i, how);
       std::map<std::string, int> kinds;
       int modes_that_catch = 0;
-      for (Mode mode : modes) modes_that_catch += caught(cases, mode, kinds);
+      for (Mode mode : modes) modes_that_catch += caught(users[i], mode, kinds);
       change(0, Change::none);
       ++mutants;
       missed += modes_that_catch == 0;

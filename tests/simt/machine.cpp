@@ -196,7 +196,9 @@ void arrive(Barrier& barrier, unsigned expected, bool waits, bool same_place, co
 
 void arrive_at_grid(const Site& site) {
   Thread& t = current();
-  if (!execution->launch->cooperative) throw Error("grid barrier", "at " + to_string(site) + ": not a cooperative launch");
+  if (!execution->launch->cooperative) {
+    throw Error("grid barrier", "at " + to_string(site) + ": not a cooperative launch");
+  }
   add(t.home->grid, static_cast<unsigned>(t.home->threads.size()), true, "grid_sync", site);
   t.home->grid.waiting.push_back(&t);
   for (const Block* block : execution->alive) {
@@ -213,7 +215,8 @@ void collective(const char* operation, uint32_t lanes, bool same_place, void* op
   Warp& warp = warp_of(t);
   Collective& c = warp.collective;
   if (!(lanes >> t.lane() & 1)) {
-    throw Error("divergence", thread_name(t.thread) + " is not among the lanes of its " + operation + " at " + to_string(site));
+    throw Error("divergence", thread_name(t.thread) + " is not among the lanes of its " + operation + " at " +
+                                  to_string(site));
   }
   if (c.arrived == 0) {
     c.operation = operation;
@@ -235,7 +238,9 @@ void collective(const char* operation, uint32_t lanes, bool same_place, void* op
 }
 
 void launch(const Launch& l, Mode mode, const std::function<void()>& body) {
-  if (l.threads == 0 || l.threads % 32 || l.threads > 1024) throw Error("launch", "threads of a block: whole warps, at most 1024");
+  if (l.threads == 0 || l.threads % 32 || l.threads > 1024) {
+    throw Error("launch", "threads of a block: whole warps, at most 1024");
+  }
   Execution now{};
   now.launch = &l;
   now.mode = mode;

@@ -1,5 +1,5 @@
-// The CUDA noise kernels, executed on the CPU, against the CPU twin: bit for bit, at odd sizes, unaligned addresses, all
-// types, few blocks and every schedule. Built with the address and undefined-behaviour sanitizers,
+// The CUDA noise kernels, executed on the CPU, against the CPU twin: bit for bit, at odd sizes, unaligned addresses,
+// all types, few blocks and every schedule. Built with the address and undefined-behaviour sanitizers,
 // which see accesses outside the exactly sized buffers and misaligned 16-byte accesses.
 #include "simt.h"
 

@@ -240,7 +240,8 @@ Planted watched(Planted p) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Case correct[] = {planted("exchange", "", exchange<Barriers::all>).bug, planted("copies", "", copies<Copies::all>).bug,
+  const Case correct[] = {planted("exchange", "", exchange<Barriers::all>).bug,
+                          planted("copies", "", copies<Copies::all>).bug,
                           planted("aligned rows", "", row_shifted<0>).bug};
   const std::vector<Planted> bugs = {
       planted("no barrier before a read", "race|uninitialised", exchange<Barriers::no_read>),

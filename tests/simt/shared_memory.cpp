@@ -60,13 +60,15 @@ std::string SharedMemory::describe(uint32_t address) const {
 
 const SharedMemory::Array& SharedMemory::array_at(const Accessor& who, uint32_t address, uint32_t bytes,
                                                   const char* verb, const Site& site) const {
-  const std::string what = std::string(": ") + thread_name(who.thread) + " " + verb + " " + std::to_string(bytes) +
-                           " bytes at " + to_string(site);
-  if (address % bytes) throw Error("misaligned", describe(address) + what);
+  const auto report = [&](const char* kind) {
+    return Error(kind, describe(address) + ": " + thread_name(who.thread) + " " + verb + " " + std::to_string(bytes) +
+                           " bytes at " + to_string(site));
+  };
+  if (address % bytes) throw report("misaligned");
   for (const Array& a : arrays_) {
     if (address >= a.begin && address + bytes <= a.begin + a.bytes) return a;
   }
-  throw Error("out of bounds", describe(address) + what);
+  throw report("out of bounds");
 }
 
 void SharedMemory::read(const Accessor& who, uint32_t address, void* to, uint32_t bytes, const Site& site) {

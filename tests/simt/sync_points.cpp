@@ -11,10 +11,13 @@ Change how = Change::none;
 
 std::size_t find(const char* operation, const Site& site, int pending) {
   for (std::size_t i = 0; i < points.size(); ++i) {
-    const SyncPoint& p = points[i];
-    if (same(p.site, site) && p.pending == pending && !std::strcmp(p.operation, operation)) return i;
+    SyncPoint& p = points[i];
+    if (same(p.site, site) && p.pending == pending && !std::strcmp(p.operation, operation)) {
+      p.executed = true;
+      return i;
+    }
   }
-  points.push_back({operation, site, pending});
+  points.push_back({operation, site, pending, true});
   return points.size() - 1;
 }
 
@@ -26,6 +29,10 @@ std::string to_string(const SyncPoint& point) {
 }
 
 const std::vector<SyncPoint>& sync_points() { return points; }
+
+void forget_executed() {
+  for (SyncPoint& p : points) p.executed = false;
+}
 
 void change(std::size_t point, Change change) {
   changed = point;

@@ -13,11 +13,13 @@ struct SyncPoint {
   const char* operation;
   Site site;
   int pending;  // of copy_wait; else -1
+  bool executed;  // since forget_executed()
 };
 std::string to_string(const SyncPoint& point);  // "copy_wait<1> at gemm.cuh:57"
 
 // All that have been executed so far by this program.
 const std::vector<SyncPoint>& sync_points();
+void forget_executed();
 
 // none: nothing is changed. remove: the operation is not there. weaken: copy_wait waits for one group fewer.
 enum class Change { none, remove, weaken };

@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(gemm_threads) gemm_kernel(const Gemm g) {
   const int rows = (g.m + gemm_tile - 1) / gemm_tile, columns = (g.n + gemm_tile - 1) / gemm_tile;
   const int steps = g.k / gemm_depth;
 
-  for (int work = static_cast<int>(blockIdx.x); work < g.samples * rows * columns; work += static_cast<int>(gridDim.x)) {
+  const int works = g.samples * rows * columns;
+  for (int work = static_cast<int>(blockIdx.x); work < works; work += static_cast<int>(gridDim.x)) {
     const int sample = work / (rows * columns);
     const int row = work / columns % rows * gemm_tile, column = work % columns * gemm_tile;
     const BFloat16* a = g.a + static_cast<int64_t>(sample) * g.m * g.k;

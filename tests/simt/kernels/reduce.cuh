@@ -26,7 +26,8 @@ static __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const Red
   const int thread = static_cast<int>(threadIdx.x);
   for (int sample = static_cast<int>(blockIdx.x); sample < r.samples; sample += static_cast<int>(gridDim.x)) {
     float sum = 0;
-    for (int i = thread; i < r.size; i += reduce_threads) sum += ptx::load(r.x + static_cast<int64_t>(sample) * r.size + i);
+    const float* x = r.x + static_cast<int64_t>(sample) * r.size;
+    for (int i = thread; i < r.size; i += reduce_threads) sum += ptx::load(x + i);
     sum = warp_sum(sum);
     if (thread % 32 == 0) partial.store(thread / 32, sum);
     ptx::block_sync();  // all warps' sums are there

@@ -1,0 +1,11 @@
+// The whole shim in one translation unit: the standard library's headers, parsed once, are most of its compilation.
+#include "banks.cpp"
+#include "context.cpp"
+#include "global_memory.cpp"
+#include "harness.cpp"
+#include "machine.cpp"
+#include "matrix_host.cpp"
+#include "ptx_host.cpp"
+#include "shadow.cpp"
+#include "shared_memory.cpp"
+#include "sync_points.cpp"
