@@ -237,12 +237,42 @@ Planted watched(Planted p) {
   return p;
 }
 
+// --- the modes -------------------------------------------------------------------------------------------------
+
+// That the modes are what they say: who comes when, and when a copy lands.
+std::string modes_differ(Mode mode) {
+  std::vector<int> order;
+  float landed = 0;
+  simt::launch({"modes", {}, threads, 4096}, mode, [&] {
+    ptx::SharedArena arena;
+    const auto x = arena.take<float>(4 * threads, "x");
+    source[4 * thread()] = 1;
+    ptx::copy_async(x.address(4 * thread()), source + 4 * thread());
+    source[4 * thread()] = 2;  // too late, or not
+    order.push_back(thread());
+    ptx::warp_sync();
+    order.push_back(thread());
+    ptx::copy_commit();
+    ptx::copy_wait<0>();
+    landed = x.load(4 * thread());
+  });
+  using simt::Schedule;
+  const bool backward = mode.schedule == Schedule::backward;
+  // 32 threads come to the warp_sync and the last of them goes on; then it is the turn of
+  const int next = backward ? 63 : mode.schedule == Schedule::forward ? 32 : 0;
+  if (order[0] != (backward ? 95 : 0)) return "thread " + std::to_string(order[0]) + " came first";
+  if (order[33] != next) return "thread " + std::to_string(order[33]) + " came after the first warp";
+  if (landed != (mode.landing == simt::Landing::issue ? 1 : 2)) return "the copy landed at another time";
+  return "";
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Case correct[] = {planted("exchange", "", exchange<Barriers::all>).bug,
                           planted("copies", "", copies<Copies::all>).bug,
-                          planted("aligned rows", "", row_shifted<0>).bug};
+                          planted("aligned rows", "", row_shifted<0>).bug,
+                          {"modes", modes_differ}};
   const std::vector<Planted> bugs = {
       planted("no barrier before a read", "race|uninitialised", exchange<Barriers::no_read>),
       planted("no barrier before a buffer's reuse", "race", exchange<Barriers::no_reuse>),
