@@ -37,10 +37,6 @@ const cpu::Level& level() {
   return *level;
 }
 
-void parallel_for(int64_t count, int64_t grain, cpu::Body body, const void* context) {
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 Type type_of(at::ScalarType t) {
   switch (t) {
     case at::kFloat: return Type::float32;
@@ -202,7 +198,13 @@ at::Tensor add_noise(at::TensorList x0, const at::Tensor& sigma_, const at::Tens
 
 }  // namespace
 
+const cpu::Level& cpu_level() { return level(); }
+
 const char* simd_level() { return level().name; }
+
+void parallel_for(int64_t count, int64_t grain, cpu::Body body, const void* context) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
 
 void use_simd_level(const char* name) {
   const char* error = nullptr;

@@ -108,9 +108,16 @@ class TrainConfig:
     generator_width: int = option(256, "features of the generator's hidden layers", "networks", low=1)
     generator_depth: int = option(3, "hidden layers of the generator", "networks", low=1)
     latent_size: int = option(64, "numbers in a latent", "networks", low=1)
-    ratio_network: str = option("mlp", "architecture of the ratio network", "networks", choices=("mlp",))
+    ratio_network: str = option(
+        "mlp", "architecture of the ratio network", "networks", choices=("mlp", "mixer")
+    )
     ratio_width: int = option(256, "features of the ratio network's hidden layers", "networks", low=1)
     ratio_depth: int = option(4, "residual blocks of the ratio network", "networks", low=1)
+
+    ratio_expansion: int = option(2, "mixer: hidden units per feature", "networks", low=1)
+    ratio_patch: int | None = option(
+        None, "mixer: pixels along a patch (default: from 2 on, at most 256 patches)", "networks", low=1
+    )
 
     batch_size: int = option(128, "images per step", "optimization", low=1)
     optimizer: str = option("adamw", "optimizer of both networks", "optimization", choices=("adamw", "adam"))

@@ -32,6 +32,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+RATIO_NETWORKS: dict[tuple[str, str], dict[str, Any]] = {
+    ("digits", "mixer"): {"ratio_width": 64, "ratio_depth": 4, "ratio_lr": 3e-3},
+}
+"""What a preset sets otherwise with another ratio network than its own (docs/ratio_mixer.md)."""
+
 DESCRIPTIONS = {
     "digits": "real handwritten digits, 8 x 8, ten classes: trains in minutes on two CPU cores",
 }

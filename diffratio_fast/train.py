@@ -8,7 +8,7 @@ from typing import Any
 
 from diffratio_fast import command
 from diffratio_fast.config import TrainConfig, add_options, read_config
-from diffratio_fast.presets import DEFAULT, DESCRIPTIONS, PRESETS
+from diffratio_fast.presets import DEFAULT, DESCRIPTIONS, PRESETS, RATIO_NETWORKS
 
 EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoint and networks in
 --run-dir. The same command continues a run that was stopped, by whatever; a finished run stays as it is."""
@@ -41,7 +41,9 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
         raise command.UserError(f"no such preset: {preset}; known: {', '.join(PRESETS)}")
     file = arguments.pop("config")
     from_file = {} if file is None else read_config(file)
-    return preset, TrainConfig(**(PRESETS[preset] | from_file | arguments))
+    chosen = from_file | arguments
+    network = chosen.get("ratio_network", PRESETS[preset].get("ratio_network", "mlp"))
+    return preset, TrainConfig(**(PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {}) | chosen))
 
 
 def main(argv: list[str]) -> int:

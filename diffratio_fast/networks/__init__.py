@@ -24,6 +24,7 @@ from diffratio_fast.files import replace_file
 from diffratio_fast.networks.layers import initialise
 from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
 from diffratio_fast.networks.published import from_published, load_published
+from diffratio_fast.networks.ratio_mixer import RatioMixer
 
 __all__ = [
     "GENERATORS",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator}
-RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPRatio}
+RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPRatio, "mixer": RatioMixer}
 _ROLES = {"generator": GENERATORS, "ratio": RATIO_NETWORKS}
 FORMAT_VERSION = 1
 BLOCK = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +39,28 @@ class Embedding(nn.Embedding):
         return self.gain
 
 
+class Weight(nn.Module):
+    """A bare tensor (a stack of matrices, say) whose entries start normal with std gain / sqrt(fan_in)."""
+
+    def __init__(self, shape: Sequence[int], *, fan_in: int, gain: float = 1.0) -> None:
+        super().__init__()
+        self.std = gain / math.sqrt(fan_in)
+        self.weight = nn.Parameter(torch.zeros(*shape))
+
+    def initial_std(self) -> float:
+        return self.std
+
+
 @torch.no_grad()
 def initialise(network: nn.Module, seed: int, stream: int) -> None:
-    """Draw the weights of every ``Linear`` and ``Embedding``; what else a network holds starts as a constant.
+    """Draw the weights of every ``Linear``, ``Embedding`` and ``Weight``; all else starts as a constant.
 
     Weights are normals of the noise contract (purpose ``INITIALISATION``; the layer's ordinal in the place
     of the sample index, ``stream`` in that of the draw: one for each network of a run), so that a seed gives
     the same network on every device and torch version.
     """
     rng = ops.make_rng(seed, 0)
-    layers = [module for module in network.modules() if isinstance(module, (Linear, Embedding))]
+    layers = [module for module in network.modules() if isinstance(module, (Linear, Embedding, Weight))]
     for ordinal, layer in enumerate(layers):
         draws = ops.normal(
             rng, torch.tensor([ordinal]), layer.weight.shape, ops.Purpose.INITIALISATION, draw=stream

@@ -1,11 +1,24 @@
-"""The fused operations: public functions here, plain-PyTorch twins in ``reference``.
+"""The fused operations: public functions here, plain-PyTorch twins in ``reference*``.
 
 Each operation runs as compiled code where that was built for the tensors' device, else as its reference twin;
 the noise is the same bit for bit either way.
 """
 
-from diffratio_fast.ops import reference
+from diffratio_fast.ops import reference, reference_ratio
 from diffratio_fast.ops._purpose import Purpose
 from diffratio_fast.ops.noise import add_noise, make_rng, normal, random_words, uniform
+from diffratio_fast.ops.ratio import log_ratio, ratio_loss, score_difference
 
-__all__ = ["Purpose", "add_noise", "make_rng", "normal", "random_words", "reference", "uniform"]
+__all__ = [
+    "Purpose",
+    "add_noise",
+    "log_ratio",
+    "make_rng",
+    "normal",
+    "random_words",
+    "ratio_loss",
+    "reference",
+    "reference_ratio",
+    "score_difference",
+    "uniform",
+]

@@ -18,7 +18,7 @@ def stream(rng: Tensor, index: Tensor, purposes: Sequence[int], substep: int, dr
         raise ValueError(f"rng must be int64 [2] = (seed, step), got {_describe(rng)}")
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(f"index must be int64 [N], got {_describe(index)}")
-    _same_device("index", index, "rng", rng)
+    same_device("index", index, "rng", rng)
     for purpose in purposes:
         if not 0 <= purpose < 256:
             raise ValueError(f"purpose must be 0 to 255, got {purpose}")
@@ -71,7 +71,7 @@ def add_noise(
             raise ValueError(
                 f"inputs must be [B, ...] and alike, got {tuple(first.shape)} and {tuple(x.shape)}"
             )
-        _same_device("x0", x, "rng", rng)
+        same_device("x0", x, "rng", rng)
         common = torch.promote_types(common, x.dtype)
     size(*first.shape[1:])
     if index.shape[0] != first.shape[0]:
@@ -91,13 +91,13 @@ def _per_sample(name: str, value: Tensor, x: Tensor, compute: torch.dtype) -> Te
         raise ValueError(f"{name} must be [{x.shape[0]}], one value per sample, got {tuple(value.shape)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    _same_device(name, value, "x0", x)
+    same_device(name, value, "x0", x)
     if value.requires_grad:
         raise ValueError(f"add_noise is not differentiable in {name}: detach it")
     return value.to(compute)
 
 
-def _same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device} but {other_name} is on {other.device}")
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from diffratio_fast.command import UserError
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.data import SIGMA_DATA, Scaling
 from diffratio_fast.networks import latents_for
+from diffratio_fast.networks.ratio_mixer import RatioMixer
+from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
 from diffratio_fast.objectives.bin_means import bins, update_means
-from diffratio_fast.objectives.diffratio import RatioNetwork, ratio_loss, score_difference
+from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDifference
 from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.noise_laws import NoiseLaw, parse_noise_law, sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
@@ -77,6 +80,10 @@ class Iteration:
             generator, ratio = torch.compile(generator), torch.compile(ratio)
         self.generator = self._in_precision(generator)
         self.ratio: RatioNetwork = self._in_precision(ratio)
+        # the fused operations add the noise themselves, so no roll can come between noise and network
+        fits = isinstance(state.ratio, RatioMixer) and config.ratio_roll_probability == 0
+        self.mixer = cast(RatioMixer, state.ratio) if fits else None
+        self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         self.rng = ops.make_rng(config.seed, state.step, self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
 
@@ -117,10 +124,13 @@ class Iteration:
         real, labels = batch
         real = flip(real, rng, self.index, self.config.flip_probability, substep=substep)
         sigma, _ = sample_sigma(self.ratio_law, rng, self.index, ops.Purpose.SIGMA_RATIO, substep=substep)
-        network = self._augmented(2, rng, substep=substep)
-        outcome = ratio_loss(
-            network, real, fake, sigma[:, 0].to(self.dtype), labels, rng, self.index, substep=substep
-        )
+        arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, rng, self.index)
+        outcome: RatioLoss
+        if self.mixer is not None:
+            outcome = fused.ratio_loss(self.mixer, *arguments, substep=substep, dtype=self.mixer_dtype)
+        else:
+            network = self._augmented(2, rng, substep=substep)
+            outcome = diffratio.ratio_loss(network, *arguments, substep=substep)
         self.state.ratio_optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()
         self.state.ratio_optimizer.step()
@@ -144,20 +154,20 @@ class Iteration:
         )
         sigma = sigma.to(self.dtype)
         bin_of = bins(uniforms) if config.normalize_h else None
-        # rolls of the generator step have a substep of their own, after those of the ratio steps
-        network = self._augmented(1, rng, substep=255, draws=draws)
+        arguments = (fake, sigma, labels, rng, self.index)
+        keywords: dict[str, Any] = {
+            "weight": self.weight(sigma, SIGMA_DATA),
+            "divergence": self.divergence,
+            "h_mean": None if bin_of is None else state.h_means[bin_of],
+        }
+        outcome: ScoreDifference
         state.ratio.requires_grad_(False)
-        outcome = score_difference(
-            network,
-            fake,
-            sigma,
-            labels,
-            rng,
-            self.index,
-            weight=self.weight(sigma, SIGMA_DATA),
-            divergence=self.divergence,
-            h_mean=None if bin_of is None else state.h_means[bin_of],
-        )
+        if self.mixer is not None:
+            outcome = fused.score_difference(self.mixer, *arguments, **keywords, dtype=self.mixer_dtype)
+        else:
+            # rolls of the generator step have a substep of their own, after those of the ratio steps
+            network = self._augmented(1, rng, substep=255, draws=draws)
+            outcome = diffratio.score_difference(network, *arguments, **keywords)
         state.ratio.requires_grad_(True)
         state.generator_optimizer.zero_grad(set_to_none=True)
         fake.backward(outcome.gradient.to(fake.dtype) / config.batch_size)

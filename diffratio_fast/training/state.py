@@ -71,7 +71,13 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
             "depth": config.generator_depth,
             "bounds": None if bounds is None else tuple(bound.tolist() for bound in bounds),
         },
-        "ratio": common | {"width": config.ratio_width, "depth": config.ratio_depth},
+        "ratio": common
+        | {
+            "width": config.ratio_width,
+            "depth": config.ratio_depth,
+            "expansion": config.ratio_expansion,
+            "patch": config.ratio_patch,
+        },
     }
 
 
@@ -79,7 +85,10 @@ def initial_state(config: TrainConfig, dataset: DataSet, device: torch.device) -
     """The state before the first step: networks drawn from the seed, or taken from ``config.init``."""
     arguments = network_arguments(config, dataset)
     generator = networks.build("generator", config.generator, arguments["generator"])
-    ratio = networks.build("ratio", config.ratio_network, arguments["ratio"])
+    try:
+        ratio = networks.build("ratio", config.ratio_network, arguments["ratio"])
+    except ValueError as error:
+        raise UserError(f"ratio network {config.ratio_network}: {error}") from None
     networks.initialise(generator, config.seed, stream=0)
     networks.initialise(ratio, config.seed, stream=1)
     if config.init is not None:

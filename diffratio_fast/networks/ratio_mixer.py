@@ -1,0 +1,81 @@
+"""The RatioMixer: the ratio network that the fused operations know (``ops.ratio``; docs/ratio_mixer.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from diffratio_fast import ops
+from diffratio_fast.networks.layers import Embedding, FourierFeatures, Linear, Weight
+from diffratio_fast.ops.ratio import weight_shapes
+
+MAX_TOKENS = 256
+
+
+def default_patch(height: int, across: int) -> int:
+    """The smallest patch size from 2 on that divides the image into at most ``MAX_TOKENS`` tokens."""
+    for size in range(min(2, height, across), max(height, across) + 1):
+        divides = height % size == 0 and across % size == 0
+        if divides and (height // size) * (across // size) <= MAX_TOKENS:
+            return size
+    raise ValueError(f"no patch size cuts {height} x {across} into at most {MAX_TOKENS} tokens")
+
+
+class RatioMixer(nn.Module):
+    """Log ratio [N] of noised images [N, C, H, W] given sigma [N] and labels int64 [N].
+
+    ``width`` channels, ``depth`` blocks of token and channel mixing, ``expansion`` times as many hidden
+    units, square patches of ``patch`` pixels (None: ``default_patch``). The fused operations take
+    ``weights()`` and the result of ``conditioning``, which is an ordinary small module under autograd.
+    """
+
+    CONDITION = 64
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        expansion: int = 2,
+        patch: int | None = None,
+        sigma_data: float = 0.5,
+    ) -> None:
+        super().__init__()
+        channels, height, across = shape
+        size = default_patch(height, across) if patch is None else patch
+        if size < 1 or height % size or across % size:
+            raise ValueError(f"patches of {size} x {size} do not divide images of {height} x {across}")
+        self.sigma_data = sigma_data
+        hidden, tokens = expansion * width, (height // size) * (across // size)
+        shapes = weight_shapes(tokens, width, depth, hidden, channels * size**2)
+        gains = {"patch": 1.4, "mix": 1.0, "up": 1.4, "down": 1.0}
+        # a weight's last axis is what it sums over; those without a gain start at zero
+        self.parts = nn.ModuleDict(
+            {name: Weight(s, fan_in=s[-1], gain=gains.get(name, 0.0)) for name, s in shapes.items()}
+        )
+        self.fourier = FourierFeatures(16, low=0.25, high=4.0)
+        self.noise = Linear(self.fourier.size, self.CONDITION)
+        self.embed = Embedding(classes, self.CONDITION)
+        self.biases = Linear(self.CONDITION, width + depth * hidden)
+
+    def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The ``weights`` argument of the fused operations, rounded to ``dtype`` where given."""
+        parts = cast("Iterable[Weight]", self.parts.values())
+        return [part.weight if dtype is None else part.weight.to(dtype) for part in parts]
+
+    def conditioning(self, sigma: Tensor, labels: Tensor) -> Tensor:
+        """[*sigma.shape, D] for sigma [N] or [N, K] and labels int64 [N]."""
+        noise = self.noise(self.fourier(sigma.reshape(-1).log())).reshape(*sigma.shape, self.CONDITION)
+        label = self.embed(labels).reshape(-1, *[1] * (sigma.dim() - 1), self.CONDITION)
+        return self.biases(silu(noise + label))
+
+    def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        return ops.log_ratio(
+            self.weights(), noised, sigma, self.conditioning(sigma, labels), sigma_data=self.sigma_data
+        )

@@ -1,0 +1,223 @@
+"""The fused operations of a RatioMixer: its log ratio, the generator's gradient, the ratio network's loss.
+
+``weights`` is the list of a RatioMixer's tensors in the order of ``weight_shapes``, float32, bfloat16 or
+float64; C channels, L blocks, H hidden units, T patches of P numbers. ``conditioning`` holds D = C + L H
+numbers a sample: a token bias and the blocks' hidden biases (``reference_ratio`` has the formulas,
+docs/ratio_mixer.md the reasons). Images are [B, channels, H, W], float32, bfloat16 or, with float64 weights,
+float64. Results are float32 (float64); gradients of weights have the weights' type. Noise is that of
+``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
+
+Wrong shapes, dtypes and devices raise ``ValueError`` or ``TypeError``, as does NaN in sigma on the CPU; on
+CUDA such a sample becomes NaN. Method: arXiv 2502.08005.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from diffratio_fast.ops import _module, reference_ratio
+from diffratio_fast.ops import _ratio_checks as checks
+from diffratio_fast.ops._purpose import Purpose
+from diffratio_fast.ops._ratio_checks import weight_shapes
+from diffratio_fast.ops.reference_ratio import RatioLoss, ScoreDifference
+
+__all__ = ["RatioLoss", "ScoreDifference", "log_ratio", "ratio_loss", "score_difference", "weight_shapes"]
+
+
+HAS_OPERATIONS = _module.module is not None and hasattr(torch.ops.diffratio, "ratio_loss")
+
+
+def _compiled(images: Tensor) -> bool:
+    """Whether the compiled twin computes this: float64 is the reference's, and so is CUDA for now."""
+    return HAS_OPERATIONS and images.dtype != torch.float64 and images.device.type == "cpu"
+
+
+def log_ratio(
+    weights: Sequence[Tensor], noised: Tensor, sigma: Tensor, conditioning: Tensor, *, sigma_data: float = 0.5
+) -> Tensor:
+    """The log ratio [B] of noised images [B, channels, H, W] at ``sigma`` [B] given ``conditioning`` [B, D].
+
+    Differentiable in weights, images and conditioning.
+    """
+    if not _compiled(noised):
+        return reference_ratio.log_ratio(weights, noised, sigma, conditioning, sigma_data=sigma_data)
+    sizes = checks.layout(weights, noised)
+    sigma = checks.level("sigma", sigma, (noised.shape[0],), noised)
+    e = checks.column("conditioning", conditioning, (noised.shape[0], sizes.conditioning), noised)
+    return torch.ops.diffratio.log_ratio(list(weights), noised, sigma, e, sigma_data)
+
+
+def score_difference(
+    weights: Sequence[Tensor],
+    fake: Tensor,
+    sigma: Tensor,
+    conditioning: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    *,
+    weight: Tensor,
+    divergence: str = "reverse_kl",
+    purpose: int = Purpose.NOISE_GENERATOR,
+    substep: int = 0,
+    sigma_data: float = 0.5,
+) -> ScoreDifference:
+    """What the generator descends: gradient[b] = -(1/K) sum_k weight_bk h(l_bk) grad l(x_bk), no 1/B.
+
+    ``fake`` [B, channels, H, W] clean; ``sigma`` and ``weight`` [B, K]; ``conditioning`` [B, K, D]; x_bk is
+    fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence`` (``ops.divergences``), its clamp
+    acting inside h only; ``clamped_fraction`` is the share of the B K log ratios that it touched. Nothing
+    returned is differentiable.
+    """
+    keywords: dict[str, Any] = {"weight": weight, "divergence": divergence, "purpose": purpose}
+    if not _compiled(fake):
+        return reference_ratio.score_difference(
+            weights, fake, sigma, conditioning, rng, index, substep=substep, sigma_data=sigma_data, **keywords
+        )
+    checks.stream(fake, rng, index, [purpose], substep)
+    sizes = checks.layout(weights, fake)
+    if sigma.dim() != 2 or sigma.shape[1] == 0:
+        raise ValueError(f"sigma must be [B, K] with K >= 1, got {list(sigma.shape)}")
+    shape = (fake.shape[0], sigma.shape[1])
+    sigma, weight = checks.level("sigma", sigma, shape, fake), checks.level("weight", weight, shape, fake)
+    e = checks.column("conditioning", conditioning, (*shape, sizes.conditioning), fake)
+    code = checks.divergence_code(divergence)
+    constants = [w.detach() for w in weights]
+    return ScoreDifference(
+        *torch.ops.diffratio.score_difference(
+            constants, fake.detach(), sigma, e.detach(), weight, rng, index, code, int(purpose), substep,
+            sigma_data,
+        )
+    )  # fmt: skip
+
+
+def ratio_loss(
+    weights: Sequence[Tensor],
+    real: Tensor,
+    fake: Tensor,
+    sigma: Tensor,
+    conditioning_real: Tensor,
+    conditioning_fake: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    *,
+    purposes: tuple[int, int] = (Purpose.NOISE_REAL, Purpose.NOISE_FAKE),
+    substep: int = 0,
+    sigma_data: float = 0.5,
+) -> RatioLoss:
+    """mean softplus(-l_real) + mean softplus(l_fake) over B pairs, with its gradients, in one pass.
+
+    ``real`` and ``fake`` [B, channels, H, W] are clean; pair i shares ``sigma`` [B] and ``index`` and has
+    noise of its own for each half; the conditionings are [B, D]. ``loss`` is differentiable in weights and
+    conditionings: its backward is upstream times the gradients that are returned with it, which are not
+    differentiable themselves. ``real`` and ``fake`` get no gradient.
+    """
+    if not _compiled(real):
+        return reference_ratio.ratio_loss(
+            weights, real, fake, sigma, conditioning_real, conditioning_fake, rng, index,
+            purposes=purposes, substep=substep, sigma_data=sigma_data,
+        )  # fmt: skip
+    checks.stream(real, rng, index, purposes, substep)
+    sizes = checks.layout(weights, real)
+    if fake.shape != real.shape or fake.dtype != real.dtype or fake.device != real.device:
+        raise ValueError("real and fake must have one shape, dtype and device")
+    batch = real.shape[0]
+    if batch == 0:
+        raise ValueError("the loss of no samples is not defined")
+    sigma = checks.level("sigma", sigma, (batch,), real)
+    first = checks.column("conditioning_real", conditioning_real, (batch, sizes.conditioning), real)
+    second = checks.column("conditioning_fake", conditioning_fake, (batch, sizes.conditioning), real)
+    loss, real_half, fake_half, gradients, *by_conditioning = torch.ops.diffratio.ratio_loss(
+        list(weights), real.detach(), fake.detach(), sigma, first, second, rng, index,
+        [int(p) for p in purposes], substep, sigma_data,
+    )  # fmt: skip
+    return RatioLoss(loss, real_half, fake_half, gradients, (by_conditioning[0], by_conditioning[1]))
+
+
+# What torch.compile and autograd need to know of the compiled operations.
+
+
+def _log_ratio_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, noised, sigma, conditioning, ctx.sigma_data = inputs
+    ctx.save_for_backward(noised, sigma, conditioning, *weights)
+
+
+def _log_ratio_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    noised, sigma, conditioning, *weights = ctx.saved_tensors
+    by_image, by_weights, by_conditioning = torch.ops.diffratio.log_ratio_backward(
+        upstream, weights, noised, sigma, conditioning, ctx.sigma_data
+    )
+    return list(by_weights), by_image, None, by_conditioning, None
+
+
+def _ratio_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, real_half, fake_half, by_weights, by_real, by_fake = output
+    ctx.count = len(by_weights)
+    ctx.save_for_backward(*by_weights, by_real, by_fake)
+    ctx.mark_non_differentiable(real_half, fake_half, *by_weights, by_real, by_fake)
+
+
+def _ratio_loss_backward(ctx: Any, upstream: Tensor, *others: Any) -> tuple[Any, ...]:
+    *by_weights, by_real, by_fake = (upstream.to(g.dtype) * g for g in ctx.saved_tensors)
+    return by_weights, None, None, None, by_real, by_fake, None, None, None, None, None
+
+
+def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
+
+
+def forward_flops(weights: Sequence[Sequence[int]]) -> int:
+    """Floating-point operations in the matrix products of one log ratio, from the weights' shapes."""
+    (width, patch), (tokens, _) = weights[0], weights[1]
+    depth, hidden, _ = weights[4]
+    return 2 * tokens * width * (patch + depth * (tokens + 2 * hidden))
+
+
+def _register_flops() -> None:
+    """For ``torch.utils.flop_counter``: the images' gradient costs one more forward, all gradients two."""
+    counted = {
+        "log_ratio": lambda weights, noised, *_, **__: noised[0] * forward_flops(weights),
+        "log_ratio_backward": lambda g, weights, *_, **__: 3 * g[0] * forward_flops(weights),
+        "score_difference": lambda weights, fake, sigma, *_, **__: (
+            2 * sigma[0] * sigma[1] * forward_flops(weights)
+        ),
+        "ratio_loss": lambda weights, real, *_, **__: 6 * real[0] * forward_flops(weights),
+    }
+    for name, formula in counted.items():
+        register_flop_formula(getattr(torch.ops.diffratio, name))(formula)
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake("diffratio::log_ratio")(
+        lambda weights, noised, sigma, conditioning, sigma_data: sigma.new_empty(sigma.shape)
+    )
+    library.register_fake("diffratio::log_ratio_backward")(
+        lambda upstream, weights, noised, sigma, conditioning, sigma_data: (
+            noised.new_empty(noised.shape), _like(weights), conditioning.new_empty(conditioning.shape),
+        )
+    )  # fmt: skip
+    library.register_fake("diffratio::score_difference")(
+        lambda weights, fake, sigma, *rest: (
+            fake.new_empty(fake.shape, dtype=torch.float32),
+            sigma.new_empty(sigma.shape),
+            sigma.new_empty(()),
+        )
+    )  # fmt: skip
+    library.register_fake("diffratio::ratio_loss")(
+        lambda weights, real, fake, sigma, first, second, *rest: (
+            sigma.new_empty(()), sigma.new_empty(sigma.shape), sigma.new_empty(sigma.shape), _like(weights),
+            first.new_empty(first.shape), second.new_empty(second.shape),
+        )
+    )  # fmt: skip
+    library.register_autograd("diffratio::log_ratio", _log_ratio_backward, setup_context=_log_ratio_setup)
+    library.register_autograd("diffratio::ratio_loss", _ratio_loss_backward, setup_context=_ratio_loss_setup)
+
+
+if HAS_OPERATIONS:
+    _register()
+    _register_flops()
