@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks import harness
 from diffratio_fast import command
+from diffratio_fast.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 NAMES = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
@@ -44,15 +44,6 @@ def parse(argv: list[str]) -> Any:
     return options
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, suffix=".part", delete=False) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def main(argv: list[str]) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
@@ -66,7 +57,8 @@ def main(argv: list[str]) -> int:
     ceilings = harness.ceilings(settings.device)
     if options.json is not None:
         environment = harness.environment(settings.device)
-        write(options.json, {"environment": environment, "ceilings": ceilings, "rows": rows})
+        content = {"environment": environment, "ceilings": ceilings, "rows": rows}
+        replace_file(options.json, json.dumps(content, indent=1) + "\n")
     print(harness.table(rows))
     print(f"ceilings: copy {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s", end=", ")
     print(f"matrix product {ceilings['matmul_flop_per_s'] / 1e9:.4g} GFLOP/s")

@@ -41,6 +41,8 @@ from diffratio_fast.data.manifest import (
     Vae,
 )
 from diffratio_fast.data.shards import ShardDataSet
+from diffratio_fast.data.writer import npy_bytes
+from diffratio_fast.devices import device_name
 
 if TYPE_CHECKING:
     from benchmarks.harness import Case, Settings
@@ -98,12 +100,6 @@ def make_shards(directory: Path, records: int, shape: tuple[int, int, int], *, s
     return directory
 
 
-def npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
 def make_others(root: Path, source: ShardDataSet) -> None:
     """The same records as stored ZIPs of ``.npy`` (float16, and float32 as EDM2 keeps them), as a webdataset
     tar, and as a file each."""
@@ -115,11 +111,11 @@ def make_others(root: Path, source: ShardDataSet) -> None:
     ):
         for row in range(source.count("train")):
             record = source.read(np.array([row]))[0][0].numpy()
-            content = npy(record)
+            content = npy_bytes(record)
             (root / "files" / f"{row:08d}.npy").write_bytes(content)
             name = f"{row // 1000:05d}/img-mean-std-{row:08d}.npy"
             archive16.writestr(name, content)
-            archive32.writestr(name, npy(record.astype(np.float32)))
+            archive32.writestr(name, npy_bytes(record.astype(np.float32)))
             info = tarfile.TarInfo(f"{row:08d}.npy")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -445,14 +441,11 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def environment() -> dict[str, Any]:
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
     try:
         from nvidia.dali import __version__ as dali
     except ImportError:
         dali = ""
+    model = device_name(torch.device("cpu"))
     return {
         "device": f"{model}, {os.cpu_count()} cores", "torch": torch.__version__, "numpy": np.__version__,
         "dali": dali, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),

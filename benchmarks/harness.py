@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import diffratio_fast
+from diffratio_fast.devices import device_name
 
 MAX_ROTATION = 1 << 30  # bytes of rotating inputs
 
@@ -172,21 +173,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number needs beside it to mean something. No host names, no paths."""
-    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": cache_bytes(device),

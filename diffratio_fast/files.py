@@ -22,14 +22,20 @@ def replace_file(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.exists() else None
+        if temporary.exists():  # not so where its parent is a file
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to disk, so that a rename in it outlives a power cut."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def make_directory(path: Path) -> None:

@@ -39,7 +39,7 @@ from diffratio_fast.data.manifest import (
     read_manifest,
 )
 from diffratio_fast.data.sampler import permutation
-from diffratio_fast.files import make_directory, replace_file
+from diffratio_fast.files import make_directory, replace_file, sync_directory
 
 PARTIAL = "partial"
 UNREADABLE = "unreadable.txt"
@@ -245,7 +245,7 @@ def _write_shard(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, destination / name)
-        _sync_directory(destination)
+        sync_directory(destination)
     except OSError as error:
         why = error.strerror or error
         raise UserError(
@@ -272,7 +272,7 @@ def _finish(destination: Path, plan: Plan, identity: str, notes: list[dict[str, 
     checksums = np.array([checksum for note in notes for checksum in note["checksums"]], "<u8")
     sha256 = {}
     for file, array in ((LABELS, labels), (CHECKSUMS, checksums)):
-        content = _npy(array)
+        content = npy_bytes(array)
         replace_file(destination / file, content)
         sha256[file] = hashlib.sha256(content).hexdigest()
     if unreadable:
@@ -357,15 +357,8 @@ class Moments:
         return moments
 
 
-def _sync_directory(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The bytes of an array's ``.npy`` file."""
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()

@@ -17,6 +17,7 @@ import yaml
 import diffratio_fast
 from diffratio_fast.command import UserError
 from diffratio_fast.config import TrainConfig, changed_fields, read_config
+from diffratio_fast.devices import device_name
 from diffratio_fast.files import make_directory, replace_file
 
 
@@ -91,7 +92,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
 
@@ -107,13 +108,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
