@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from data_cases import (
 from PIL import Image
 
 from diffratio_fast.command import UserError
+from diffratio_fast.data import writer
 from diffratio_fast.data.shards import ShardDataSet
 
 COMMAND = (sys.executable, "-m", "diffratio_fast.prepare")
@@ -116,6 +118,30 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [process.wait() for process in processes] == [0, 0]
     assert tree(tmp_path / "shared") == tree(directory)
+
+
+def test_whoever_comes_late_finds_it_done(tmp_path: Path) -> None:
+    """Threads stand for processes (a lock belongs to an open file) and give way to each other as often as can be."""
+    order = writer.Entries(np.arange(4), np.zeros(4, bool), np.array([0, 0, 1, 2]), np.zeros(4, np.int64))
+    plan = writer.Plan("squares", "image", (1, 2, 2), ("a",), "edm", 4, 0, False, None, {})
+
+    def read(entries: writer.Entries) -> writer.Records:
+        return (np.full(plan.shape, index, np.uint8) for index in entries.index)
+
+    def take_part(destination: Path, part: float) -> None:
+        writer.write_shards(destination, plan, order, read, skip_unreadable=False, part=part)
+
+    take_part(tmp_path / "alone", 0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for attempt in range(40):
+                together = tmp_path / str(attempt)
+                list(pool.map(take_part, [together] * 3, (0, 1 / 3, 2 / 3)))
+                assert tree(together) == tree(tmp_path / "alone")
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_shard_lost_while_unfinished_is_written_again(tmp_path: Path) -> None:

@@ -134,25 +134,41 @@ def write_shards(
     in [0, 1). ``progress`` hears of records done, and of how many could not be read. Raises ``UserError``
     where the directory holds something else, or at the first unreadable record unless ``skip_unreadable``.
     """
+    try:
+        return _write_missing(destination, plan, order, read, skip_unreadable, part, progress)
+    except (FileNotFoundError, UserError):
+        # Where another process has finished, it has cleared ``partial`` away under this one.
+        if not (destination / MANIFEST).exists():
+            raise
+        return _finished(destination, plan.identity())
+
+
+def _write_missing(
+    destination: Path,
+    plan: Plan,
+    order: Entries,
+    read: Callable[[Entries], Records],
+    skip_unreadable: bool,
+    part: float,
+    progress: Callable[[int, int], None],
+) -> Manifest | None:
     identity = plan.identity()
     partial = destination / PARTIAL
+    # In this order: whoever else is at work here makes ``partial`` before all and removes it after the manifest.
+    occupied = destination.is_dir() and any(destination.iterdir())
+    begun = partial.exists()
     if (destination / MANIFEST).exists():
-        manifest = read_manifest(destination)
-        if manifest.source.get("identity") != identity:
-            raise UserError(
-                f"{destination}: holds another data set ({manifest.name}); choose another directory"
-            )
-        shutil.rmtree(partial, ignore_errors=True)
+        manifest = _finished(destination, identity)
         progress(len(order), 0)
         return manifest
-    if not partial.exists() and destination.is_dir() and any(destination.iterdir()):
+    if occupied and not begun:
         raise UserError(f"{destination}: neither empty nor begun here; choose another directory")
     make_directory(partial)
     with _lock(partial / "plan.lock", wait=True):
-        begun = partial / "plan.json"
-        if not begun.exists():
-            replace_file(begun, json.dumps({"identity": identity}).encode())
-        elif json.loads(begun.read_text())["identity"] != identity:
+        written = partial / "plan.json"
+        if not written.exists():
+            replace_file(written, json.dumps({"identity": identity}).encode())
+        elif json.loads(written.read_text())["identity"] != identity:
             raise UserError(
                 f"{destination}: begun with other options or another source; remove it, or rerun as before"
             )
@@ -169,12 +185,21 @@ def write_shards(
                 _write_shard(destination, number, slices[number], read, plan, skip_unreadable, progress)
     with _lock(partial / "finish.lock", wait=True):
         if (destination / MANIFEST).exists():
-            return read_manifest(destination)
+            return _finished(destination, identity)
         notes = [_note(partial, number) for number in range(len(slices))]
         if not all(_is_whole(destination, note) for note in notes):
             return None
-        manifest = _finish(destination, plan, identity, [json.loads(note.read_text()) for note in notes])
-        shutil.rmtree(partial)
+        _finish(destination, plan, identity, [json.loads(note.read_text()) for note in notes])
+        return _finished(destination, identity)
+
+
+def _finished(destination: Path, identity: str) -> Manifest:
+    """The manifest of a data set that is all there, with nothing left of the work on it."""
+    manifest = read_manifest(destination)
+    if manifest.source.get("identity") != identity:
+        raise UserError(f"{destination}: holds another data set ({manifest.name}); choose another directory")
+    # A process that is late may put a lock file in while this one removes them; the last to come removes all.
+    shutil.rmtree(destination / PARTIAL, ignore_errors=True)
     return manifest
 
 
@@ -184,9 +209,10 @@ def _note(partial: Path, number: int) -> Path:
 
 def _is_whole(destination: Path, note: Path) -> bool:
     """Whether a shard is noted, and there in its full size."""
-    if not note.exists():
+    try:
+        content = json.loads(note.read_text())
+    except FileNotFoundError:
         return False
-    content = json.loads(note.read_text())
     shard = destination / content["file"]
     return shard.exists() and shard.stat().st_size == content["size"]
 
@@ -366,13 +392,8 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 @contextmanager
 def _lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock file ``path``; yields False where another process does, or has finished the data set."""
-    try:
-        file = path.open("w")
-    except FileNotFoundError:
-        yield False
-        return
-    with file:
+    """Hold the lock file ``path``; yields False where another process does."""
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
