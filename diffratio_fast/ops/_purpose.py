@@ -25,3 +25,5 @@ class Purpose(enum.IntEnum):
     EVALUATION_SIGMA = 13  # noise levels when measuring
     EVALUATION_REAL = 14  # eps added to real images when measuring
     EVALUATION_FAKE = 15  # eps added to generated images when measuring
+    VERIFIER_NOISE = 16  # eps added to candidates that a verifier weighs
+    VERIFIER_CHOICE = 17  # the uniform that draws one of the candidates

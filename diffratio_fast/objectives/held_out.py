@@ -1,0 +1,64 @@
+"""Log ratios of held-out reals and fresh fakes at chosen noise levels: what every measurement is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from diffratio_fast import ops
+from diffratio_fast.objectives.diffratio import RatioNetwork, log_ratio_pair
+from diffratio_fast.objectives.divergences import LOG_2
+from diffratio_fast.objectives.noise_laws import NoiseLaw
+
+CHUNK = 512
+"""Images of each half that go through a network at a time."""
+
+
+def noise_levels(law: NoiseLaw, count: int) -> Tensor:
+    """The middles of ``count`` equal shares of a noise law: float64 [count], rising."""
+    return law.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+
+
+def in_chunks(network: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+    """``network(inputs, labels)`` of any number of samples, ``CHUNK`` at a time."""
+    parts = zip(inputs.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.cat([network(x, c) for x, c in parts])
+
+
+@torch.no_grad()
+def log_ratios(
+    ratio: RatioNetwork,
+    real: Tensor,
+    fake: Tensor,
+    sigma: Tensor,
+    labels: Tensor,
+    rng: Tensor,
+    index: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Log ratios float32 ([B, K], [B, K]) of clean reals and fakes [B, C, H, W] at ``sigma`` [B, K].
+
+    Pair i shares label, noise levels and index; every half and draw has noise of its own.
+    """
+    purposes = (ops.Purpose.EVALUATION_REAL, ops.Purpose.EVALUATION_FAKE)
+    rows: list[tuple[Tensor, Tensor]] = []
+    for chosen in torch.arange(len(labels), device=labels.device).split(CHUNK):
+        columns = [
+            log_ratio_pair(
+                ratio, real[chosen], fake[chosen], sigma[chosen, k].to(real.dtype), labels[chosen],
+                rng, index[chosen], purposes, draw=k,
+            )
+            for k in range(sigma.shape[1])
+        ]  # fmt: skip
+        rows.append((torch.stack([c[0] for c in columns], 1), torch.stack([c[1] for c in columns], 1)))
+    return torch.cat([row[0] for row in rows]).float(), torch.cat([row[1] for row in rows]).float()
+
+
+def pair_bounds(log_ratio_real: Tensor, log_ratio_fake: Tensor) -> Tensor:
+    """What each pair adds to the bound on the Jensen-Shannon divergence, nats: same shape.
+
+    The mean over pairs is ``divergences.jensen_shannon_bound``.
+    """
+    return LOG_2 - (softplus(-log_ratio_real) + softplus(log_ratio_fake)) / 2

@@ -1,0 +1,126 @@
+"""Fitting a copy of the ratio network against a frozen generator, stopped on held-out data.
+
+Online, the ratio network follows a generator that moves away from it; refitted against one that stands still,
+it is nearer to that generator's own log ratio. Hence two uses: a bound on the divergence that says how far a
+run has come, and weights that a verifier may trust.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffratio_fast import ops
+from diffratio_fast.networks import latents_for
+from diffratio_fast.networks.ratio_mixer import RatioMixer
+from diffratio_fast.objectives import diffratio, fused
+from diffratio_fast.objectives.diffratio import RatioLoss
+from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_levels, pair_bounds
+from diffratio_fast.objectives.noise_laws import NoiseLaw, sample_sigma
+
+HELD_OUT_PAIRS = 2048
+"""Pairs behind a held-out bound, at least; a small validation split is used with several fakes and levels."""
+LEVELS = 8
+FINAL_RATE = 0.05
+"""What is left of the learning rate after the last step."""
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How long and how fast to fit; ``patience`` is how many checks without a better bound end it."""
+
+    steps: int = 2000
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    check_every: int = 100
+    patience: int = 5
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """The best network on held-out data, and (step, bound in nats) of every check; step 0 is the start."""
+
+    network: nn.Module
+    step: int
+    checks: list[tuple[int, float]]
+
+    @property
+    def bound(self) -> float:
+        return max(bound for _, bound in self.checks)
+
+
+def refit(
+    ratio: nn.Module,
+    generator: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    held_out: tuple[Tensor, Tensor],
+    law: NoiseLaw,
+    *,
+    options: RefitOptions,
+    seed: int,
+) -> Refitted:
+    """Fit a copy of ``ratio`` to tell ``batches`` from images of the frozen ``generator``.
+
+    ``batches`` and ``held_out`` are (x0 [B, C, H, W], labels int64 [B]) on the networks' device, in their
+    dtype. Neither network changes. The result is a function of the arguments alone.
+    """
+    network = copy.deepcopy(ratio).requires_grad_(True)
+    # with momentum, unlike online: the generator stands still, so older gradients are as good as new ones
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
+    )
+    loss = fused.ratio_loss if isinstance(network, RatioMixer) else diffratio.ratio_loss
+    check = _HeldOut(generator, held_out, law, seed)
+    checks = [(0, check.bound(network))]
+    best, best_step, since = copy.deepcopy(network.state_dict()), 0, 0
+    for step, (real, labels) in enumerate(batches, 1):
+        share = (step - 1) / options.steps
+        factor = FINAL_RATE + (1 - FINAL_RATE) * (0.5 + 0.5 * math.cos(math.pi * share))
+        optimizer.param_groups[0]["lr"] = options.learning_rate * factor
+        rng, index = ops.make_rng(seed, step, real.device), torch.arange(len(labels), device=real.device)
+        with torch.no_grad():
+            fake = generator(latents_for(generator, rng, index, ops.Purpose.LATENT), labels)
+        sigma, _ = sample_sigma(law, rng, index, ops.Purpose.SIGMA_RATIO)
+        network.train()
+        outcome: RatioLoss = loss(network, real, fake, sigma[:, 0].to(real.dtype), labels, rng, index)  # type: ignore[arg-type]
+        optimizer.zero_grad(set_to_none=True)
+        outcome.loss.backward()
+        optimizer.step()
+        last = step >= options.steps
+        if last or step % options.check_every == 0:
+            bound = check.bound(network)
+            since = 0 if bound > max(value for _, value in checks) else since + 1
+            checks.append((step, bound))
+            if since == 0:
+                best, best_step = copy.deepcopy(network.state_dict()), step
+            if last or since >= options.patience:
+                break
+    network.load_state_dict(best)
+    return Refitted(network.eval().requires_grad_(False), best_step, checks)
+
+
+class _HeldOut:
+    """The bound on held-out data, with the same fakes, levels and noise every time."""
+
+    @torch.no_grad()
+    def __init__(
+        self, generator: nn.Module, held_out: tuple[Tensor, Tensor], law: NoiseLaw, seed: int
+    ) -> None:
+        real, labels = held_out
+        repeats = max(1, math.ceil(HELD_OUT_PAIRS / (LEVELS * len(labels))))
+        self.real, self.labels = real.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
+        self.rng = ops.make_rng(seed, 0, real.device)
+        self.index = torch.arange(len(self.labels), device=real.device)
+        latents = latents_for(generator, self.rng, self.index, ops.Purpose.SAMPLE_LATENT)
+        self.fake = in_chunks(generator, latents, self.labels)
+        self.sigma = noise_levels(law, LEVELS).to(real.device, real.dtype).expand(len(self.labels), LEVELS)
+
+    def bound(self, network: nn.Module) -> float:
+        network.eval()
+        halves = log_ratios(network, self.real, self.fake, self.sigma, self.labels, self.rng, self.index)
+        return float(pair_bounds(*halves).mean())
