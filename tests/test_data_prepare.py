@@ -121,7 +121,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 
 
 def test_whoever_comes_late_finds_it_done(tmp_path: Path) -> None:
-    """Threads stand for processes (a lock belongs to an open file) and give way to each other as often as can be."""
+    """Threads stand for processes (a lock belongs to an open file) and give way as often as can be."""
     order = writer.Entries(np.arange(4), np.zeros(4, bool), np.array([0, 0, 1, 2]), np.zeros(4, np.int64))
     plan = writer.Plan("squares", "image", (1, 2, 2), ("a",), "edm", 4, 0, False, None, {})
 

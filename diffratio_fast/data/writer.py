@@ -154,7 +154,7 @@ def _write_missing(
 ) -> Manifest | None:
     identity = plan.identity()
     partial = destination / PARTIAL
-    # In this order: whoever else is at work here makes ``partial`` before all and removes it after the manifest.
+    # In this order: another at work here makes ``partial`` before all else and removes it after the manifest.
     occupied = destination.is_dir() and any(destination.iterdir())
     begun = partial.exists()
     if (destination / MANIFEST).exists():
