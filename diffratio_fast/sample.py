@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffratio_fast import command
 from diffratio_fast.command import UserError
 
-if TYPE_CHECKING:
-    import torch
-
-CHUNK = 1024
 MAX_GRID = 10_000
+EPILOG = """The same command continues what was interrupted, and started several times (torchrun
+--nproc-per-node N -m diffratio_fast.sample ...) shares the work: the images are the same."""
 
 
 def parser() -> command.Parser:
     result = command.Parser(
         prog="python -m diffratio_fast.sample",
         description="Images from a trained one-step generator, each a function of its --seed and number.",
+        epilog=EPILOG,
     )
     result.add_argument(
         "run", type=Path, nargs="?", default=Path("runs/digits"), metavar="RUN",
@@ -37,6 +35,7 @@ def parser() -> command.Parser:
         "--out", type=Path, default=Path("samples.png"), metavar="PATH",
         help=".png: a grid; .npz: images uint8 [N, H, W, C] and labels int64 [N]; else a folder of PNGs",
     )  # fmt: skip
+    result.add_argument("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
     result.add_argument(
         "--columns", type=int, metavar="N", help="images in a row of the grid", default=argparse.SUPPRESS
     )
@@ -71,70 +70,43 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--count must be at least 1, not {arguments.count}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
+    if getattr(arguments, "columns", 1) < 1:
+        raise UserError(f"--columns must be at least 1, not {arguments.columns}")
     out: Path = arguments.out
     if out.suffix == ".png" and arguments.count > MAX_GRID:
         raise UserError(f"a grid holds at most {MAX_GRID} images: give --out a folder or an .npz")
     if out.suffix not in ("", ".png", ".npz"):
         raise UserError(f"--out {out}: use a .png, a .npz or a folder")
 
+    import numpy as np
     import torch
 
-    from diffratio_fast import networks
-    from diffratio_fast.data import Scaling
     from diffratio_fast.devices import choose_device
-    from diffratio_fast.images import to_uint8
+    from diffratio_fast.progress import ImageProgress
+    from diffratio_fast.sample_files import Job, write_samples
+    from diffratio_fast.sampling import Sampler
 
-    device = choose_device(arguments.device)
-    run: Path = arguments.run
-    path = run / "generator.safetensors" if run.is_dir() else run
-    if run.is_dir() and not path.exists():
-        raise UserError(f"{run}: holds no generator.safetensors yet; finish its training, or name a snapshot")
-    generator, about = networks.load(path, "generator")
-    generator.to(device)
-    scaling = Scaling(**about.data["scaling"])
-    classes = parse_classes(arguments.classes, about.data["class_names"])
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    sampler = Sampler(arguments.run, device=choose_device(arguments.device), vae=arguments.vae)
+    classes = parse_classes(arguments.classes, sampler.class_names)
     labels = torch.tensor(classes)[torch.arange(arguments.count) % len(classes)]
 
-    def chunks() -> Iterator[torch.Tensor]:
-        for start in range(0, arguments.count, CHUNK):
-            x0 = networks.generate(generator, labels[start : start + CHUNK], arguments.seed, start)
-            yield to_uint8(x0, scaling)
+    def make(start: int, count: int) -> np.ndarray:
+        images = sampler.images(arguments.seed, start, labels[start : start + count])
+        return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
+    identity = sampler.identity() | {"seed": arguments.seed, "classes": classes}
     columns = getattr(arguments, "columns", None) or _columns(arguments.count, len(classes))
-    _write(out, chunks(), labels, columns)
-    print(f"{out}: {arguments.count} images")
+    job = Job(make, labels.numpy(), identity, columns)
+    with ImageProgress(arguments.count, "sampling", quiet=rank > 0) as progress:
+        whole = write_samples(out, job, rank=rank, world_size=world_size, progress=progress.update)
+    print(f"{out}: {arguments.count} images" if whole else "this process is done; another is still at work")
     return 0
 
 
 def _columns(count: int, classes: int) -> int:
     """Whole turns through the classes where that makes a handy grid, else nearly a square."""
     return classes if 4 <= classes <= 20 and count > classes else math.ceil(math.sqrt(count))
-
-
-def _write(out: Path, chunks: Iterator[torch.Tensor], labels: torch.Tensor, columns: int) -> None:
-    import io
-
-    import numpy as np
-    import torch
-
-    from diffratio_fast.files import make_directory, replace_file
-    from diffratio_fast.images import grid, png
-
-    if out.suffix == ".png":
-        replace_file(out, png(grid(torch.cat(list(chunks)), columns)))
-    elif out.suffix == ".npz":
-        buffer = io.BytesIO()
-        images = torch.cat(list(chunks)).permute(0, 2, 3, 1).numpy()
-        np.savez_compressed(buffer, images=images, labels=labels.numpy())
-        replace_file(out, buffer.getvalue())
-    else:
-        make_directory(out)
-        number = 0
-        for chunk in chunks:
-            for image in chunk.permute(0, 2, 3, 1).numpy():
-                name = f"{number:06d}-class{int(labels[number])}.png"
-                replace_file(out / name, png(image.squeeze(2) if image.shape[2] == 1 else image))
-                number += 1
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Sampling: the same image for the same (seed, number), whatever is asked for around it."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, one_error_line, run
+from helpers import SMALL, command, one_error_line, run
 from PIL import Image
 
-from diffratio_fast import networks, sample, train
+from diffratio_fast import networks, sample, sample_files, train
 from diffratio_fast.command import UserError
+from diffratio_fast.networks import SavedNetwork
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,143 @@ def test_grid_and_folder(trained: Path, tmp_path: Path) -> None:
         sample.main([str(trained), "--count", "3", "--classes", "7,1-2", "--out", str(tmp_path / "d")]) == 0
     )
     names = sorted(path.name for path in (tmp_path / "d").iterdir())
-    assert names == ["000000-class7.png", "000001-class1.png", "000002-class2.png"]
+    assert names == ["000000-class7.png", "000001-class1.png", "000002-class2.png", "samples.json"]
     assert np.asarray(Image.open(tmp_path / "d" / names[0])).shape == (8, 8)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``networks.generate`` works ``calls`` times, then the process is as good as killed."""
+    made, generate = 0, networks.generate
+
+    def generate_or_die(*arguments: object) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made > calls:
+            raise Killed
+        return generate(*arguments)
+
+    monkeypatch.setattr(networks, "generate", generate_or_die)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.png", "a"])
+def test_an_interrupted_run_continues_and_ends_the_same(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sample_files, "CHUNK", 256)
+    whole, interrupted = tmp_path / "whole" / name, tmp_path / "interrupted" / name
+    options = [str(trained), "--count", "600", "--device", "cpu", "--out"]
+    assert sample.main([*options, str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        with pytest.raises(Killed):
+            sample.main([*options, str(interrupted)])
+    assert interrupted.is_dir() or not interrupted.exists()
+    with pytest.raises(UserError, match="begun with another generator or other options"):
+        sample.main([*options, str(interrupted), "--seed", "5"])
+    with monkeypatch.context() as patch:
+        killed_after(1, patch)  # one chunk is left to make
+        assert sample.main([*options, str(interrupted)]) == 0
+    assert contents(interrupted.parent) == contents(whole.parent)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a"])
+def test_processes_share_the_work(trained: Path, tmp_path: Path, name: str) -> None:
+    """As under torchrun: RANK and WORLD_SIZE say who is who."""
+    arguments = ("sample", trained, "--count", 1100, "--device", "cpu", "--out")
+    assert sample.main([str(a) for a in (*arguments[1:], tmp_path / "alone" / name)]) == 0
+    processes = [
+        subprocess.Popen(
+            command(*arguments, tmp_path / "together" / name),
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert any("1100 images" in out for out, _ in said)
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+
+
+def test_a_folder_grows_and_takes_no_others(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "d"
+    options = [str(trained), "--device", "cpu", "--out", str(out), "--count"]
+    assert sample.main([*options, "30"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert sample.main([*options, "300"]) == 0
+    assert (
+        len(list(out.glob("*.png"))) == 300 and json.loads((out / "samples.json").read_text())["count"] == 300
+    )
+    assert sample.main([*options, "300"]) == 0  # nothing left to do
+    assert set(before) <= set(out.glob("*.png"))
+    with pytest.raises(UserError, match="holds 300 of these samples"):
+        sample.main([*options, "30"])
+    with pytest.raises(UserError, match="another generator or other options"):
+        sample.main([*options, "300", "--classes", "1"])
+
+
+def test_a_finished_npz_is_not_made_again(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [str(trained), "--count", "9", "--device", "cpu", "--out", str(tmp_path / "a.npz")]
+    assert sample.main(options) == 0
+    killed_after(0, monkeypatch)
+    assert sample.main(options) == 0
+    with pytest.raises(Killed):
+        sample.main([*options, "--seed", "1"])
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:500])
+    with pytest.raises(Killed):
+        sample.main(options)
+
+
+@pytest.fixture
+def latent_generator(trained: Path, tmp_path: Path) -> Path:
+    """A generator of latents [4, 4, 4] with small random weights."""
+    arguments = {"shape": (4, 4, 4), "classes": 3, "latent_size": 8, "width": 16, "depth": 2}
+    generator = networks.build("generator", "mlp", arguments)
+    networks.initialise(generator, 0, 0)
+    scaling = {"mean": [1.0, 0.0, 2.0, -1.0], "std": [4.0, 4.0, 3.0, 3.0], "low": None, "high": None}
+    data = {"name": "latents", "class_names": ["a", "b", "c"], "scaling": scaling}
+    path = tmp_path / "latents.safetensors"
+    networks.save(path, generator, SavedNetwork("generator", "mlp", arguments, data, {}))
+    return path
+
+
+def test_latents_are_decoded(latent_generator: Path, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    images, _ = npz(latent_generator, tmp_path / "a.npz", "--count", "19", "--vae", str(tmp_path / "vae"))
+    assert images.shape == (19, 8, 8, 3)
+    generator, _ = networks.load(latent_generator, "generator")
+    x0 = networks.generate(generator, torch.arange(19) % 3, 0)
+    z = x0 * torch.tensor([8.0, 8.0, 6.0, 6.0])[:, None, None] + torch.tensor([1.0, 0, 2, -1])[:, None, None]
+    with torch.no_grad():
+        expected = vae.decode(z).sample.clamp(0, 1) * 255
+    assert np.abs(images - expected.permute(0, 2, 3, 1).numpy()).max() < 0.502
+    few, _ = npz(latent_generator, tmp_path / "b.npz", "--count", "5", "--vae", str(tmp_path / "vae"))
+    assert np.array_equal(images[:5], few)
+
+
+def test_latents_need_their_vae(latent_generator: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name the VAE that decodes them with --vae DIR"):
+        sample.main([str(latent_generator), "--out", str(tmp_path / "a.npz")])
 
 
 def test_classes() -> None:
@@ -79,9 +218,12 @@ def test_classes() -> None:
         (["RUN/ratio.safetensors"], "holds a ratio network"),
         (["RUN/config.yaml"], "not a safetensors file"),
         (["RUN/samples"], "no generator.safetensors"),
+        (["RUN", "--columns", "0"], "--columns"),
+        (["RUN", "--vae", "RUN"], "leave --vae out"),
+        (["RUN", "--out", "RUN/run"], "holds something else"),
     ],
 )
 def test_bad_input_gets_one_line(trained: Path, tmp_path: Path, options: list[str], says: str) -> None:
-    options = [option.replace("RUN", str(trained)) for option in options]
+    options = [option.replace("RUN/run", str(trained)).replace("RUN", str(trained)) for option in options]
     assert says in one_error_line(run("sample", *options, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Images to latent moments with diffusers' ``AutoencoderKL`` from a local directory (extra ``[latents]``)."""
+"""Images to latent moments and back, with a local ``AutoencoderKL`` of diffusers (extra ``[latents]``)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import torch
 
 from diffratio_fast.command import UserError
 from diffratio_fast.data.manifest import SD_VAE, Vae
+from diffratio_fast.files import sha256_of_file
 
 PUBLISHED = {"a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815": SD_VAE}
 """Names of published VAEs by the sha256 of their ``diffusion_pytorch_model.safetensors``."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+DECODE_BLOCK = 8
+"""Latents that are decoded together; few, as the activations of large images are."""
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-class LatentEncoder:
-    """Encodes uint8 images, scaled to [0, 1], to moments: mean and standard deviation of the posterior."""
+class _LocalVae:
+    """diffusers' ``AutoencoderKL`` of a local directory; ``vae`` is its name and the hash of its weights."""
 
     def __init__(self, directory: Path, *, name: str | None, precision: str, device: torch.device) -> None:
         weights = next((directory / w for w in WEIGHTS if (directory / w).is_file()), None)
@@ -31,7 +34,7 @@ class LatentEncoder:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise UserError(f"--vae needs diffusers ({error}); install diffratio_fast[latents]") from None
-        sha256 = _sha256_of_file(weights)
+        sha256 = sha256_of_file(weights)
         if name == SD_VAE and sha256 not in PUBLISHED and weights.name == WEIGHTS[0]:
             raise UserError(f"{weights}: not the published weights of {SD_VAE}; leave --vae-name out")
         self.vae = Vae(name or PUBLISHED.get(sha256, directory.resolve().name), sha256)
@@ -44,6 +47,36 @@ class LatentEncoder:
             raise UserError(f"{directory}: the VAE cannot be loaded ({str(error).splitlines()[0]})") from None
         self._model = model.eval().requires_grad_(False).to(device)
         self._device, self._dtype = device, PRECISIONS[precision]
+
+
+class LatentDecoder(_LocalVae):
+    """Decodes latents z to images, the inverse of ``LatentEncoder``'s scale: [0, 1] is black to white."""
+
+    def __init__(self, directory: Path, *, device: torch.device) -> None:
+        super().__init__(directory, name=None, precision="fp32", device=device)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents z [N, c, h, w], unscaled, to uint8 images [N, 3, H, W] on the CPU, rounded to nearest.
+
+        Always ``DECODE_BLOCK`` at a time, the last block filled up, because a convolution's rounding
+        depends on its size: an image is the same however many are decoded with it.
+        """
+        if latents.shape[1] != self._model.config.latent_channels:
+            raise UserError(
+                f"the latents have {latents.shape[1]} channels, but the VAE {self.vae.name} decodes "
+                f"{self._model.config.latent_channels}"
+            )
+        images = []
+        with torch.inference_mode():
+            for block in latents.split(DECODE_BLOCK):
+                filled = torch.cat([block, block.new_zeros(DECODE_BLOCK - len(block), *block.shape[1:])])
+                x = self._model.decode(filled.to(self._device, self._dtype)).sample[: len(block)].float()
+                images.append((x.clamp(0, 1) * 255).round().to("cpu", torch.uint8))
+        return torch.cat(images)
+
+
+class LatentEncoder(_LocalVae):
+    """Encodes uint8 images, scaled to [0, 1], to moments: mean and standard deviation of the posterior."""
 
     def shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape of the moments of an image [3, H, W]."""
@@ -68,14 +101,6 @@ def to_float16(moments: np.ndarray) -> np.ndarray:
     if float(moments[moments.shape[0] // 2 :].min()) < 0:
         raise ValueError("the second half of the channels, the standard deviation, is negative")
     return moments.astype("<f2")
-
-
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while content := stream.read(8 << 20):
-            digest.update(content)
-    return digest.hexdigest()
 
 
 def _sha256_of_json(path: Path) -> str:

@@ -9,14 +9,12 @@ them noted writes the index files and, last, the manifest.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ from diffratio_fast.data.manifest import (
     read_manifest,
 )
 from diffratio_fast.data.sampler import permutation
-from diffratio_fast.files import make_directory, replace_file, sync_directory
+from diffratio_fast.files import lock, make_directory, replace_file, sync_directory
 
 PARTIAL = "partial"
 UNREADABLE = "unreadable.txt"
@@ -164,7 +162,7 @@ def _write_missing(
     if occupied and not begun:
         raise UserError(f"{destination}: neither empty nor begun here; choose another directory")
     make_directory(partial)
-    with _lock(partial / "plan.lock", wait=True):
+    with lock(partial / "plan.lock", wait=True):
         written = partial / "plan.json"
         if not written.exists():
             replace_file(written, json.dumps({"identity": identity}).encode())
@@ -176,14 +174,14 @@ def _write_missing(
     slices = [order[i : i + per_shard] for i in range(0, len(order), per_shard)]
     for turn in range(len(slices)):
         number = (int(part * len(slices)) + turn) % len(slices)
-        with _lock(partial / f"shard-{number:05d}.lock") as mine:
+        with lock(partial / f"shard-{number:05d}.lock") as mine:
             if not mine:
                 continue
             if _is_whole(destination, _note(partial, number)):
                 progress(len(slices[number]), 0)
             elif not (destination / MANIFEST).exists():  # else another has just finished
                 _write_shard(destination, number, slices[number], read, plan, skip_unreadable, progress)
-    with _lock(partial / "finish.lock", wait=True):
+    with lock(partial / "finish.lock", wait=True):
         if (destination / MANIFEST).exists():
             return _finished(destination, identity)
         notes = [_note(partial, number) for number in range(len(slices))]
@@ -388,15 +386,3 @@ def npy_bytes(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock file ``path``; yields False where another process does."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
