@@ -85,6 +85,15 @@ class TrainConfig:
         4000, "steps between snapshots of the EMA generator", "run", low=1, free=True
     )
 
+    refit_steps: int = option(
+        200,
+        "steps at most for which an evaluation refits a copy of the ratio network to tell the divergence; "
+        "0: none",
+        "run",
+        low=0,
+        free=True,
+    )
+
     data: str = option("digits", "data set: digits, or the directory of a prepared one", "data")
     loader: str = option(
         "native",
@@ -150,6 +159,12 @@ class TrainConfig:
     )
     ema_rampup_ratio: float | None = option(
         0.1, "the half-life is at most this share of the images seen; none: no ramp", "optimization", above=0
+    )
+    ratio_ema_half_life_images: float | None = option(
+        None,
+        "half-life of a moving average of the ratio network, in images; none: keep none",
+        "optimization",
+        above=0,
     )
     precision: str = option(
         "float32",

@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_final": 0.2,
         "lr_warmup_steps": 100,
         "ema_half_life_images": 59_000.0,
+        "ratio_ema_half_life_images": 59_000.0,
         "divergence": "jensen_shannon",
         "weight": "sigma2",
         "ratio_noise": "loguniform(0.04, 1.33)",

@@ -207,6 +207,11 @@ class Iteration:
             with torch.no_grad():
                 extra_fake = self._fakes(rng, extra[1], substep)
             self._ratio_step(extra, extra_fake, rng, substep)
+        if state.ratio_average is not None and config.ratio_ema_half_life_images is not None:
+            decay = ema_decay(
+                step, config.batch_size, config.ratio_ema_half_life_images, config.ema_rampup_ratio
+            )
+            update_average(state.ratio_average, state.ratio, decay)
         if trains:
             state.ratio.eval()
             self._generator_step(fake, first[1], rng, measure)

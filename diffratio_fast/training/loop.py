@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffratio_fast import networks
 from diffratio_fast.command import UserError
@@ -20,9 +21,11 @@ from diffratio_fast.data import DataSet, open_dataset
 from diffratio_fast.devices import choose_device
 from diffratio_fast.files import make_directory, replace_file
 from diffratio_fast.networks import SavedNetwork
+from diffratio_fast.objectives.refit import Refitted
+from diffratio_fast.training.diagnosis import warnings
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
-from diffratio_fast.training.reporting import MetricsLog, Progress, peak_memory
+from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import (
     SUMS,
@@ -66,6 +69,7 @@ class Trainer:
         )
         self.state = initial_state(config, self.dataset, self.device)
         self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device)
+        self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
         self.evaluation = Evaluation(config, self.dataset, self.iteration)
 
     def batches(self) -> Iterator[list[Batch]]:
@@ -81,9 +85,11 @@ class Trainer:
         """Run to ``config.steps``; the name of the signal that stopped it earlier, or None."""
         config, state = self.config, self.state
         self.log = MetricsLog(self.directory.metrics, state.step)
+        self.events = Events(self.directory.root, state.step)
         self.progress = Progress(config.steps, state.step, config.batch_size)
         self.clock = time.monotonic()
         self.logged = (state.step, state.seconds)
+        self.warned: set[str] = set()
         try:
             with _stop_requests() as stop:
                 batches = self.batches()
@@ -103,6 +109,7 @@ class Trainer:
                 return stop[0] if stop and state.step < config.steps else None
         finally:
             self.log.close()
+            self.events.close()
             self.progress.close()
 
     def _tick(self) -> None:
@@ -131,6 +138,7 @@ class Trainer:
         mean = {name: value / steps for name, value in sums.items()}
         self._tick()
         step_before, seconds_before = self.logged
+        validation, train = self.evaluation.bound("validation"), self.evaluation.bound("train")
         values = {
             "step": state.step,
             "images": state.step * config.batch_size,
@@ -142,8 +150,10 @@ class Trainer:
             "ratio_accuracy": (mean["correct_real"] + mean["correct_fake"]) / 2,
             "log_ratio_real": mean["log_ratio_real"],
             "log_ratio_fake": mean["log_ratio_fake"],
-            "divergence": float(self.evaluation.divergence("validation")),
-            "divergence_train": float(self.evaluation.divergence("train")),
+            "divergence": validation.value,
+            "divergence_train": train.value,
+            "divergence_by_sigma": validation.by_level,
+            "divergence_train_by_sigma": train.by_level,
             "clamped_fraction": mean["clamped"],
             "gradient_norm": float(self.iteration.gradient_norm),
             "generator_lr": state.generator_optimizer.param_groups[0]["lr"],
@@ -151,28 +161,49 @@ class Trainer:
             "memory_bytes": peak_memory(self.device),
         }
         state.sums.zero_()
-        self.log.write(values)
+        self._record(values)
         self.progress.metrics(values)
         self.logged = (state.step, state.seconds)
 
+    def _record(self, values: dict[str, Any]) -> None:
+        self.log.write(values)
+        self.events.scalars(values)
+
     def _evaluate(self) -> None:
         state = self.state
+        began = time.monotonic()
         make_directory(self.directory.samples)
         picture = self.evaluation.grid_png()
         replace_file(self.directory.samples / f"step-{state.step:08d}.png", picture)
+        self.events.picture("samples", picture, state.step)
+        fields, self.refitted = self.evaluation.loss_by_sigma()
         distance = self.evaluation.validation_distance()
-        if distance is None:
-            return
-        self.log.write({"step": state.step, "frechet_distance_validation": distance})
-        self.progress.say(f"step {state.step:>6}: Fréchet distance to the validation split {distance:.3f}")
-        if not state.best or distance < state.best["frechet_distance_validation"]:
+        if distance is not None:
+            fields["frechet_distance_validation"] = distance
+        self._record({"step": state.step, **fields, "evaluation_seconds": time.monotonic() - began})
+        said = [] if distance is None else [f"Fréchet distance to the validation split {distance:.3f}"]
+        if "divergence_refit" in fields:
+            said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
+        if said:
+            self.progress.say(f"step {state.step:>6}: {', '.join(said)}")
+        self._warn()
+        if distance is not None and (not state.best or distance < state.best["frechet_distance_validation"]):
             state.best = {"step": state.step, "frechet_distance_validation": distance}
             self._save_generator("best")
 
-    def _save_generator(self, name: str) -> None:
-        self._save_network(self.directory.snapshots / f"{name}.safetensors", "generator")
+    def _warn(self) -> None:
+        """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
+        config = self.config
+        after = config.ratio_warmup_steps + config.generator_ramp_steps
+        found = dict(warnings(self.log.lines, after=after))
+        for kind in found.keys() - self.warned:
+            self.progress.say(f"warning: {found[kind]}")
+        self.warned = set(found)
 
-    def _save_network(self, path: Path, role: str) -> None:
+    def _save_generator(self, name: str) -> None:
+        self._save_network(self.directory.snapshots / f"{name}.safetensors", "generator", self.state.average)
+
+    def _save_network(self, path: Path, role: str, network: nn.Module) -> None:
         config = self.config
         scaling = self.dataset.scaling
         about = SavedNetwork(
@@ -186,24 +217,39 @@ class Trainer:
             },
             training={"step": self.state.step, "images": self.state.step * config.batch_size},
         )
-        network = self.state.average if role == "generator" else self.state.ratio
         networks.save(path, network, about)
+
+    def _measure(self, refitted: Refitted | None) -> None:
+        """What only the report shows: calibration, noise laws and the samples' nearest training images."""
+        measurements = {
+            "noise_levels": self.evaluation.noise_histograms(),
+            "calibration": self.evaluation.calibrations(refitted),
+        }
+        replace_file(self.directory.measurements, json.dumps(measurements, indent=1) + "\n")
+        picture = self.evaluation.neighbours_png()
+        if picture is not None:
+            replace_file(self.directory.neighbours, picture)
 
     def finish(self) -> dict[str, Any]:
         """The run's last files: networks and summary.json (which marks the run as finished)."""
         self.clock = time.monotonic()
-        self._save_network(self.directory.generator, "generator")
-        self._save_network(self.directory.ratio, "ratio")
+        state, config, directory = self.state, self.config, self.directory
+        self._save_network(directory.generator, "generator", state.average)
+        self._save_network(directory.ratio, "ratio", state.ratio)
+        if state.ratio_average is not None:
+            self._save_network(directory.ratio_average, "ratio", state.ratio_average)
         figures = self.evaluation.summary()
+        refitted = self.refitted or self.evaluation.refitted(config.refit_steps)
+        self._measure(refitted)
         self._tick()
-        state, config = self.state, self.config
         summary = {
             "preset": self.preset,
             "steps": state.step,
             "images": state.step * config.batch_size,
             **figures,
             "best": state.best,
-            "divergence": float(self.evaluation.divergence("validation")),
+            "divergence": self.evaluation.bound("validation", every_level=True).value,
+            "divergence_refit": None if refitted is None else refitted.bound,
             "images_per_second": state.step * config.batch_size / state.seconds,
             "seconds": state.seconds,
         }

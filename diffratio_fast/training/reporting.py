@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import struct
 import sys
 import time
 from pathlib import Path
@@ -26,8 +27,11 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         """Open for appending after ``step``; later lines, of work that a kill undid, are removed."""
         self.path = path
+        self.lines: list[dict[str, Any]] = []
+        """Everything logged so far, as it would be read back."""
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            self.lines = [json.loads(line) for line in kept]
             replace_file(path, "".join(line + "\n" for line in kept))
         try:
             self._file = open(path, "a", buffering=1)  # noqa: SIM115
@@ -36,10 +40,8 @@ class MetricsLog:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null, as JSON has no others."""
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
+        clean = {key: _finite(value) for key, value in values.items()}
+        self.lines.append(clean)
         try:
             self._file.write(json.dumps(clean) + "\n")
         except OSError as error:
@@ -47,6 +49,66 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Events:
+    """TensorBoard's event file: every number of metrics.jsonl, and the pictures. Imports it when made.
+
+    A continued run writes a new file, whose first event tells TensorBoard to forget what came after ``step``.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError:
+            print("no events for TensorBoard: it is not installed (pip install tensorboard)", flush=True)
+            self._writer = None
+            return
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(directory))
+        # purging starts at the step itself, so the next one is named
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def scalars(self, values: dict[str, Any]) -> None:
+        """A log line's finite numbers; those of a list by their place in it."""
+        if self._writer is None:
+            return
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            flat |= (
+                {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
+        entries = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in flat.items()
+            if isinstance(value, (int, float)) and name != "step" and math.isfinite(value)
+        ]
+        self._add(self._summary(value=entries), values["step"])
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        if self._writer is None:
+            return
+        width, height = struct.unpack(">II", png[16:24])  # of the PNG's header
+        image = self._summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
+        self._add(self._summary(value=[self._summary.Value(tag=name, image=image)]), step)
+
+    def _add(self, summary: Any, step: int) -> None:
+        assert self._writer is not None
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _step_of(line: str) -> float:
@@ -74,7 +136,7 @@ class Progress:
     def metrics(self, values: dict[str, Any]) -> None:
         """Show a log line's figures."""
         shown = {
-            "JS": _figure(values["divergence"]),
+            "JS": f"{_figure(values['divergence'])} (train {_figure(values['divergence_train'])})",
             "acc": _figure(values["ratio_accuracy"]),
             "img/s": f"{values['images_per_second']:,.0f}",
         }

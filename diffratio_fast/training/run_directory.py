@@ -20,6 +20,9 @@ from diffratio_fast.config import TrainConfig, changed_fields, read_config
 from diffratio_fast.devices import device_name
 from diffratio_fast.files import make_directory, replace_file
 
+EVENTS = "events.out.tfevents.*"
+"""TensorBoard's files."""
+
 
 class RunDirectory:
     """Paths of a run's files, its lock and its configuration."""
@@ -33,6 +36,11 @@ class RunDirectory:
         self.snapshots = root / "snapshots"
         self.generator = root / "generator.safetensors"
         self.ratio = root / "ratio.safetensors"
+        self.ratio_average = root / "ratio_ema.safetensors"
+        self.refitted = root / "ratio_refit.safetensors"
+        self.measurements = root / "measurements.json"
+        self.neighbours = root / "neighbours.png"
+        self.report = root / "report.html"
         self.summary = root / "summary.json"
         self._lock: IO[str] | None = None
 
@@ -57,7 +65,9 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove a run's files, and no others, for a fresh start."""
-        for path in (self.summary, self.generator, self.ratio, self.metrics, self.config):
+        files = [self.summary, self.generator, self.ratio, self.ratio_average, self.refitted, self.metrics]
+        files += [self.config, self.measurements, self.neighbours, self.report, *self.root.glob(EVENTS)]
+        for path in files:
             path.unlink(missing_ok=True)
         for directory in (self.checkpoint.parent, self.samples, self.snapshots):
             shutil.rmtree(directory, ignore_errors=True)

@@ -42,13 +42,19 @@ class TrainState:
     ratio_optimizer: torch.optim.Optimizer
     h_means: Tensor
     sums: Tensor
+    ratio_average: nn.Module | None = None
     step: int = 0
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
 
+    def networks(self) -> list[str]:
+        """Names of the networks that the state has."""
+        kept = [] if self.ratio_average is None else ["ratio_average"]
+        return ["generator", "ratio", "average", *kept]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the state under a unique name."""
-        for part in ("generator", "ratio", "average"):
+        for part in self.networks():
             for name, tensor in getattr(self, part).state_dict().items():
                 yield f"{part}.{name}", tensor
         for part in ("generator_optimizer", "ratio_optimizer"):
@@ -104,6 +110,7 @@ def initial_state(config: TrainConfig, dataset: DataSet, device: torch.device) -
         _optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay),
         initial_means(device),
         torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+        None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
     )
 
 
@@ -178,7 +185,7 @@ def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
-    for part in ("generator", "ratio", "average"):
+    for part in state.networks():
         getattr(state, part).load_state_dict(parts[part])
     for part in ("generator_optimizer", "ratio_optimizer"):
         optimizer = getattr(state, part)

@@ -1,0 +1,90 @@
+"""What a run's figures say in plain words when something is going wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+SMALLEST_GAP = 0.03
+"""Nats below which a gap or a rise is not worth a word, however sure."""
+SURE = 3.0
+"""Standard errors that a difference must exceed."""
+SATURATED = 0.99
+"""Accuracy of the ratio network at which its log ratio says little more than real or not."""
+
+
+def warnings(history: Sequence[dict[str, Any]], *, after: int = 0) -> list[tuple[str, str]]:
+    """(kind, sentence) for everything that the newest evaluation in ``history`` gives reason to say.
+
+    ``history`` are the lines of metrics.jsonl in order, ``after`` the step at which warm-up and ramp of the
+    generator ended. A value that is None (not finite) is passed over.
+    """
+    evaluations = [line for line in history if "divergence_by_sigma" in line and "sigma" in line]
+    if not evaluations:
+        return []
+    checks = (
+        _gap(evaluations),
+        _rise([e for e in evaluations if e["step"] > after]),
+        _saturation(evaluations),
+    )
+    return [found for found in checks if found is not None]
+
+
+def _number(line: dict[str, Any], name: str) -> float:
+    value = line.get(name)
+    return math.nan if value is None else float(value)
+
+
+def _gap(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    gaps = [_number(line, "divergence_train") - _number(line, "divergence") for line in evaluations]
+    last = evaluations[-1]
+    error = math.hypot(_number(last, "divergence_error"), _number(last, "divergence_train_error"))
+    earlier = gaps[len(gaps) // 2 - 1] if len(gaps) > 1 else math.nan
+    if not (gaps[-1] > max(SMALLEST_GAP, SURE * error) and gaps[-1] > earlier):
+        return None
+    return "overfitting", (
+        f"the ratio network is learning its training set by heart: its bound is "
+        f"{_number(last, 'divergence_train'):.3f} nats on training data and "
+        f"{_number(last, 'divergence'):.3f} on validation data, and the gap has grown from {earlier:.3f}. "
+        "What it then teaches the generator is to copy. A larger --ratio-weight-decay, "
+        "--ratio-roll-probability or more data hold that back."
+    )
+
+
+def _rise(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    # the refitted bound where there is one: the online network's may rise because it is catching up
+    name = "divergence_refit" if any("divergence_refit" in line for line in evaluations) else "divergence"
+    series = [
+        (line["step"], _number(line, name)) for line in evaluations if not math.isnan(_number(line, name))
+    ]
+    if len(series) < 2:
+        return None
+    step, lowest = min(series[:-1], key=lambda pair: pair[1])
+    now = series[-1][1]
+    error = _number(evaluations[-1], "divergence_error")
+    error = 0.0 if math.isnan(error) else error * math.sqrt(2)
+    if not now - lowest > max(SMALLEST_GAP, SURE * error):
+        return None
+    return "rising", (
+        f"the divergence has risen from {lowest:.3f} nats at step {step} to {now:.3f}: the generator is "
+        "moving away from the data. A lower --generator-lr, or more --ratio-steps, lets the ratio network "
+        "keep up; snapshots/ keeps earlier generators."
+    )
+
+
+def _saturation(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    last = evaluations[-1]
+    levels = [
+        (sigma, accuracy)
+        for sigma, accuracy in zip(last["sigma"], last["ratio_accuracy_by_sigma"], strict=True)
+        if accuracy is not None and accuracy >= SATURATED
+    ]
+    if 2 * len(levels) < len(last["sigma"]):
+        return None
+    return "saturated", (
+        f"the ratio network tells real from generated almost without error at {len(levels)} of "
+        f"{len(last['sigma'])} noise levels (up to sigma {max(levels)[0]:.2g}): a saturated ratio gives the "
+        "generator little direction. Larger noise levels (--ratio-noise), a lower --ratio-lr or a larger "
+        "--ratio-weight-decay help; early in a run it passes by itself."
+    )
