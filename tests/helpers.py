@@ -10,7 +10,7 @@ from pathlib import Path
 SMALL = [
     "--threads", "1", "--device", "cpu", "--batch-size", "16", "--generator-width", "16",
     "--ratio-width", "16", "--latent-size", "8", "--log-every", "4", "--eval-every", "8",
-    "--checkpoint-every", "5", "--snapshot-every", "8",
+    "--checkpoint-every", "5", "--snapshot-every", "8", "--refit-steps", "4",
 ]  # fmt: skip
 
 

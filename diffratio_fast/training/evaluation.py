@@ -24,7 +24,7 @@ from diffratio_fast.objectives.diffratio import score_difference
 from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_levels, pair_bounds
 from diffratio_fast.objectives.noise_laws import NoiseLaw
-from diffratio_fast.objectives.refit import LEVELS, RefitOptions, Refitted, refit
+from diffratio_fast.objectives.refit import LEVELS, UNLEARNING, RefitOptions, Refitted, refit
 from diffratio_fast.training.iteration import Iteration
 from diffratio_fast.verifier import calibrate
 
@@ -98,7 +98,8 @@ class Evaluation:
         latents = latents_for(state.generator, rng, index, ops.Purpose.SAMPLE_LATENT)
         fake = in_chunks(iteration.generator, latents, labels)
         draws = LEVELS if every_level else min(LEVELS, math.ceil(HELD_OUT / len(labels)))
-        level = (index[:, None] + torch.arange(draws, device=index.device) * LEVELS // draws) % LEVELS
+        first = index[:, None] if draws < LEVELS else torch.zeros_like(index)[:, None]
+        level = (first + torch.arange(draws, device=index.device) * LEVELS // draws) % LEVELS
         sigma = self._levels(iteration.ratio_law)[level]
         halves = log_ratios(iteration.ratio, real, fake, sigma, labels, rng, index)
         pairs = pair_bounds(*halves).double()
@@ -155,7 +156,7 @@ class Evaluation:
         options = RefitOptions(
             steps=steps,
             learning_rate=config.ratio_lr / 2,
-            weight_decay=config.ratio_weight_decay,
+            weight_decay=UNLEARNING,
             check_every=max(1, steps // 4),
             patience=4,
         )
