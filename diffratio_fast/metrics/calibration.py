@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
-from scipy.stats import rankdata
 
 Array = npt.NDArray[np.float64]
 
@@ -69,7 +67,7 @@ def calibration(log_ratio_real: Array, log_ratio_fake: Array, sigma: float) -> C
         weights = np.exp(fake).mean(1)
         inverse = np.exp(-real).mean(1)
         generated_mean, data_mean = _estimate(weights), _estimate(inverse)
-    missed, taken = _estimate(expit(-real).mean(1)), _estimate(expit(fake).mean(1))
+    missed, taken = _estimate(_sigmoid(-real).mean(1)), _estimate(_sigmoid(fake).mean(1))
     return Calibration(
         float(sigma),
         generated_mean,
@@ -81,15 +79,19 @@ def calibration(log_ratio_real: Array, log_ratio_fake: Array, sigma: float) -> C
     )
 
 
+def _sigmoid(x: Array) -> Array:
+    return np.exp(-np.logaddexp(0, -x))
+
+
 def _estimate(values: Array) -> Estimate:
     return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 
 def auc(real: Array, fake: Array) -> float:
     """Probability that a random real has the higher log ratio than a random fake; ties count half."""
-    values = np.concatenate((real.reshape(-1), fake.reshape(-1)))
-    n, m = real.size, fake.size
-    return float((rankdata(values)[:n].sum() - n * (n + 1) / 2) / (n * m))
+    ordered = np.sort(fake, None)
+    below = np.searchsorted(ordered, real, "left") + np.searchsorted(ordered, real, "right")
+    return float(below.mean() / 2 / fake.size)
 
 
 def effective_sample_size(log_weights: Array) -> float:
@@ -100,7 +102,7 @@ def effective_sample_size(log_weights: Array) -> float:
 
 def _reliability(real: Array, fake: Array) -> tuple[Bin, ...]:
     """Equal bins of sigmoid(l); each half weighs the same, however many images it has."""
-    predicted = np.concatenate((expit(real).reshape(-1), expit(fake).reshape(-1)))
+    predicted = np.concatenate((_sigmoid(real).reshape(-1), _sigmoid(fake).reshape(-1)))
     is_real = np.concatenate((np.ones(real.size), np.zeros(fake.size)))
     weight = np.concatenate((np.full(real.size, 1 / real.size), np.full(fake.size, 1 / fake.size)))
     place = np.minimum((predicted * BINS).astype(int), BINS - 1)

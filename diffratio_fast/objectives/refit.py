@@ -30,7 +30,8 @@ UNLEARNING = 3.0
 """A (decoupled) weight decay that unlearns the over-confidence of a network that has overfitted online.
 
 At the end of the digits preset, 200 steps raise its bound from -0.08 to 0.02 nats with it, and not above
--0.03 with a decay of 1. A network that has not overfitted loses a tenth of its bound: 0.20, not 0.22, at step 500.
+-0.03 with a decay of 1. A network that has not overfitted loses a tenth of its bound: 0.20, not 0.22, at
+step 500.
 """
 FINAL_RATE = 0.05
 """What is left of the learning rate after the last step."""
