@@ -11,6 +11,7 @@ from diffratio_fast import command
 from diffratio_fast.command import UserError
 
 MAX_GRID = 10_000
+MAX_CANDIDATES = 4096
 EPILOG = """The same command continues what was interrupted, and started several times (torchrun
 --nproc-per-node N -m diffratio_fast.sample ...) shares the work: the images are the same."""
 
@@ -35,6 +36,24 @@ def parser() -> command.Parser:
         "--out", type=Path, default=Path("samples.png"), metavar="PATH",
         help=".png: a grid; .npz: images uint8 [N, H, W, C] and labels int64 [N]; else a folder of PNGs",
     )  # fmt: skip
+    group = result.add_argument_group("the ratio network as a verifier (docs/verifier.md)")
+    group.add_argument(
+        "--candidates", type=int, default=1, metavar="N", help="candidates of which each image is one [1]"
+    )
+    group.add_argument(
+        "--select", choices=("resample", "best"), default="resample",
+        help="draw one by its density ratio, which keeps diversity, or take the most real one [resample]",
+    )  # fmt: skip
+    group.add_argument(
+        "--sigma",
+        type=float,
+        metavar="X",
+        help="noise level of the verifier (default: the one `refit` chose)",
+    )
+    group.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws of a candidate [16]")
+    group.add_argument(
+        "--verifier", type=Path, metavar="FILE", help="ratio network (default: RUN/ratio_refit.safetensors)"
+    )
     result.add_argument("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
     result.add_argument(
         "--columns", type=int, metavar="N", help="images in a row of the grid", default=argparse.SUPPRESS
@@ -70,6 +89,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--count must be at least 1, not {arguments.count}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
+    if not 1 <= arguments.candidates <= MAX_CANDIDATES:
+        raise UserError(f"--candidates must be from 1 to {MAX_CANDIDATES}, not {arguments.candidates}")
+    if not 1 <= arguments.draws < 2**16:
+        raise UserError(f"--draws must be from 1 to 65535, not {arguments.draws}")
+    if arguments.sigma is not None and not 0 < arguments.sigma < math.inf:
+        raise UserError(f"--sigma must be positive, not {arguments.sigma}")
     if getattr(arguments, "columns", 1) < 1:
         raise UserError(f"--columns must be at least 1, not {arguments.columns}")
     out: Path = arguments.out
@@ -84,10 +109,18 @@ def main(argv: list[str]) -> int:
     from diffratio_fast.devices import choose_device
     from diffratio_fast.progress import ImageProgress
     from diffratio_fast.sample_files import Job, write_samples
-    from diffratio_fast.sampling import Sampler
+    from diffratio_fast.sampling import Sampler, VerifiedSampler
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    sampler = Sampler(arguments.run, device=choose_device(arguments.device), vae=arguments.vae)
+    device = choose_device(arguments.device)
+    sampler = (
+        Sampler(arguments.run, device=device, vae=arguments.vae)
+        if arguments.candidates == 1
+        else VerifiedSampler(
+            arguments.run, device=device, vae=arguments.vae, candidates=arguments.candidates,
+            how=arguments.select, sigma=arguments.sigma, draws=arguments.draws, verifier=arguments.verifier,
+        )
+    )  # fmt: skip
     classes = parse_classes(arguments.classes, sampler.class_names)
     labels = torch.tensor(classes)[torch.arange(arguments.count) % len(classes)]
 
@@ -100,6 +133,8 @@ def main(argv: list[str]) -> int:
     job = Job(make, labels.numpy(), identity, columns)
     with ImageProgress(arguments.count, "sampling", quiet=rank > 0) as progress:
         whole = write_samples(out, job, rank=rank, world_size=world_size, progress=progress.update)
+    if isinstance(sampler, VerifiedSampler):
+        sampler.say_effective_sample_size()
     print(f"{out}: {arguments.count} images" if whole else "this process is done; another is still at work")
     return 0
 

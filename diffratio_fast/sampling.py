@@ -13,6 +13,7 @@ from diffratio_fast.command import UserError
 from diffratio_fast.data import Scaling
 from diffratio_fast.files import sha256_of_file
 from diffratio_fast.images import to_uint8
+from diffratio_fast.verifier import LOWEST_SHARE, Verifier, effective_share, select
 
 
 class Sampler:
@@ -61,6 +62,61 @@ class Sampler:
         """What the images are a function of beside seed, number and label."""
         vae = None if self._decoder is None else self._decoder.vae.sha256
         return {"generator": self.sha256, "vae": vae}
+
+
+class VerifiedSampler(Sampler):
+    """Samples that are each one of ``candidates``, chosen by the ratio network of ``refit``."""
+
+    def __init__(
+        self, run: Path, *, device: torch.device, vae: Path | None = None, candidates: int,
+        how: str = "resample", sigma: float | None = None, draws: int = 16, verifier: Path | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(run, device=device, vae=vae)
+        path = verifier or (run if run.is_dir() else run.parent) / "ratio_refit.safetensors"
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such file; make the verifier with `python -m diffratio_fast.refit RUN`, or name "
+                "a ratio network with --verifier and its noise level with --sigma"
+            )
+        ratio, about = networks.load(path, "ratio")
+        if about.arguments.get("shape") != self.about.arguments.get("shape"):
+            raise UserError(f"{path}: is for images of another shape than those of {run}")
+        sigma = about.training.get("verifier", {}).get("sigma") if sigma is None else sigma
+        if sigma is None:
+            raise UserError(
+                f"{path}: no noise level was found at which it helps; --sigma names one all the same"
+            )
+        self.verifier = Verifier(ratio.to(device), sigma, how, draws)
+        self.candidates = candidates
+        self.verifier_sha256 = sha256_of_file(path)
+        self._log_weights: list[Tensor] = []
+
+    def x0(self, seed: int, start: int, labels: Tensor) -> Tensor:
+        selection = select(self.verifier, self.generator, labels, seed, self.candidates, start)
+        self._log_weights.append(selection.log_weights.cpu())
+        return selection.images
+
+    def identity(self) -> dict[str, Any]:
+        tool = self.verifier
+        return super().identity() | {
+            "verifier": self.verifier_sha256, "candidates": self.candidates, "select": tool.how,
+            "sigma": tool.sigma, "draws": tool.draws,
+        }  # fmt: skip
+
+    def say_effective_sample_size(self) -> None:
+        """Print it for what this process has made by ``resample``, with a warning where it is too small."""
+        if self.verifier.how != "resample" or not self._log_weights:
+            return
+        share = effective_share(torch.cat(self._log_weights))
+        print(
+            f"effective sample size {share * self.candidates:.2g} of {self.candidates} candidates "
+            f"({share:.2f} N), at sigma {self.verifier.sigma:.3g}"
+        )
+        if share < LOWEST_SHARE:
+            print(
+                f"warning: that is below {LOWEST_SHARE:g} N: a few candidates take all the weight, and what is "
+                "drawn follows the errors of the ratio network; a larger --sigma evens the weights out"
+            )
 
 
 def _decoder(path: Path, vae: Path, trained_on: dict[str, str] | None, device: torch.device) -> Any:
