@@ -114,8 +114,8 @@ class VerifiedSampler(Sampler):
         )
         if share < LOWEST_SHARE:
             print(
-                f"warning: that is below {LOWEST_SHARE:g} N: a few candidates take all the weight, and what is "
-                "drawn follows the errors of the ratio network; a larger --sigma evens the weights out"
+                f"warning: that is below {LOWEST_SHARE:g} N: a few candidates take all the weight, and what "
+                "is drawn follows the errors of the ratio network; a larger --sigma evens the weights out"
             )
 
 

@@ -135,6 +135,13 @@ def line(step: int, **values: Any) -> dict[str, Any]:
         ([line(1, divergence_refit=0.1), line(2, divergence_refit=0.2)], ["rising"]),
         ([line(1, divergence_refit=0.2), line(2, divergence_refit=0.1)], []),
         ([line(1, divergence=0.05, divergence_train=0.05), line(2)], ["rising"]),  # without a refit
+        (
+            [
+                line(1, divergence_refit=0.1, frechet_distance_validation=2.0),
+                line(2, divergence_refit=0.2, frechet_distance_validation=1.0),
+            ],
+            [],  # the images are nearer all the same: the ratio network has become better
+        ),
         ([line(1, divergence_refit=None), line(2, divergence_refit=0.2)], []),
         ([line(1, ratio_accuracy_by_sigma=[1.0, 0.7])], ["saturated"]),
         ([line(1, ratio_accuracy_by_sigma=[None, 0.7])], []),

@@ -53,23 +53,21 @@ def _gap(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
 
 
 def _rise(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
-    # the refitted bound where there is one: the online network's may rise because it is catching up
+    # the refitted bound where there is one: the online network's also rises when it catches up
     name = "divergence_refit" if any("divergence_refit" in line for line in evaluations) else "divergence"
-    series = [
-        (line["step"], _number(line, name)) for line in evaluations if not math.isnan(_number(line, name))
-    ]
+    series = [line for line in evaluations if not math.isnan(_number(line, name))]
     if len(series) < 2:
         return None
-    step, lowest = min(series[:-1], key=lambda pair: pair[1])
-    now = series[-1][1]
-    error = _number(evaluations[-1], "divergence_error")
-    error = 0.0 if math.isnan(error) else error * math.sqrt(2)
-    if not now - lowest > max(SMALLEST_GAP, SURE * error):
+    lowest, last = min(series[:-1], key=lambda line: _number(line, name)), series[-1]
+    rise = _number(last, name) - _number(lowest, name)
+    error = math.sqrt(2) * _number(last, "divergence_error")
+    nearer = _number(last, "frechet_distance_validation") < _number(lowest, "frechet_distance_validation")
+    if not rise > max(SMALLEST_GAP, SURE * error) or nearer:  # the images may say otherwise
         return None
     return "rising", (
-        f"the divergence has risen from {lowest:.3f} nats at step {step} to {now:.3f}: the generator is "
-        "moving away from the data. A lower --generator-lr, or more --ratio-steps, lets the ratio network "
-        "keep up; snapshots/ keeps earlier generators."
+        f"the divergence has risen from {_number(lowest, name):.3f} nats at step {lowest['step']} to "
+        f"{_number(last, name):.3f}: the generator is moving away from the data. A lower --generator-lr, or "
+        "more --ratio-steps, lets the ratio network keep up; snapshots/ keeps earlier generators."
     )
 
 
