@@ -20,8 +20,6 @@ namespace diffratio {
 namespace {
 
 using cpu::Mixer;
-using cpu::MixerSizes;
-using cpu::Objective;
 using Tensors = std::vector<at::Tensor>;
 
 // A call under construction, with the float32 contiguous tensors that its pointers point into.
@@ -43,32 +41,32 @@ void check(const char* name, const at::Tensor& t, std::vector<int64_t> shape) {
 }
 
 MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
-  TORCH_CHECK_VALUE(weights.size() == cpu::weights, "weights must be ", int{cpu::weights}, " tensors");
+  TORCH_CHECK_VALUE(weights.size() == diffratio::weights, "weights must be ", int{diffratio::weights}, " tensors");
   TORCH_CHECK_VALUE(images.dim() == 4, "images must be [B, channels, H, W]");
-  TORCH_CHECK_VALUE(weights[cpu::w_patch].dim() == 2 && weights[cpu::w_position].dim() == 2 &&
-                        weights[cpu::w_up].dim() == 3,
+  TORCH_CHECK_VALUE(weights[w_patch].dim() == 2 && weights[w_position].dim() == 2 &&
+                        weights[w_up].dim() == 3,
                     "patch and position must be matrices, up a stack of matrices");
   MixerSizes s{};
   s.channels = images.size(1);
   s.height = images.size(2);
   s.across = images.size(3);
-  s.width = weights[cpu::w_patch].size(0);
-  s.tokens = weights[cpu::w_position].size(0);
-  s.depth = weights[cpu::w_up].size(0);
-  s.hidden = weights[cpu::w_up].size(1);
-  const int64_t p = weights[cpu::w_patch].size(1);
+  s.width = weights[w_patch].size(0);
+  s.tokens = weights[w_position].size(0);
+  s.depth = weights[w_up].size(0);
+  s.hidden = weights[w_up].size(1);
+  const int64_t p = weights[w_patch].size(1);
   while (s.channels * s.patch * s.patch < p) ++s.patch;
   TORCH_CHECK_VALUE(s.patch > 0 && s.vector() == p && s.height % s.patch == 0 && s.across % s.patch == 0 &&
                         s.height / s.patch * (s.across / s.patch) == s.tokens && s.tokens > 0 && s.width > 0 &&
                         s.depth > 0 && s.hidden > 0,
                     "weights do not fit images ", images.sizes());
-  check("patch", weights[cpu::w_patch], {s.width, p});
-  check("position", weights[cpu::w_position], {s.tokens, s.width});
-  check("mix", weights[cpu::w_mix], {s.depth, s.tokens, s.tokens});
-  check("mix_bias", weights[cpu::w_mix_bias], {s.depth, s.tokens});
-  check("up", weights[cpu::w_up], {s.depth, s.hidden, s.width});
-  check("down", weights[cpu::w_down], {s.depth, s.width, s.hidden});
-  check("head", weights[cpu::w_head], {s.tokens, s.width});
+  check("patch", weights[w_patch], {s.width, p});
+  check("position", weights[w_position], {s.tokens, s.width});
+  check("mix", weights[w_mix], {s.depth, s.tokens, s.tokens});
+  check("mix_bias", weights[w_mix_bias], {s.depth, s.tokens});
+  check("up", weights[w_up], {s.depth, s.hidden, s.width});
+  check("down", weights[w_down], {s.depth, s.width, s.hidden});
+  check("head", weights[w_head], {s.tokens, s.width});
   return s;
 }
 
@@ -93,7 +91,7 @@ Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigm
     m.images[half] = call.hold(images[half]);
     m.conditioning[half] = call.hold(conditioning[half]);
   }
-  for (int i = 0; i < cpu::weights; ++i) m.weight[i] = call.hold(weights[i]);
+  for (int i = 0; i < diffratio::weights; ++i) m.weight[i] = call.hold(weights[i]);
   return call;
 }
 
@@ -117,7 +115,7 @@ void add_noise(Call& call, const at::Tensor& rng, const at::Tensor& index, at::I
 
 Tensors weight_gradients(Call& call, at::TensorList weights) {
   Tensors gradients;
-  for (int i = 0; i < cpu::weights; ++i) {
+  for (int i = 0; i < diffratio::weights; ++i) {
     gradients.push_back(at::empty(weights[i].sizes(), weights[i].options().dtype(at::kFloat)));
     call.mixer.weight_gradient[i] = gradients.back().mutable_data_ptr<float>();
   }

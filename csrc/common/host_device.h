@@ -5,8 +5,10 @@
 #define DR_HOST_DEVICE __host__ __device__ __forceinline__
 #define DR_DEVICE __device__ __forceinline__
 #define DR_UNROLL _Pragma("unroll")
+#define DR_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define DR_HOST_DEVICE inline __attribute__((always_inline))
 #define DR_DEVICE inline
 #define DR_UNROLL
+#define DR_UNROLL_TWICE
 #endif

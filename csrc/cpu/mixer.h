@@ -9,27 +9,10 @@
 
 #include <cstdint>
 
+#include "../common/mixer.h"
 #include "noise.h"
 
 namespace diffratio::cpu {
-
-struct MixerSizes {
-  int64_t channels, height, across, patch;  // images, patch size
-  int64_t tokens, width, depth, hidden;     // T, C, L, H
-
-  int64_t image() const { return channels * height * across; }
-  int64_t vector() const { return channels * patch * patch; }  // P
-  int64_t conditioning() const { return width + depth * hidden; }
-};
-
-enum Weight { w_patch, w_position, w_mix, w_mix_bias, w_up, w_down, w_head, weights };
-
-enum class Objective {
-  none,      // log ratios only
-  given,     // upstream[i]
-  score,     // -weight h(l) / draws
-  logistic,  // mean softplus(-l) of half 0 plus mean softplus(l) of half 1
-};
 
 // Unit (half, sample, draw) has place (half * batch + sample) * draws + draw in log_ratio, and
 // sample * draws + draw in sigma and weight.

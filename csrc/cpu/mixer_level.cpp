@@ -10,7 +10,7 @@
 namespace diffratio::cpu {
 namespace {
 
-constexpr float residual = 0.7f;  // RESIDUAL of reference_ratio.py
+constexpr float residual = mixer_residual;
 constexpr int64_t noise_chunk = 2048;  // elements of a work item of Level::add_noise
 
 // Hands out consecutive pieces of a buffer; with a null buffer it only counts.

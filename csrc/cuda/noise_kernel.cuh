@@ -2,9 +2,7 @@
 // its like; so there is nothing in here that only a GPU has.
 #pragma once
 
-#include "../common/noise.h"
-#include "../common/normal.h"
-#include "../common/philox.h"
+#include "noise_values.cuh"
 
 namespace diffratio::cuda {
 
@@ -68,20 +66,8 @@ DR_HOST_DEVICE void store(T* p, int valid, bool aligned, const C (&x)[unit]) {
   }
 }
 
-DR_HOST_DEVICE float noised(float x, float sigma, float eps, float scale) {
-  return Scalar::fma(sigma, eps, x) * scale;
-}
 DR_HOST_DEVICE double noised(double x, double sigma, float eps, double scale) {
   return (x + sigma * static_cast<double>(eps)) * scale;  // compiled without contraction
-}
-
-struct Key {
-  uint32_t low, high, step;
-};
-
-DR_HOST_DEVICE Key read_key(const int64_t* rng) {
-  const uint64_t seed = static_cast<uint64_t>(rng[0]);
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(rng[1])};
 }
 
 // n / d and the remainder; 64-bit division is slow on a GPU, so only where the numbers need it (`wide`).
@@ -115,11 +101,7 @@ __global__ void __launch_bounds__(threads) add_noise_kernel(const AddNoise a, bo
     float eps[unit];
     DR_UNROLL
     for (int i = 0; i < unit / 4; ++i) {
-      uint32_t state[4] = {static_cast<uint32_t>(first / 4 + i), key.step, static_cast<uint32_t>(a.index[sample]),
-                           a.streams[input]};
-      philox4x32_10<Scalar>(state, key.low, key.high);
-      box_muller<Scalar>(state[0], state[1], eps[4 * i], eps[4 * i + 1]);
-      box_muller<Scalar>(state[2], state[3], eps[4 * i + 2], eps[4 * i + 3]);
+      four_normals(key, first + 4 * i, a.index[sample], a.streams[input], eps + 4 * i);
     }
     Out* out = static_cast<Out*>(a.out) + row * a.size + first;
     const bool full = valid == unit;

@@ -124,6 +124,15 @@ DR_DEVICE void store16(void* p, const Vector16& x, Site = DR_HERE) {
 #undef DR_LOAD16
 #undef DR_STORE16
 
+// Adds to an integer that other blocks add to as well, and gives what was there before. Everything that this thread
+// wrote before it is seen by whoever adds after it.
+DR_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value, Site = DR_HERE) {
+  __threadfence();
+  const uint32_t before = atomicAdd(p, value);
+  __threadfence();
+  return before;
+}
+
 // --- shared memory ---------------------------------------------------------------------------------------------
 
 // `count` elements of shared memory. Addresses are 32-bit offsets in the shared window.
@@ -203,6 +212,15 @@ DR_DEVICE void copy_commit(Site = DR_HERE) { asm volatile("cp.async.commit_group
 template <int pending>
 DR_DEVICE void copy_wait(Site = DR_HERE) {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// --- arithmetic ------------------------------------------------------------------------------------------------
+
+// To a relative error of 2^-11, in one instruction.
+DR_DEVICE float tanh_approximate(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // --- matrices --------------------------------------------------------------------------------------------------

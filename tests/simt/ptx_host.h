@@ -1,6 +1,7 @@
 // The host's version of csrc/cuda/ptx.cuh: the same names and arguments, with everything checked.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -100,6 +101,8 @@ void store16(void* p, const Vector16& x, Site site = DR_HERE) {
   host::global_write(p, &x, sizeof x, site);
 }
 
+uint32_t atomic_add(uint32_t* p, uint32_t value, Site site = DR_HERE);
+
 // --- shared memory ---------------------------------------------------------------------------------------------
 
 template <class T>
@@ -176,6 +179,10 @@ void copy_wait(Site site = DR_HERE) {
   static_assert(pending >= 0);
   host::wait_for_groups(pending, site);
 }
+
+// --- arithmetic ------------------------------------------------------------------------------------------------
+
+inline float tanh_approximate(float x) { return std::tanh(x); }
 
 // --- matrices --------------------------------------------------------------------------------------------------
 

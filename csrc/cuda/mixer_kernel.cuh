@@ -1,0 +1,524 @@
+// The ratio operations for one sample after the other: noise, the network, its log ratio, and the way back to the
+// image's gradient or to the operands of the weights' gradients (mixer_gradients.cuh takes it from there).
+//
+// A block has one sample at a time, a warp 16 or 32 of its tokens. The residual sum (forward) and its gradient
+// (backward) stay in the warps' accumulators in fp32 throughout; what other warps need of them, or the next product as
+// its operand, is bf16 in `tile`. A channel product needs a warp's own tokens only; the product over tokens needs
+// all of them, so there is a barrier on either side of it. Weights arrive by asynchronous copies, a chunk of hidden
+// units at a time, one chunk ahead. The backward pass computes the hidden units once more, from m.
+#pragma once
+
+#include "../common/divergences.h"
+#include "mixer_tiles.cuh"
+#include "noise_values.cuh"
+
+namespace diffratio::cuda {
+
+enum class Pass { forward, image, weights };  // log ratios; gradients of images; operands of the weights' gradients
+
+template <class S>
+constexpr uint32_t mixer_shared_bytes(Pass pass, int tokens) {
+  const uint32_t chunk = pass == Pass::forward ? S::forward_chunk : S::backward_chunk;
+  return tokens * S::stride * 2 + 2 * chunk + (pass == Pass::forward ? 0 : tokens * S::width * 2) +
+         S::most_threads / 32 * 4;
+}
+
+template <class S, Pass pass>
+class MixerBlock {
+  static constexpr bool back = pass != Pass::forward, staged = pass == Pass::weights;
+  static constexpr int stage_size = (back ? S::backward_chunk : S::forward_chunk) / 2;
+  struct alignas(8) Pair {
+    uint32_t left, right;  // of columns 0 to 7 and 8 to 15
+  };
+
+ public:
+  DR_DEVICE MixerBlock(const MixerCall& call, ptx::SharedArena& arena) : c(call), p(call.packing) {
+    const auto activations = arena.take<BFloat16>(p.tokens * S::stride, "activations");
+    tile = Activations<S>(activations);
+    stages = arena.take<BFloat16>(2 * stage_size, "weights");
+    sums = arena.take<float>(S::most_threads / 32, "sums");
+    if constexpr (back) checkpoint = arena.take<BFloat16>(p.tokens * S::width, "m");
+  }
+
+  // One unit and draw, from the image to all that is asked for. `operands`: this unit's Staging, or this block's
+  // checkpoints.
+  DR_DEVICE void run(int half, int sample, int draw, unsigned char* operands) {
+    const int64_t level = static_cast<int64_t>(sample) * c.draws + draw;
+    e = c.conditioning[half] + level * p.conditioning();
+    fetch(0);  // meanwhile the noise
+    cut(half, sample, draw, c.sigma[level]);
+    ptx::block_sync();  // patch vectors were made by whoever came first()
+
+    Accumulator<S> h;
+    embed(h, operands);
+    ptx::warp_sync();  // before this warp's tokens take the place of their patch vectors
+    for (int block = 0; block < p.depth; ++block) forward(h, block, operands);
+    const float log_ratio = read_head(h);
+    if (thread() == 0) ptx::store(c.log_ratio + static_cast<int64_t>(half) * c.batch * c.draws + level, log_ratio);
+    if constexpr (back) {
+      const float slope = by_log_ratio(half, sample, level, log_ratio);
+      if constexpr (staged) {
+        // h holds the last block's output; the head's gradient is its product with the slope.
+        scale(h, slope);
+        stage_rows<S>(operands + c.staging.last, first(), h);
+      }
+      start_backward(h, slope);
+      for (int block = p.depth - 1; block >= 0; --block) backward(h, block, operands);
+      if constexpr (staged) finish_operands(h, half, level, operands);
+      if (c.image_gradient) add_image_gradient(h, sample, draw, c_in(c.sigma[level]));
+    }
+    ptx::forget_shared();
+    ptx::block_sync();  // before the next sample's patch vectors and weights
+  }
+
+ private:
+  // --- weights -------------------------------------------------------------------------------------------------
+
+  // Chunks follow each other as they are used: forward from the first() block on, then backward from the last.
+  DR_DEVICE void fetch(int number, ptx::Site site = DR_HERE) {
+    const int forward_steps = p.depth * chunks();
+    const bool backward = number >= forward_steps;
+    const int bytes = backward ? S::backward_chunk : S::forward_chunk;
+    const int done = number - forward_steps;
+    const int64_t chunk = backward ? (p.depth - 1 - done / chunks()) * chunks() + done % chunks() : number;
+    const unsigned char* from = c.packed + (backward ? p.backward : p.forward) + chunk * bytes;
+    for (int i = thread() * 16; i < bytes; i += threads() * 16) {
+      ptx::copy_async(stages.address(number % 2 * stage_size + i / 2), from + i, site);
+    }
+    ptx::copy_commit(site);
+  }
+
+  // Chunk `number`, for all threads(), after all of them have come here; fetches the one after it.
+  DR_DEVICE ptx::Shared<BFloat16> take(int number, ptx::Site site = DR_HERE) {
+    ptx::copy_wait<0>(site);
+    ptx::block_sync(site);
+    if (number + 1 < (back ? 2 : 1) * p.depth * chunks()) fetch(number + 1, site);
+    return stages.part(number % 2 * stage_size, stage_size);
+  }
+
+  // --- images --------------------------------------------------------------------------------------------------
+
+  // Patch vectors of the noised image into the tile's first() columns, zeros where they are padded.
+  DR_DEVICE void cut(int half, int sample, int draw, float sigma) {
+    const float scale = c_in(sigma);
+    const int size = p.image(), side = p.across / p.patch;
+    const int64_t offset = static_cast<int64_t>(sample) * size;
+    const Key key = c.rng ? read_key(c.rng) : Key{};
+    const int64_t index = c.rng ? c.index[sample] : 0;
+    const uint32_t stream = c.streams[half] + static_cast<uint32_t>(draw);
+    for (int i = thread() * 4; i < size; i += threads() * 4) {
+      float eps[4] = {};
+      if (c.rng) four_normals(key, i, index, stream, eps);
+      int x = i % p.across, y = i / p.across % p.height, channel = i / p.across / p.height;
+      int column = x % p.patch, token = y / p.patch * side + x / p.patch;
+      int start = (channel * p.patch + y % p.patch) * p.patch;
+      DR_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (i + j >= size) break;
+        const float x0 = c.type == Type::float32 ? static_cast<const float*>(c.images[half])[offset + i + j]
+                                                 : to_float(static_cast<const BFloat16*>(c.images[half])[offset + i + j]);
+        const float noised_x = c.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
+        tile.store(token, start + column, from_float<BFloat16>(noised_x));
+        if (++x == p.across) {  // a row ends among the four
+          x = 0;
+          if (++y == p.height) y = 0, ++channel;
+          column = 0, token = y / p.patch * side, start = (channel * p.patch + y % p.patch) * p.patch;
+        } else if (++column == p.patch) {
+          column = 0, ++token;
+        }
+      }
+    }
+    const BFloat16 zero{0};
+    const int spare = p.vector - p.real_vector;
+    for (int i = thread(); i < p.tokens * spare; i += threads()) tile.store(i / spare, p.real_vector + i % spare, zero);
+    for (int i = thread(); i < (p.tokens - p.real_tokens) * p.real_vector; i += threads()) {
+      tile.store(p.real_tokens + i / p.real_vector, i % p.real_vector, zero);
+    }
+  }
+
+  // h = z patch^T + position + e
+  DR_DEVICE void embed(Accumulator<S>& h, unsigned char* operands) {
+    load_accumulators(h, p.position);
+    DR_UNROLL
+    for (int n = 0; n < S::columns; ++n) {
+      const float e0 = conditioning(n * 8 + own_column(), p.real_width, 0);
+      const float e1 = conditioning(n * 8 + own_column() + 1, p.real_width, 0);
+      DR_UNROLL
+      for (int i = 0; i < S::tiles; ++i) {
+        h[i][n][0] += e0, h[i][n][1] += e1;
+        h[i][n][2] += e0, h[i][n][3] += e1;
+      }
+    }
+    for (int k = 0; k < p.vector / 16; ++k) {
+      uint32_t a[S::tiles][4];
+      load_operand<S>(a, tile, first(), k);
+      DR_UNROLL
+      for (int n = 0; n < S::width / 16; ++n) {
+        uint32_t b[4];
+        load_packed(b, p.patch_w, k * (S::width / 16) + n);
+        multiply(h, 2 * n, a, b);
+      }
+    }
+    if constexpr (staged) {
+      const int pieces = p.vector / 8;  // of a row, 16 bytes each
+      for (int i = lane(); i < S::rows * pieces; i += 32) {
+        const int row = first() + i / pieces, column = i % pieces * 8;
+        ptx::store16(operands + c.staging.z + (static_cast<int64_t>(row) * p.vector + column) * 2,
+                     tile.template load<Vector16>(row, column));
+      }
+    }
+  }
+
+  // dx = c_in unpatch(G patch), added up over draws.
+  DR_DEVICE void add_image_gradient(const Accumulator<S>& g, int sample, int draw, float scale) {
+    float* out = c.image_gradient + static_cast<int64_t>(sample) * p.image();
+    const int side = p.across / p.patch, square = p.patch * p.patch;
+    for (int n = 0; n < p.vector / 16; ++n) {
+      float d[S::tiles][2][4] = {};
+      DR_UNROLL
+      for (int k = 0; k < S::width / 16; ++k) {
+        uint32_t a[S::tiles][4], b[4];
+        DR_UNROLL
+        for (int i = 0; i < S::tiles; ++i) to_operand(a[i], g[i], k);
+        load_packed(b, p.patch_t, k * (p.vector / 16) + n);
+        multiply(d, 0, a, b);
+      }
+      DR_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int v = n * 16 + j / 2 * 8 + own_column() + j % 2;
+        if (v >= p.real_vector) continue;
+        const int channel = v / square, row = v % square / p.patch, column = v % p.patch;
+        DR_UNROLL
+        for (int i = 0; i < S::tiles * 2; ++i) {
+          const int token = own_row() + i * 8;
+          if (token >= p.real_tokens) continue;
+          const int y = token / side * p.patch + row, x = token % side * p.patch + column;
+          float* to = out + (static_cast<int64_t>(channel) * p.height + y) * p.across + x;
+          const float value = scale * d[i / 2][j / 2][i % 2 * 2 + j % 2];
+          ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread()'s in every draw
+        }
+      }
+    }
+  }
+
+  // --- forward -------------------------------------------------------------------------------------------------
+
+  DR_DEVICE void forward(Accumulator<S>& h, int block, unsigned char* operands) {
+    const int64_t wide = int64_t{2} * p.tokens * S::width;
+    store_rows<S>(tile, first(), h);
+    if constexpr (staged) stage_rows<S>(operands + c.staging.h + block * wide, first(), h);
+    ptx::block_sync();  // everybody's tokens
+    const float* bias = reinterpret_cast<const float*>(c.packed + p.mix_bias) + block * p.tokens;
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      const float upper = bias[own_row() + i * 16], lower = bias[own_row() + i * 16 + 8];
+      DR_UNROLL
+      for (int n = 0; n < S::columns; ++n) {
+        h[i][n][0] += upper, h[i][n][1] += upper;
+        h[i][n][2] += lower, h[i][n][3] += lower;
+      }
+    }
+    mix_tokens<S>(h, mix_rows(p.mix, block), p.tokens / 16, tile);
+
+    for (int chunk = 0; chunk < chunks(); ++chunk) {
+      const auto w = take(block * chunks() + chunk);
+      if (chunk == 0) {  // now that everybody has read h
+        store_rows<S>(tile, first(), h);
+        if constexpr (back) stage_rows<S>(operands + c.staging.m + block * wide, first(), h);
+        ptx::warp_sync();
+      }
+      Hidden<S> u;
+      start_hidden(u, block, chunk);
+      DR_UNROLL
+      for (int k = 0; k < S::width / 16; ++k) {
+        uint32_t a[S::tiles][4];
+        load_operand<S>(a, tile, first(), k);
+        DR_UNROLL
+        for (int j = 0; j < S::chunk / 16; ++j) {
+          uint32_t b[4];
+          load_piece(b, w, j * 2 * (S::width / 16) + k);
+          multiply(u, 2 * j, a, b);
+        }
+      }
+      Operand<S> a;
+      DR_UNROLL
+      for (int i = 0; i < S::tiles; ++i) {
+        DR_UNROLL
+        for (int n = 0; n < S::chunk / 8; ++n) {
+          DR_UNROLL
+          for (int j = 0; j < 4; ++j) u[i][n][j] *= sigmoid(u[i][n][j]);
+        }
+        DR_UNROLL
+        for (int k = 0; k < S::chunk / 16; ++k) to_operand(a[i][k], u[i], k);
+      }
+      from_hidden<S>(h, a, w, 2, 1);
+    }
+    scale(h, mixer_residual);
+    ptx::warp_sync();  // before this warp's tokens are replaced in the tile
+  }
+
+  // The sum over head * h, the same in all threads().
+  DR_DEVICE float read_head(const Accumulator<S>& h) {
+    float sum = 0;
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      DR_UNROLL
+      for (int n = 0; n < S::columns; ++n) {
+        const Vector16 w = accumulators(p.head, i, n);
+        DR_UNROLL
+        for (int j = 0; j < 4; ++j) sum = Scalar::fma(Scalar::as_float(w.v[j]), h[i][n][j], sum);
+      }
+    }
+    sum = column_sum(quad_sum(sum));
+    if (lane() == 0) sums.store(thread() / 32, sum);
+    ptx::block_sync();
+    float total = 0;
+    for (int warp = 0; warp < threads() / 32; ++warp) total += sums.load(warp);
+    return total;
+  }
+
+  // --- backward ------------------------------------------------------------------------------------------------
+
+  DR_DEVICE float by_log_ratio(int half, int sample, int64_t level, float log_ratio) {
+    switch (c.objective) {
+      case Objective::given: return c.upstream[sample];
+      case Objective::score: {
+        bool outside;
+        const float factor = divergence_factor(c.divergence, log_ratio, &outside);
+        if (outside && thread() == 0) ptx::atomic_add(c.outside, 1);
+        return -c.upstream[level] * factor / static_cast<float>(c.draws);
+      }
+      default: {
+        const float sign = half == 0 ? -1.0f : 1.0f;
+        return sign / ((1.0f + exponential(-sign * log_ratio)) * static_cast<float>(c.batch));
+      }
+    }
+  }
+
+  // The gradient of the last block's sum, before its residual factor.
+  DR_DEVICE void start_backward(Accumulator<S>& g, float slope) {
+    load_accumulators(g, p.head);
+    scale(g, mixer_residual * slope);
+  }
+
+  // From the gradient g of m + silu(u) down^T to that of the block before it.
+  DR_DEVICE void backward(Accumulator<S>& g, int block, unsigned char* operands) {
+    const int64_t wide = int64_t{2} * p.tokens * S::width, hidden = int64_t{2} * p.tokens * p.hidden;
+    load_checkpoint(operands + c.staging.m + block * wide);
+    for (int chunk = 0; chunk < chunks(); ++chunk) {
+      const auto w = take((2 * p.depth - 1 - block) * chunks() + chunk);
+      if (chunk == 0) {  // now that everybody has read what the tile held
+        store_rows<S>(tile, first(), g);
+        if constexpr (staged) stage_rows<S>(operands + c.staging.g + block * wide, first(), g);
+        ptx::warp_sync();
+      }
+      Hidden<S> ga = {}, u;
+      start_hidden(u, block, chunk);
+      DR_UNROLL_TWICE  // no more, for want of registers
+      for (int k = 0; k < S::width / 16; ++k) {
+        uint32_t a[S::tiles][4], m[S::tiles][4], b[4];
+        load_operand<S>(a, tile, first(), k);
+        load_checkpointed(m, k);
+        DR_UNROLL
+        for (int j = 0; j < S::chunk / 16; ++j) {
+          load_piece(b, w, j * 3 * (S::width / 16) + k);
+          multiply(ga, 2 * j, a, b);
+          load_piece(b, w, (j * 3 + 1) * (S::width / 16) + k);
+          multiply(u, 2 * j, m, b);
+        }
+      }
+      Operand<S> gu;
+      DR_UNROLL
+      for (int i = 0; i < S::tiles; ++i) {
+        DR_UNROLL
+        for (int n = 0; n < S::chunk / 8; ++n) {
+          DR_UNROLL
+          for (int j = 0; j < 4; ++j) {  // silu' = s + u s (1 - s)
+            const float s = sigmoid(u[i][n][j]), silu = u[i][n][j] * s;
+            ga[i][n][j] *= s + silu * (1.0f - s);
+            u[i][n][j] = silu;
+          }
+        }
+        DR_UNROLL
+        for (int k = 0; k < S::chunk / 16; ++k) to_operand(gu[i][k], ga[i], k);
+      }
+      if constexpr (staged) {
+        stage_hidden<S>(operands + c.staging.a + block * hidden, first(), chunk * S::chunk, p.hidden, u);
+        stage_hidden<S>(operands + c.staging.gu + block * hidden, first(), chunk * S::chunk, p.hidden, ga);
+        store_column_sums(columns_of_warp() + S::width + block * p.hidden + chunk * S::chunk, ga);
+      }
+      from_hidden<S>(g, gu, w, 3, 2);
+    }
+    ptx::warp_sync();  // before this warp's tokens are replaced in the tile
+    store_rows<S>(tile, first(), g);
+    if constexpr (staged) {
+      stage_rows<S>(operands + c.staging.gm + block * wide, first(), g);
+      float* rows = reinterpret_cast<float*>(operands + c.staging.rows) + block * p.tokens;
+      DR_UNROLL
+      for (int i = 0; i < S::tiles * 2; ++i) {
+        float sum = 0;
+        DR_UNROLL
+        for (int n = 0; n < S::columns; ++n) sum += g[i / 2][n][i % 2 * 2] + g[i / 2][n][i % 2 * 2 + 1];
+        sum = quad_sum(sum);
+        if (lane() % 4 == 0) ptx::store(rows + own_row() + i * 8, sum);
+      }
+    }
+    ptx::block_sync();  // everybody's tokens
+    mix_tokens<S>(g, mix_rows(p.mix_t, block), p.tokens / 16, tile);
+    if (block > 0) scale(g, mixer_residual);
+  }
+
+  // What is left once the gradient has reached the first() block's input.
+  DR_DEVICE void finish_operands(const Accumulator<S>& g, int half, int64_t level, unsigned char* operands) {
+    stage_rows<S>(operands + c.staging.first, first(), g);
+    store_column_sums(columns_of_warp(), g);
+    ptx::block_sync();  // the sums of all warps
+    const int size = S::width + p.depth * p.hidden, begin = static_cast<int>(blockIdx.x) * (threads() / 32);
+    float* out = c.conditioning_gradient[half] + level * p.conditioning();
+    for (int i = thread(); i < p.conditioning(); i += threads()) {
+      const int unit = i - p.real_width;
+      const int column = unit < 0 ? i : S::width + unit / p.real_hidden * p.hidden + unit % p.real_hidden;
+      float sum = 0;
+      for (int warp = 0; warp < threads() / 32; ++warp) {
+        sum += ptx::load(c.columns + static_cast<int64_t>(begin + warp) * size + column);
+      }
+      ptx::store(out + i, sum);
+    }
+  }
+
+  // --- small things --------------------------------------------------------------------------------------------
+
+  DR_DEVICE float* columns_of_warp() const {
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (threads() / 32) + thread() / 32;
+    return c.columns + warp * (S::width + p.depth * p.hidden);
+  }
+
+  DR_DEVICE void scale(Accumulator<S>& d, float by) const {
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      DR_UNROLL
+      for (int n = 0; n < S::columns; ++n) {
+        DR_UNROLL
+        for (int j = 0; j < 4; ++j) d[i][n][j] *= by;
+      }
+    }
+  }
+
+  // Number i of `count` conditioning numbers from `begin` on, zero beyond.
+  DR_DEVICE float conditioning(int i, int count, int begin) const { return i < count ? e[begin + i] : 0.0f; }
+
+  // The hidden biases of a chunk.
+  DR_DEVICE void start_hidden(Hidden<S>& u, int block, int chunk) const {
+    const int begin = p.real_width + block * p.real_hidden;
+    DR_UNROLL
+    for (int n = 0; n < S::chunk / 8; ++n) {
+      DR_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float bias = conditioning(chunk * S::chunk + n * 8 + own_column() + j, p.real_hidden, begin);
+        DR_UNROLL
+        for (int i = 0; i < S::tiles; ++i) u[i][n][j] = u[i][n][j + 2] = bias;
+      }
+    }
+  }
+
+  // This lane()'s part of a packed matrix in the order of accumulators.
+  DR_DEVICE Vector16 accumulators(int64_t matrix, int i, int n) const {
+    const int place = ((first() / 16 + i) * S::columns + n) * 32 + lane();
+    // Not as Cache::constant: the compiler would keep the head in registers from its first() use to its second.
+    return ptx::load16(c.packed + matrix + static_cast<int64_t>(place) * 16);
+  }
+
+  DR_DEVICE void load_accumulators(Accumulator<S>& d, int64_t matrix) const {
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      DR_UNROLL
+      for (int n = 0; n < S::columns; ++n) {
+        const Vector16 x = accumulators(matrix, i, n);
+        DR_UNROLL
+        for (int j = 0; j < 4; ++j) d[i][n][j] = Scalar::as_float(x.v[j]);
+      }
+    }
+  }
+
+  DR_DEVICE void load_packed(uint32_t (&b)[4], int64_t matrix, int piece) const {
+    unpack(b, ptx::load16<ptx::Cache::constant>(c.packed + matrix + static_cast<int64_t>(piece) * piece_bytes + lane() * 16));
+  }
+
+  // A block's mixing matrix, from this warp's rows on.
+  DR_DEVICE const unsigned char* mix_rows(int64_t matrix, int block) const {
+    const int steps = p.tokens / 16;
+    return c.packed + matrix + (static_cast<int64_t>(block) * steps + first() / 16) * steps * piece_bytes;
+  }
+
+  // m of a block, as this thread() has staged it, into the thread()'s own part of shared memory: nobody else reads it.
+  DR_DEVICE void load_checkpoint(const unsigned char* m) const {
+    DR_UNROLL_TWICE
+    for (int i = 0; i < S::tiles * 2; ++i) {
+      const unsigned char* row = m + int64_t{2} * S::width * (own_row() + i * 8) + lane() % 4 * 16;
+      DR_UNROLL
+      for (int q = 0; q < S::width / 32; ++q) {
+        const Vector16 x = ptx::load16(row + q * 64);
+        checkpoint.store(slot(i, 2 * q), Pair{x.v[0], x.v[1]});
+        checkpoint.store(slot(i, 2 * q + 1), Pair{x.v[2], x.v[3]});
+      }
+    }
+  }
+
+  // The operand a of columns 16 k ... of this warp's m.
+  DR_DEVICE void load_checkpointed(uint32_t (&a)[S::tiles][4], int k) const {
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      DR_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Pair x = checkpoint.template load<Pair>(slot(2 * i + half, k));
+        a[i][half] = x.left, a[i][half + 2] = x.right;
+      }
+    }
+  }
+
+  DR_DEVICE int slot(int i, int k) const { return ((i * (S::width / 16) + k) * threads() + thread()) * 4; }
+
+  static DR_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+  static DR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+  static DR_DEVICE int lane() { return thread() % 32; }
+  static DR_DEVICE int first() { return thread() / 32 * S::rows; }  // of this warp's tokens
+  // Of this lane in the accumulators.
+  static DR_DEVICE int own_row() { return first() + lane() / 4; }
+  static DR_DEVICE int own_column() { return lane() % 4 * 2; }
+  DR_DEVICE int chunks() const { return p.hidden / S::chunk; }
+  DR_DEVICE float c_in(float sigma) const { return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data); }
+
+  // Parameters of the kernel are in constant memory and cost no registers, of which there are none to spare.
+  const MixerCall& c;
+  const Packing& p;
+  const float* e = nullptr;  // conditioning of the unit in work
+  Activations<S> tile;
+  ptx::Shared<BFloat16> stages, checkpoint;
+  ptx::Shared<float> sums;
+};
+
+// Blocks take units (samples of a half) in turn.
+template <class S, Pass pass>
+DR_DEVICE void mixer_units(const MixerCall& c, MixerBlock<S, pass>& block, int begin, int end) {
+  for (int unit = begin + static_cast<int>(blockIdx.x); unit < end; unit += static_cast<int>(gridDim.x)) {
+    unsigned char* operands = c.operands;
+    if constexpr (pass == Pass::image) operands += blockIdx.x * checkpoint_bytes(c.packing);
+    if constexpr (pass == Pass::weights) operands += (unit - begin) * c.staging.bytes;
+    for (int draw = 0; draw < c.draws; ++draw) block.run(unit / c.batch, unit % c.batch, draw, operands);
+  }
+  if constexpr (pass == Pass::image) {
+    if (threadIdx.x == 0 && ptx::atomic_add(c.outside + 1, 1) + 1 == gridDim.x) {  // the last block to come here
+      const float total = static_cast<float>(static_cast<int64_t>(c.batch) * c.draws);
+      *c.clamped_fraction = static_cast<float>(ptx::atomic_add(c.outside, 0)) / total;
+    }
+  }
+}
+
+template <class S, Pass pass>
+__global__ void __launch_bounds__(S::most_threads, 1) mixer_kernel(const MixerCall c) {
+  ptx::SharedArena arena;
+  MixerBlock<S, pass> block(c, arena);
+  mixer_units<S, pass>(c, block, c.first_unit, c.first_unit + c.units);
+}
+
+}  // namespace diffratio::cuda

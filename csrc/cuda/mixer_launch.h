@@ -1,0 +1,144 @@
+// How calls of the ratio operations become launches: shapes, grids, slices, workspace. Written against a Launcher, so
+// that the tests run the same decisions without a GPU:
+//   int resident(kernel, int threads, uint32_t shared)    blocks of it that can run at once on the device
+//   cudaError_t launch(Launch, kernel, arguments...)
+#pragma once
+
+#include "mixer_gradients.cuh"
+#include "mixer_pack.cuh"
+
+namespace diffratio::cuda {
+
+struct Launch {
+  const char* name;
+  int blocks, threads;
+  uint32_t shared;
+  bool cooperative;
+};
+
+// Whether the weights' gradients take one cooperative launch, or two for each slice and one at the end.
+enum class Form { automatic, one_launch, several };
+
+// How a call is launched, and where its parts of the workspace begin (bytes).
+struct MixerPlan {
+  int blocks, threads;  // of the kernel that takes samples
+  uint32_t shared;
+  int product_blocks, slice, splits;  // weights: units staged at a time, copies of the sums
+  bool one_launch;
+  int64_t counters, operands, columns, sums, bytes;
+};
+
+constexpr int64_t counters_bytes = 128;  // set to zero before every call
+
+// The kernels serve images that are padded to at most 256 tokens in accumulators of at most half the registers.
+inline bool shape_exists(const MixerSizes& s) {
+  return s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 && (s.width <= 128 || s.tokens <= 128) &&
+         s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 && s.depth < 1 << 16;
+}
+
+// Calls visit(Shape) for the width and the tokens of a network.
+template <int width, class Visit>
+auto visit_rows(const Packing& p, Visit visit) {
+  if constexpr (width < 256) {
+    if (rows_of_warp(p.real_tokens) == 32) return visit(Shape<width, 32>());
+  }
+  return visit(Shape<width, 16>());
+}
+
+template <class S>
+uint32_t shared_bytes(const Packing& p, Pass pass, bool one_launch) {
+  return mixer_shared_bytes<S>(pass, p.tokens) + (one_launch ? product_shared_bytes : 0);
+}
+
+// One cooperative launch is worth it where its blocks have the four warps that a tile of the products takes; 256
+// channels leave it no registers.
+template <class S>
+constexpr bool may_be_one_launch = S::width <= 128;
+
+template <int width, class Launcher>
+MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, Form form, const Launcher& launcher) {
+  return visit_rows<width>(c.packing, [&](auto shape) {
+    using S = decltype(shape);
+    const Packing& p = c.packing;
+    MixerPlan plan{};
+    plan.threads = p.tokens / S::rows * 32;
+    const int units = c.halves * c.batch;
+    int resident = 0;
+    if (pass == Pass::weights) {
+      if constexpr (may_be_one_launch<S>) {
+        if (form != Form::several && (form == Form::one_launch || plan.threads >= 128)) {
+          plan.shared = shared_bytes<S>(p, pass, true);
+          resident = launcher.resident(&ratio_loss_kernel<S>, plan.threads, plan.shared);
+          plan.one_launch = resident > 0;
+        }
+      }
+      if (!plan.one_launch) {
+        plan.shared = shared_bytes<S>(p, pass, false);
+        resident = launcher.resident(&mixer_kernel<S, Pass::weights>, plan.threads, plan.shared);
+      }
+    } else {
+      plan.shared = shared_bytes<S>(p, pass, false);
+      resident = pass == Pass::forward ? launcher.resident(&mixer_kernel<S, Pass::forward>, plan.threads, plan.shared)
+                                       : launcher.resident(&mixer_kernel<S, Pass::image>, plan.threads, plan.shared);
+    }
+    plan.blocks = resident < units || plan.one_launch ? resident : units;  // 0: it does not fit the device
+
+    const auto take = [&](int64_t bytes) {
+      const int64_t at = plan.bytes;
+      plan.bytes += (bytes + 127) / 128 * 128;
+      return at;
+    };
+    plan.counters = take(counters_bytes);
+    if (pass == Pass::image) plan.operands = take(plan.blocks * checkpoint_bytes(p));
+    if (pass == Pass::weights) {
+      const int64_t slice = workspace_limit / c.staging.bytes;
+      plan.slice = static_cast<int>(slice < 1 ? 1 : slice < units ? slice : units);
+      plan.product_blocks =
+          plan.one_launch ? plan.blocks : launcher.resident(&gradient_kernel, gradient_threads, product_shared_bytes);
+      const int64_t results = int64_t{p.depth} * (p.tokens * p.tokens + 2 * p.hidden * p.width);
+      const int64_t tiles = results / (product_rows * product_columns) + 1;
+      const int64_t splits = plan.product_blocks / tiles;
+      plan.splits = static_cast<int>(splits < 1 ? 1 : splits > 8 ? 8 : splits);
+      if (plan.splits > plan.slice) plan.splits = plan.slice;
+      plan.operands = take(plan.slice * c.staging.bytes);
+      plan.columns = take(int64_t{4} * plan.blocks * (plan.threads / 32) * (p.width + p.depth * p.hidden));
+      plan.sums = take(plan.splits * sums_of(p).floats * 4);
+    }
+    return plan;
+  });
+}
+
+// Launches what the plan says. `workspace`: plan.bytes, of which the counters are zero.
+template <int width, class Launcher>
+auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, unsigned char* workspace, Launcher& launcher) {
+  return visit_rows<width>(c.packing, [&](auto shape) {
+    using S = decltype(shape);
+    const int units = c.halves * c.batch;
+    auto* counters = reinterpret_cast<uint32_t*>(workspace + plan.counters);
+    c.outside = counters;
+    c.operands = workspace + plan.operands;
+    c.columns = reinterpret_cast<float*>(workspace + plan.columns);
+    c.first_unit = 0;
+    c.units = units;
+    const Launch samples{"mixer", plan.blocks, plan.threads, plan.shared, plan.one_launch};
+    if (pass == Pass::forward) return launcher.launch(samples, &mixer_kernel<S, Pass::forward>, c);
+    if (pass == Pass::image) return launcher.launch(samples, &mixer_kernel<S, Pass::image>, c);
+    g.sums = reinterpret_cast<float*>(workspace + plan.sums);
+    g.splits = plan.splits;
+    if constexpr (may_be_one_launch<S>) {
+      if (plan.one_launch) return launcher.launch(samples, &ratio_loss_kernel<S>, c, g, plan.slice, counters);
+    }
+    const Launch products{"gradient", plan.product_blocks, gradient_threads, product_shared_bytes, false};
+    auto error = decltype(launcher.launch(products, &finish_kernel, c, g))();
+    for (int first = 0; first < units && !error; first += plan.slice) {
+      c.first_unit = first;
+      c.units = units - first < plan.slice ? units - first : plan.slice;
+      g.first = first == 0;
+      error = launcher.launch(samples, &mixer_kernel<S, Pass::weights>, c);
+      if (!error) error = launcher.launch(products, &gradient_kernel, c, g);
+    }
+    return error ? error : launcher.launch({"finish", plan.product_blocks, gradient_threads, 0, false}, &finish_kernel, c, g);
+  });
+}
+
+}  // namespace diffratio::cuda

@@ -1,0 +1,183 @@
+// The CUDA twin's RatioMixer: padded sizes, the packed weights, the staged operands of the weight gradients.
+//
+// Padding is with zeros and changes nothing: rows of the head, of `mix` and of `down` that are not there are zero, so
+// what padded tokens and channels hold never reaches the log ratio, and their gradients are zero.
+#pragma once
+
+#include "../common/mixer.h"
+#include "../common/types.h"
+
+namespace diffratio::cuda {
+
+constexpr int piece_bytes = 512;  // 16 x 16 bf16 as mma operand: 16 bytes for each lane of a warp
+
+constexpr DR_HOST_DEVICE int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
+
+// Sizes of the padded network, and where its parts lie in the packed weights (bytes). Matrices are in 16 x 16 pieces
+// in the order in which a warp consumes them; each lane's 16 bytes are its part of the operand of mma.m16n8k16.
+struct Packing {
+  int channels, height, across, patch;  // images
+  int real_tokens, real_width, real_hidden, real_vector, depth;
+  int tokens, width, hidden, vector;  // padded
+
+  // fp32, in the order of accumulators: [tokens / 16][width / 8][lane][4].
+  int64_t position, head;
+  int64_t mix_bias;  // fp32 [depth][tokens]
+  // As operand b: patch [vector / 16][width / 16], patch_t [width / 16][vector / 16].
+  int64_t patch_w, patch_t;
+  // As operand a: [depth][tokens / 16][tokens / 16].
+  int64_t mix, mix_t;
+  // As operand b, for every 16 hidden units: up, down; and down_t, up, up_t. Each [width / 16] pieces.
+  int64_t forward, backward;
+  int64_t bytes;
+
+  DR_HOST_DEVICE int conditioning() const { return real_width + depth * real_hidden; }
+  DR_HOST_DEVICE int image() const { return channels * height * across; }
+};
+
+// Above 128 tokens a warp has 32 of them, else 16.
+constexpr DR_HOST_DEVICE int rows_of_warp(int64_t tokens) { return tokens > 128 ? 32 : 16; }
+
+constexpr DR_HOST_DEVICE int padded_width(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
+
+// Hidden units at a time: where the residual sum takes half of the registers, 16, else 32.
+constexpr DR_HOST_DEVICE int chunk_of(int width, int rows) { return width * rows >= 4096 ? 16 : 32; }
+
+inline Packing packing_of(const MixerSizes& s) {
+  Packing p{};
+  p.channels = static_cast<int>(s.channels);
+  p.height = static_cast<int>(s.height);
+  p.across = static_cast<int>(s.across);
+  p.patch = static_cast<int>(s.patch);
+  p.real_tokens = static_cast<int>(s.tokens);
+  p.real_width = static_cast<int>(s.width);
+  p.real_hidden = static_cast<int>(s.hidden);
+  p.real_vector = static_cast<int>(s.vector());
+  p.depth = static_cast<int>(s.depth);
+  p.tokens = round_up(s.tokens, rows_of_warp(s.tokens));
+  p.width = padded_width(s.width);
+  p.hidden = round_up(s.hidden, 32);
+  p.vector = round_up(s.vector(), 16);
+  const auto take = [&](int64_t bytes) {
+    const int64_t at = p.bytes;
+    p.bytes += (bytes + piece_bytes - 1) / piece_bytes * piece_bytes;  // pieces begin at multiples of their size
+    return at;
+  };
+  const int64_t tokens = p.tokens, width = p.width, hidden = p.hidden, depth = p.depth;
+  p.position = take(4 * tokens * width);
+  p.head = take(4 * tokens * width);
+  p.mix_bias = take(4 * depth * tokens);
+  p.patch_w = take(2 * p.vector * width);
+  p.patch_t = take(2 * p.vector * width);
+  p.mix = take(2 * depth * tokens * tokens);
+  p.mix_t = take(2 * depth * tokens * tokens);
+  p.forward = take(2 * 2 * depth * hidden * width);
+  p.backward = take(3 * 2 * depth * hidden * width);
+  return p;
+}
+
+// One unit (sample of a half) of the operands of the weight gradients, bf16 but for `rows`; offsets in bytes. Columns
+// of what comes from accumulators are permuted within groups, see `permuted`.
+struct Staging {
+  int64_t h, m, g, gm;  // [depth][tokens][width]: a block's input, mixed tokens, and the gradients of its output, of m
+  int64_t a, gu;        // [depth][tokens][hidden]: hidden units after silu, gradient before it
+  int64_t last, first;  // [tokens][width]: gradient of the head, of the first block's input
+  int64_t z;            // [tokens][vector]: patch vectors, in their own order
+  int64_t rows;         // fp32 [depth][tokens]: sums of gm over channels
+  int64_t bytes;
+};
+
+inline Staging staging_of(const Packing& p) {
+  Staging s{};
+  const int64_t wide = int64_t{2} * p.tokens * p.width, hidden = int64_t{2} * p.tokens * p.hidden, depth = p.depth;
+  s.m = 0;
+  s.h = s.m + depth * wide;
+  s.g = s.h + depth * wide;
+  s.gm = s.g + depth * wide;
+  s.a = s.gm + depth * wide;
+  s.gu = s.a + depth * hidden;
+  s.last = s.gu + depth * hidden;
+  s.first = s.last + wide;
+  s.z = s.first + wide;
+  s.rows = s.z + int64_t{2} * p.tokens * p.vector;
+  s.bytes = (s.rows + 4 * depth * p.tokens + 127) / 128 * 128;
+  return s;
+}
+
+// Of a block that makes image gradients: m of every block of the network (Staging begins with it too).
+DR_HOST_DEVICE int64_t checkpoint_bytes(const Packing& p) { return int64_t{2} * p.depth * p.tokens * p.width; }
+
+// Where column `i` lies in a staged row: within groups of 32 (or 16) columns first by lane of a quad, then by 8 x 8
+// tile, so that what one lane holds of a group is contiguous.
+DR_HOST_DEVICE int permuted(int i, int group) {
+  return i / group * group + i % 8 / 2 * (group / 4) + i % group / 8 * 2 + i % 2;
+}
+
+// Sums of the weight gradients, fp32 in padded, permuted sizes; offsets in floats of one of `splits` copies.
+struct Sums {
+  int64_t patch, mix, up, down;  // [width][vector], [depth] x [tokens][tokens], [hidden][width], [width][hidden]
+  int64_t position, head;        // [tokens][width]
+  int64_t mix_bias;              // [depth][tokens]
+  int64_t floats;
+};
+
+DR_HOST_DEVICE Sums sums_of(const Packing& p) {
+  Sums s{};
+  const int64_t tokens = p.tokens, width = p.width, hidden = p.hidden, depth = p.depth;
+  s.patch = 0;
+  s.mix = s.patch + width * p.vector;
+  s.up = s.mix + depth * tokens * tokens;
+  s.down = s.up + depth * hidden * width;
+  s.position = s.down + depth * hidden * width;
+  s.head = s.position + tokens * width;
+  s.mix_bias = s.head + tokens * width;
+  s.floats = s.mix_bias + (depth * tokens + 31) / 32 * 32;
+  return s;
+}
+
+// Arguments of the kernels; all pointers are to device memory. Places as in csrc/cpu/mixer.h: unit (half, sample,
+// draw) has place (half * batch + sample) * draws + draw in log_ratio, sample * draws + draw in sigma and upstream.
+struct MixerCall {
+  Packing packing;
+  Staging staging;
+  const unsigned char* packed;
+  float sigma_data;
+  int batch, draws, halves;
+  const void* images[2];  // [batch][image], float32 or bfloat16
+  Type type;
+  const float* sigma;            // [batch][draws]
+  const float* conditioning[2];  // [batch][draws][conditioning]
+  const int64_t* rng;            // null: images are already noised
+  const int64_t* index;          // [batch]
+  uint32_t streams[2];           // stream word of each half, draw 0
+  Objective objective;
+  const float* upstream;  // given: [batch]; score: the weights [batch][draws]
+  int divergence;
+  float* log_ratio;                 // [halves][batch][draws]
+  float* image_gradient;            // [batch][image], summed over draws, or null
+  float* conditioning_gradient[2];  // [batch][conditioning], or null
+  uint32_t* outside;                // score: [2], zero: log ratios clamped, blocks done
+  float* clamped_fraction;          // score
+  unsigned char* operands;  // image gradient: each block's checkpoints of m; weight gradients: Staging of each unit
+  float* columns;          // weight gradients: [blocks][warps][width + depth * hidden]
+  int first_unit, units;   // of halves * batch, that this launch does
+};
+
+// And of what follows from the staged operands.
+struct GradientCall {
+  float* sums;   // [splits] x Sums
+  int splits;
+  bool first;    // the first slice: sums are written, not added to
+  void* out[weights];  // the gradients, like the weights
+  Type out_type;       // float32 or bfloat16
+  float* loss;         // or null
+};
+
+struct PackCall {
+  Packing packing;
+  const void* weight[weights];  // contiguous
+  Type type;                    // float32 or bfloat16
+  unsigned char* packed;
+};
+
+}  // namespace diffratio::cuda

@@ -1,0 +1,31 @@
+// What every kernel that makes noise shares.
+#pragma once
+
+#include "../common/noise.h"
+#include "../common/normal.h"
+#include "../common/philox.h"
+
+namespace diffratio::cuda {
+
+struct Key {
+  uint32_t low, high, step;
+};
+
+DR_HOST_DEVICE Key read_key(const int64_t* rng) {
+  const uint64_t seed = static_cast<uint64_t>(rng[0]);
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(rng[1])};
+}
+
+// Element `i` of four consecutive normals is eps[i]; `element`, a multiple of four, is the first one's place in its sample.
+DR_HOST_DEVICE void four_normals(const Key& key, int64_t element, int64_t index, uint32_t stream, float* eps) {
+  uint32_t state[4] = {static_cast<uint32_t>(element / 4), key.step, static_cast<uint32_t>(index), stream};
+  philox4x32_10<Scalar>(state, key.low, key.high);
+  box_muller<Scalar>(state[0], state[1], eps[0], eps[1]);
+  box_muller<Scalar>(state[2], state[3], eps[2], eps[3]);
+}
+
+DR_HOST_DEVICE float noised(float x, float sigma, float eps, float scale) {
+  return Scalar::fma(sigma, eps, x) * scale;
+}
+
+}  // namespace diffratio::cuda
