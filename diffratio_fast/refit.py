@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffratio_fast import command
+from diffratio_fast import command, report
 from diffratio_fast.command import UserError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
     )
     networks.save(run.directory.refitted, fitted.network, about)
     run.measured(calibration={name: [row.as_dict() for row in found] for name, found in rows.items()})
-    print(f"{run.directory.refitted}: written")
+    print(f"{run.directory.refitted}, {report.write(arguments.run)}: written")
     return 0
 
 

@@ -20,7 +20,7 @@ from diffratio_fast.objectives.held_out import log_ratios, noise_levels, pair_bo
 from diffratio_fast.objectives.noise_laws import parse_noise_law
 from diffratio_fast.objectives.refit import LEVELS
 from diffratio_fast.presets import PRESETS
-from diffratio_fast.training.diagnosis import warnings
+from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Iteration
 from diffratio_fast.training.reporting import Events, MetricsLog

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffratio_fast import networks
+from diffratio_fast import networks, report
 from diffratio_fast.command import UserError
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.data import DataSet, open_dataset
@@ -22,7 +22,7 @@ from diffratio_fast.devices import choose_device
 from diffratio_fast.files import make_directory, replace_file
 from diffratio_fast.networks import SavedNetwork
 from diffratio_fast.objectives.refit import Refitted
-from diffratio_fast.training.diagnosis import warnings
+from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
 from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
@@ -190,6 +190,7 @@ class Trainer:
         if distance is not None and (not state.best or distance < state.best["frechet_distance_validation"]):
             state.best = {"step": state.step, "frechet_distance_validation": distance}
             self._save_generator("best")
+        report.write(self.directory.root)
 
     def _warn(self) -> None:
         """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
@@ -254,6 +255,7 @@ class Trainer:
             "seconds": state.seconds,
         }
         replace_file(self.directory.summary, json.dumps(summary, indent=2) + "\n")
+        report.write(self.directory.root)
         return summary
 
 
@@ -308,4 +310,4 @@ def _say_summary(directory: RunDirectory, summary: dict[str, Any]) -> None:
             f"  class accuracy {summary['class_accuracy']:.1%} "
             f"(real test data: {summary['class_accuracy_test']:.1%})"
         )
-    print(f"  look: {directory.samples}\n  sample: python -m diffratio_fast.sample {directory.root}")
+    print(f"  look: {directory.report}\n  sample: python -m diffratio_fast.sample {directory.root}")

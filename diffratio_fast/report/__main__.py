@@ -1,0 +1,27 @@
+"""python -m diffratio_fast.report RUN: write a run's report.html anew, from what its directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffratio_fast import command, report
+from diffratio_fast.command import UserError
+
+
+def main(argv: list[str]) -> int:
+    parser = command.Parser(
+        prog="python -m diffratio_fast.report",
+        description="Write a run's report.html anew, from the files of its directory.",
+    )
+    parser.add_argument(
+        "run", type=Path, nargs="?", default=Path("runs/digits"), metavar="RUN", help="run directory"
+    )
+    run: Path = parser.parse_args(argv).run
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: not a run directory (it holds no config.yaml)")
+    print(f"{report.write(run)}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

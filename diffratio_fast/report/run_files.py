@@ -1,0 +1,81 @@
+"""What a report shows of a run, read from its directory; whatever is not there yet is empty."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_GRIDS = 12
+MOST_BYTES = 8 * 2**20
+"""Sample grids on the page: the newest, and of the others as many as fit, evenly over the run."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """``logged`` and ``evaluated`` are the two kinds of lines of metrics.jsonl; ``grids`` are (step, PNG)."""
+
+    root: Path
+    config: dict[str, Any]
+    logged: list[dict[str, Any]]
+    evaluated: list[dict[str, Any]]
+    summary: dict[str, Any]
+    measurements: dict[str, Any]
+    grids: list[tuple[int, bytes]]
+    neighbours: bytes | None
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in (*self.logged, *self.evaluated)), default=0)
+
+
+def read(root: Path) -> RunFiles:
+    """The files of a run directory; damaged ones count as not there."""
+    lines = []
+    for text in _text(root / "metrics.jsonl").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut off by a kill
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    neighbours = root / "neighbours.png"
+    try:
+        config = yaml.safe_load(_text(root / "config.yaml")) or {}
+    except yaml.YAMLError:
+        config = {}
+    return RunFiles(
+        root=root,
+        config=config,
+        logged=[line for line in lines if "ratio_loss" in line],
+        evaluated=[line for line in lines if "sigma" in line],
+        summary=_json(root / "summary.json"),
+        measurements=_json(root / "measurements.json"),
+        grids=_grids(root / "samples"),
+        neighbours=neighbours.read_bytes() if neighbours.exists() else None,
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _grids(folder: Path) -> list[tuple[int, bytes]]:
+    found = sorted(folder.glob("step-*.png"))
+    if not found:
+        return []
+    largest = max(path.stat().st_size for path in found)
+    count = max(1, min(MOST_GRIDS, len(found), MOST_BYTES // max(largest, 1)))
+    chosen = {len(found) - 1 - i * len(found) // count for i in range(count)}
+    return [(int(found[i].stem.removeprefix("step-")), found[i].read_bytes()) for i in sorted(chosen)]
