@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from diffratio_fast.command import UserError
-from diffratio_fast.config import GROUPS, TrainConfig, changed_fields, from_mapping, read_config
+from diffratio_fast.config import GROUPS, TrainConfig, changed_fields, read_config
+from diffratio_fast.options import from_mapping
 from diffratio_fast.presets import DESCRIPTIONS, PRESETS
 from diffratio_fast.train import parser, resolve
 
@@ -109,4 +110,4 @@ def test_changes_that_matter_are_named() -> None:
 
 def test_from_mapping_names_its_source() -> None:
     with pytest.raises(UserError, match="here: unknown key 'q'"):
-        from_mapping({"q": 1}, "here")
+        from_mapping(TrainConfig, {"q": 1}, "here")

@@ -7,9 +7,28 @@ from pathlib import Path
 import torch
 
 from diffratio_fast.command import UserError
-from diffratio_fast.data.dataset import SIGMA_DATA, SPLITS, DataSet, InMemoryDataSet, Scaling
+from diffratio_fast.data.dataset import (
+    SIGMA_DATA,
+    SPLITS,
+    DataSet,
+    InMemoryDataSet,
+    OneClass,
+    Scaling,
+    model_shape,
+    to_model,
+)
 
-__all__ = ["SIGMA_DATA", "SPLITS", "DataSet", "InMemoryDataSet", "Scaling", "open_dataset"]
+__all__ = [
+    "SIGMA_DATA",
+    "SPLITS",
+    "DataSet",
+    "InMemoryDataSet",
+    "OneClass",
+    "Scaling",
+    "model_shape",
+    "open_dataset",
+    "to_model",
+]
 
 
 def open_dataset(

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from diffratio_fast import ops
 from diffratio_fast.data.sampler import batch_records
 
 SIGMA_DATA = 0.5
@@ -65,6 +66,11 @@ class DataSet(Protocol):
     def name(self) -> str: ...
 
     @property
+    def kind(self) -> str:
+        """What a record is: "image", or "latent_moments" (mean ‖ standard deviation)."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, int, int]: ...
 
     @property
@@ -106,6 +112,7 @@ class InMemoryDataSet:
     class_names: tuple[str, ...]
     scaling: Scaling
     splits: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    kind: str = "image"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,3 +142,63 @@ class InMemoryDataSet:
     def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         records, labels = self.splits[split]
         return records[:count], labels[:count]
+
+
+class OneClass:
+    """A data set whose records are all of one class: what unconditional training sees."""
+
+    class_names = ("all",)
+
+    def __init__(self, data: DataSet) -> None:
+        self.data = data
+        self.name, self.kind, self.shape, self.scaling = data.name, data.kind, data.shape, data.scaling
+
+    def count(self, split: str) -> int:
+        return self.data.count(split)
+
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        source = self.data.batches(
+            split, batch_size, seed=seed, start=start, rank=rank, world_size=world_size
+        )
+        for records, labels in source:
+            yield records, torch.zeros_like(labels)
+
+    def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        records, labels = self.data.first(split, count)
+        return records, torch.zeros_like(labels)
+
+
+def model_shape(data: DataSet) -> tuple[int, int, int]:
+    """The shape of x0: a record's, or a latent's, which has half its record's channels."""
+    channels, height, width = data.shape
+    return (channels // 2 if data.kind == "latent_moments" else channels), height, width
+
+
+def to_model(
+    scaling: Scaling,
+    records: torch.Tensor,
+    rng: torch.Tensor,
+    index: torch.Tensor,
+    *,
+    substep: int = 0,
+    draw: int = 0,
+) -> torch.Tensor:
+    """Records [B, ...] of sample indices [B] as x0, float32: pixels scaled, latents drawn and scaled.
+
+    Records of floating point are moments, mean ‖ standard deviation: z = mean + std eps with eps of the noise
+    contract (purpose ``POSTERIOR``).
+    """
+    if not records.is_floating_point():
+        return scaling.to_model(records)
+    mean, std = records.float().chunk(2, dim=1)
+    noise = ops.normal(rng, index, mean.shape[1:], ops.Purpose.POSTERIOR, substep=substep, draw=draw)
+    return scaling.to_model(mean + std * noise)

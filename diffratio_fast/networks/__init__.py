@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffratio_fast import ops
 from diffratio_fast.command import UserError
 from diffratio_fast.files import replace_file
+from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
 from diffratio_fast.networks.layers import initialise
 from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
 from diffratio_fast.networks.published import from_published, load_published
@@ -39,8 +40,12 @@ __all__ = [
     "save",
 ]
 
-GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator}
-RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPRatio, "mixer": RatioMixer}
+GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator, "backbone": BackboneGenerator}
+RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLPRatio,
+    "mixer": RatioMixer,
+    "encoder": EncoderRatio,
+}
 _ROLES = {"generator": GENERATORS, "ratio": RATIO_NETWORKS}
 FORMAT_VERSION = 1
 BLOCK = 256

@@ -25,16 +25,17 @@ from diffratio_fast.networks.edm_layers import (
     Resample,
     UNetBlock,
 )
+from diffratio_fast.networks.layers import Dropout
 from diffratio_fast.networks.unet import Denoiser, Entry, UNet, heads_for, plan
 
 _RESAMPLE: dict[str, Resample] = {"down": "down", "up": "up"}
 
 
-def _drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
-    """Labels [N, classes] with each row zeroed by that probability, in training mode."""
-    if not training or not probability:
+def _drop_labels(labels: Tensor, dropout: Dropout) -> Tensor:
+    """Labels [N, classes] with whole rows zeroed by that dropout's probability, in training mode."""
+    if not dropout.training or not dropout.probability:
         return labels
-    return labels * (torch.rand(len(labels), 1, device=labels.device) >= probability).to(labels.dtype)
+    return labels * dropout.kept(1, labels).to(labels.dtype)
 
 
 def _one_of(name: str, value: str, *choices: str) -> None:
@@ -74,7 +75,7 @@ class SongUNet(UNet):
         _one_of("encoder_type", encoder_type, "standard", "skip", "residual")
         _one_of("decoder_type", decoder_type, "standard", "skip")
         super().__init__()
-        self.label_dropout = label_dropout
+        self.label_dropout = Dropout(label_dropout)
         noise, embedding = model_channels * channel_mult_noise, model_channels * channel_mult_emb
         initial, initial_last = Initial(), Initial(weight=1e-5)
         style = BlockStyle(
@@ -142,7 +143,7 @@ class SongUNet(UNet):
         cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
         h = torch.cat((sin, cos), dim=1).to(self.map_layer0.weight.dtype)  # swapped, as published
         if self.map_label is not None and labels is not None:
-            labels = _drop_labels(labels, self.label_dropout, self.training)
+            labels = _drop_labels(labels, self.label_dropout)
             h = h + self.map_label(labels * math.sqrt(labels.shape[1]))
         if self.map_augment is not None and augment_labels is not None:
             h = h + self.map_augment(augment_labels)
@@ -206,7 +207,7 @@ class DhariwalUNet(UNet):
         label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.label_dropout = label_dropout
+        self.label_dropout = Dropout(label_dropout)
         embedding = model_channels * channel_mult_emb
         initial = Initial("kaiming", math.sqrt(1 / 3), math.sqrt(1 / 3))
         zero = Initial("kaiming", 0.0, 0.0)
@@ -228,8 +229,7 @@ class DhariwalUNet(UNet):
         self.map_layer1 = Linear(embedding, embedding, initial)
         self.map_label: Linear | None = None
         if label_dim:
-            self.map_label = Linear(label_dim, embedding, bias=False)
-            nn.init.normal_(self.map_label.weight)
+            self.map_label = Linear(label_dim, embedding, Initial("normal"), bias=False)
 
         channels = [model_channels * mult for mult in channel_mult]
         encoder, decoder = plan(
@@ -260,7 +260,7 @@ class DhariwalUNet(UNet):
             h = h + self.map_augment(augment_labels)
         h = self.map_layer1(silu(self.map_layer0(h)))
         if self.map_label is not None and labels is not None:
-            h = h + self.map_label(_drop_labels(labels, self.label_dropout, self.training))
+            h = h + self.map_label(_drop_labels(labels, self.label_dropout))
         return silu(h)
 
     def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffratio_fast.networks.layers import Drawn, Draws, Dropout
 from diffratio_fast.networks.unet import (
     CHANNELS_PER_HEAD,
     Denoiser,
     Entry,
     KeepsPrecision,
+    ResidualBlock,
     UNet,
     at_least_float32,
     attend,
@@ -61,7 +63,7 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
     return torch.cat((scale_a * a, scale_b * b), dim=1)
 
 
-class MPFourier(KeepsPrecision):
+class MPFourier(KeepsPrecision, Drawn):
     """sqrt(2) cos(freqs c_noise + phases): ``size`` random features (Eq. 75), kept with the weights."""
 
     freqs: Tensor
@@ -69,37 +71,43 @@ class MPFourier(KeepsPrecision):
 
     def __init__(self, size: int, bandwidth: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * bandwidth * torch.randn(size))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(size))
+        self.bandwidth = bandwidth
+        self.register_buffer("freqs", torch.empty(size))
+        self.register_buffer("phases", torch.empty(size))
+        self.draw(Draws())
+
+    @torch.no_grad()
+    def draw(self, draws: Draws) -> None:
+        self.freqs.copy_(2 * math.pi * self.bandwidth * draws.normal(*self.freqs.shape))
+        self.phases.copy_(2 * math.pi * draws.uniform(*self.phases.shape))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise[:, None] * self.freqs.to(c_noise.dtype) + self.phases.to(c_noise.dtype)
         return angle.cos() * math.sqrt(2)
 
 
-class MPConv(nn.Module):
+class MPConv(Drawn):
     """Linear map ([N, in], ``kernel`` 0) or convolution of same size ([N, in, H, W], ``kernel`` odd).
 
-    Each output's weights are normalised to unit length in use (Eq. 47), and in training mode also in store
-    (Eq. 66). ``gain`` multiplies the output.
+    Each output's weights are normalised to unit length in use (Eq. 47), and by ``force_normalisation`` also
+    in store. ``gain`` multiplies the output.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
         super().__init__()
         self.padding = kernel // 2
         sides = (kernel, kernel) if kernel else ()
-        self.weight = nn.Parameter(torch.randn(channels_out, channels_in, *sides))
+        self.weight = nn.Parameter(torch.empty(channels_out, channels_in, *sides))
+        self.draw(Draws())
+
+    @torch.no_grad()
+    def draw(self, draws: Draws) -> None:
+        self.weight.copy_(draws.normal(*self.weight.shape))
 
     def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The weights in use; in training mode the stored ones are normalised first."""
-        dims = range(1, self.weight.ndim)
-        if self.training:
-            # Unseen by autograd, so that graphs of earlier forward passes stay valid: after the first time
-            # this changes the weights by rounding only.
-            stored = self.weight.data
-            stored.copy_(normalize(stored, dims))
+        """The weights in use."""
         weight = at_least_float32(self.weight)
-        scaled = normalize(weight, dims) * (gain / math.sqrt(weight[0].numel()))
+        scaled = normalize(weight, range(1, weight.ndim)) * (gain / math.sqrt(weight[0].numel()))
         return scaled.to(self.weight.dtype)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -107,7 +115,21 @@ class MPConv(nn.Module):
         return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=self.padding)
 
 
-class Block(nn.Module):
+@torch.compiler.disable
+def force_normalisation(network: nn.Module) -> None:
+    """Normalise the stored weights of every ``MPConv`` of a network that is in training mode (Eq. 66).
+
+    Unseen by autograd, so that graphs of earlier forward passes stay valid: after the first time this changes
+    the weights by rounding only. Not for a compiler either: a compiled backward pass may compute parts of its
+    forward pass again, and would do so from weights that have been normalised since.
+    """
+    for module in network.modules():
+        if isinstance(module, MPConv) and module.training:
+            stored = module.weight.data
+            stored.copy_(normalize(stored, range(1, stored.ndim)))
+
+
+class Block(ResidualBlock):
     """Residual block [N, in, H, W] to [N, out, H', W'] given an embedding [N, D].
 
     Encoder blocks normalise each pixel's feature vector and their skip convolution comes before the residual
@@ -135,7 +157,7 @@ class Block(nn.Module):
         )
         self.resample_filter = None if is_box(resample_filter) else tuple(resample_filter)
         separable_filter(resample_filter)  # raises if it cannot be one
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.res_balance = res_balance
         self.attn_balance = attn_balance
         self.clip_act = clip_act
@@ -149,7 +171,7 @@ class Block(nn.Module):
             self.attn_qkv = MPConv(channels_out, 3 * channels_out, 1)
             self.attn_proj = MPConv(channels_out, channels_out, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def body(self, x: Tensor, embedding: Tensor) -> Tensor:
         if self.resample is not None:
             taps = self.resample_filter
             kernel = None if taps is None else separable_filter(taps).to(x.device)
@@ -158,7 +180,7 @@ class Block(nn.Module):
             x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=1)
         condition = self.emb_linear(embedding, gain=self.emb_gain) + 1
         h = mp_silu(self.conv_res0(mp_silu(x)) * condition[:, :, None, None])
-        h = self.conv_res1(F.dropout(h, self.dropout, self.training))
+        h = self.conv_res1(self.dropout(h))
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, h, self.res_balance)
@@ -285,7 +307,11 @@ class EDM2Denoiser(Denoiser):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, 0)
 
+    def prepare_pass(self) -> None:
+        force_normalisation(self)
+
     def log_variance(self, sigma: Tensor) -> Tensor:
         """u(sigma) [N], the learned log variance of the denoising error at sigma [N]."""
+        force_normalisation(self.logvar_linear)
         features = self.logvar_fourier(at_least_float32(sigma).reshape(-1).log() / 4)
         return self.logvar_linear(features.to(self.logvar_linear.weight.dtype)).squeeze(1)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import silu
 
+from diffratio_fast.networks.layers import Drawn, Draws, Dropout
 from diffratio_fast.networks.unet import (
     KeepsPrecision,
+    ResidualBlock,
     at_least_float32,
     attend,
     downsample,
@@ -26,23 +28,26 @@ Resample = Literal["keep", "down", "up"]
 
 class Initial(NamedTuple):
     """How a layer's weights start: uniform, of variance ``weight``^2 * 2 / (fan_in + fan_out) ("xavier") or
-    ``weight``^2 / fan_in ("kaiming"); biases likewise with ``bias``."""
+    ``weight``^2 / fan_in ("kaiming"), biases likewise with ``bias``; or standard normal ("normal")."""
 
-    law: Literal["xavier", "kaiming"] = "xavier"
+    law: Literal["xavier", "kaiming", "normal"] = "xavier"
     weight: float = 1.0
     bias: float = 0.0
 
     @torch.no_grad()
-    def draw(self, weight: Tensor, bias: Tensor | None) -> None:
+    def draw(self, weight: Tensor, bias: Tensor | None, draws: Draws) -> None:
+        if self.law == "normal":
+            weight.copy_(draws.normal(*weight.shape))
+            return
         area = math.prod(weight.shape[2:])
         fan_in, fan_out = weight.shape[1] * area, weight.shape[0] * area
         limit = math.sqrt(6 / (fan_in + fan_out) if self.law == "xavier" else 3 / fan_in)
-        weight.uniform_(-limit * self.weight, limit * self.weight)
-        if bias is not None:
-            bias.uniform_(-limit * self.bias, limit * self.bias)
+        for tensor, scale in ((weight, self.weight), (bias, self.bias)):
+            if tensor is not None:
+                tensor.copy_((2 * draws.uniform(*tensor.shape) - 1) * (limit * scale))
 
 
-class Linear(nn.Module):
+class Linear(Drawn):
     """x [N, in] to [N, out]."""
 
     bias: nn.Parameter | None
@@ -53,13 +58,17 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(features_out, features_in))
         self.register_parameter("bias", nn.Parameter(torch.empty(features_out)) if bias else None)
-        (initial or Initial()).draw(self.weight, self.bias)
+        self.initial = initial or Initial()
+        self.draw(Draws())
+
+    def draw(self, draws: Draws) -> None:
+        self.initial.draw(self.weight, self.bias, draws)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class Conv2d(nn.Module):
+class Conv2d(Drawn):
     """Convolution of same size by an odd ``kernel``, after halving or doubling of the image's sides.
 
     ``kernel`` 0 only resamples. ``fused`` (with "down") convolves first, over a margin as wide as the filter
@@ -90,10 +99,14 @@ class Conv2d(nn.Module):
         shape = (channels_out, channels_in, kernel, kernel)
         self.register_parameter("weight", nn.Parameter(torch.empty(shape)) if kernel else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(channels_out)) if kernel else None)
-        if self.weight is not None:
-            (initial or Initial()).draw(self.weight, self.bias)
+        self.initial = initial or Initial()
+        self.draw(Draws())
         if resample != "keep":
             self.register_buffer("resample_filter", separable_filter(resample_filter))
+
+    def draw(self, draws: Draws) -> None:
+        if self.weight is not None:
+            self.initial.draw(self.weight, self.bias, draws)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = None if self.resample == "keep" or self.box else self.resample_filter
@@ -146,14 +159,20 @@ class PositionalEmbedding(nn.Module):
         return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
-class FourierEmbedding(KeepsPrecision):
+class FourierEmbedding(KeepsPrecision, Drawn):
     """[cos, sin] of c_noise [N] at ``size`` / 2 random frequencies of std ``scale``, kept in the weights."""
 
     freqs: Tensor
 
     def __init__(self, size: int, scale: float = 16.0) -> None:
         super().__init__()
-        self.register_buffer("freqs", torch.randn(size // 2) * scale)
+        self.scale = scale
+        self.register_buffer("freqs", torch.empty(size // 2))
+        self.draw(Draws())
+
+    @torch.no_grad()
+    def draw(self, draws: Draws) -> None:
+        self.freqs.copy_(draws.normal(*self.freqs.shape) * self.scale)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise[:, None] * (2 * math.pi * self.freqs.to(c_noise.dtype))
@@ -175,7 +194,7 @@ class BlockStyle(NamedTuple):
     resample_filter: Sequence[float]
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(ResidualBlock):
     """Residual block [N, in, H, W] to [N, out, H', W'] given an embedding [N, D]; attention by ``heads``."""
 
     def __init__(
@@ -189,6 +208,7 @@ class UNetBlock(nn.Module):
         self.conv0 = Conv2d(channels_in, channels_out, 3, style.initial, **scaling)  # type: ignore[arg-type]
         self.affine = Linear(style.embedding, channels_out * (2 if style.scale_shift else 1), style.initial)
         self.norm1 = GroupNorm(channels_out, style.eps)
+        self.dropout = Dropout(style.dropout)
         self.conv1 = Conv2d(channels_out, channels_out, 3, style.initial_last)
         self.skip: Conv2d | None = None
         if channels_in != channels_out or resample != "keep":
@@ -199,7 +219,7 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(channels_out, 3 * channels_out, 1, style.initial_qkv)
             self.proj = Conv2d(channels_out, channels_out, 1, style.initial_last)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def body(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv0(silu(self.norm0(x)))
         condition = self.affine(embedding)[:, :, None, None]
         if self.style.scale_shift:
@@ -207,7 +227,7 @@ class UNetBlock(nn.Module):
             h = silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = silu(self.norm1(h + condition))
-        h = self.conv1(F.dropout(h, self.style.dropout, self.training))
+        h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
         if self.heads:
             qkv, proj = (self.qkv.weight, self.qkv.bias), (self.proj.weight, self.proj.bias)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,45 @@ from torch import Tensor, nn
 from diffratio_fast import ops
 
 
-class Linear(nn.Linear):
+class Draws:
+    """Random numbers for one layer's weights: from torch's generator here, from a seed in ``initialise``."""
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Between 0 and 1."""
+        return torch.rand(shape)
+
+
+class _SeededDraws(Draws):
+    """Draws of the noise contract for layer number ``ordinal`` of network number ``stream``."""
+
+    def __init__(self, rng: Tensor, ordinal: int, stream: int) -> None:
+        self.rng, self.index, self.stream = rng, torch.tensor([ordinal]), stream
+        self.substep = 0
+
+    def _keywords(self) -> dict[str, int]:
+        self.substep += 1
+        return {"substep": self.substep - 1, "draw": self.stream}
+
+    def normal(self, *shape: int) -> Tensor:
+        return ops.normal(self.rng, self.index, shape, ops.Purpose.INITIALISATION, **self._keywords())[0]
+
+    def uniform(self, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        values = ops.uniform(self.rng, self.index, ops.Purpose.INITIALISATION, count, **self._keywords())
+        return values.reshape(shape)
+
+
+class Drawn(nn.Module):
+    """A layer whose weights (or buffers) start at random: ``draw`` sets all of them."""
+
+    def draw(self, draws: Draws) -> None:
+        raise NotImplementedError
+
+
+class Linear(nn.Linear, Drawn):
     """A linear layer that states its initial scale: weights of std gain / sqrt(fan_in), bias zero."""
 
     def __init__(self, features_in: int, features_out: int, *, gain: float = 1.0, bias: bool = True) -> None:
@@ -21,11 +61,14 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Left to ``initialise``: the draws come from the noise contract, not from torch's generator."""
 
-    def initial_std(self) -> float:
-        return self.gain / math.sqrt(self.in_features)
+    def draw(self, draws: Draws) -> None:
+        std = self.gain / math.sqrt(self.in_features)
+        self.weight.copy_(draws.normal(*self.weight.shape).double() * std)
+        if self.bias is not None:
+            self.bias.zero_()
 
 
-class Embedding(nn.Embedding):
+class Embedding(nn.Embedding, Drawn):
     """A table of class vectors whose entries start normal with std ``gain``."""
 
     def __init__(self, count: int, features: int, *, gain: float = 1.0) -> None:
@@ -35,11 +78,11 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Left to ``initialise``."""
 
-    def initial_std(self) -> float:
-        return self.gain
+    def draw(self, draws: Draws) -> None:
+        self.weight.copy_(draws.normal(*self.weight.shape).double() * self.gain)
 
 
-class Weight(nn.Module):
+class Weight(Drawn):
     """A bare tensor (a stack of matrices, say) whose entries start normal with std gain / sqrt(fan_in)."""
 
     def __init__(self, shape: Sequence[int], *, fan_in: int, gain: float = 1.0) -> None:
@@ -47,27 +90,77 @@ class Weight(nn.Module):
         self.std = gain / math.sqrt(fan_in)
         self.weight = nn.Parameter(torch.zeros(*shape))
 
-    def initial_std(self) -> float:
-        return self.std
+    def draw(self, draws: Draws) -> None:
+        self.weight.copy_(draws.normal(*self.weight.shape).double() * self.std)
 
 
 @torch.no_grad()
 def initialise(network: nn.Module, seed: int, stream: int) -> None:
-    """Draw the weights of every ``Linear``, ``Embedding`` and ``Weight``; all else starts as a constant.
+    """Draw the weights of every ``Drawn`` layer; all else starts as a constant.
 
-    Weights are normals of the noise contract (purpose ``INITIALISATION``; the layer's ordinal in the place
+    The numbers are those of the noise contract (purpose ``INITIALISATION``; the layer's ordinal in the place
     of the sample index, ``stream`` in that of the draw: one for each network of a run), so that a seed gives
     the same network on every device and torch version.
     """
     rng = ops.make_rng(seed, 0)
-    layers = [module for module in network.modules() if isinstance(module, (Linear, Embedding, Weight))]
-    for ordinal, layer in enumerate(layers):
-        draws = ops.normal(
-            rng, torch.tensor([ordinal]), layer.weight.shape, ops.Purpose.INITIALISATION, draw=stream
+    for ordinal, layer in enumerate(module for module in network.modules() if isinstance(module, Drawn)):
+        layer.draw(_SeededDraws(rng, ordinal, stream))
+
+
+class _Stream(NamedTuple):
+    rng: Tensor
+    samples: Tensor
+    substep: int
+    layer: int
+
+
+class Dropout(nn.Module):
+    """Zeroes elements of x [N, ...] with ``probability`` in training mode, and scales up the others.
+
+    Inside ``dropout_stream`` the masks are those of the noise contract; outside they are torch's.
+    """
+
+    stream: _Stream | None = None
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.probability:
+            return x
+        return x * (self.kept(x[0].numel(), x).reshape(x.shape).to(x.dtype) / (1 - self.probability))
+
+    def kept(self, count: int, x: Tensor) -> Tensor:
+        """bool [N, count]: what stays of ``count`` elements of each sample of x [N, ...]."""
+        if self.stream is None:
+            return torch.rand(len(x), count, device=x.device) >= self.probability
+        rng, index, substep, layer = self.stream
+        # sixteen bits decide an element: half the words, and enough for any rate of dropout
+        words = ops.random_words(
+            rng, index, ops.Purpose.DROPOUT, (count + 1) // 2, substep=substep, draw=layer
         )
-        layer.weight.copy_(draws[0].double() * layer.initial_std())
-        if isinstance(layer, Linear) and layer.bias is not None:
-            layer.bias.zero_()
+        least = round(self.probability * 2**16)
+        return torch.cat(((words & 0xFFFF) >= least, (words >> 16) >= least), dim=1)[:, :count]
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}"
+
+
+@contextlib.contextmanager
+def dropout_stream(network: nn.Module, rng: Tensor, index: Tensor, *, substep: int = 0) -> Iterator[None]:
+    """Let dropout of ``network`` be a function of (seed, step, sample index, layer, substep) alone.
+
+    ``index`` int64 [N] are the indices of the samples in the passes made inside; equal ones share masks.
+    """
+    layers = [module for module in network.modules() if isinstance(module, Dropout) and module.probability]
+    for number, layer in enumerate(layers):
+        layer.stream = _Stream(rng, index, substep, number)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.stream = None
 
 
 class FourierFeatures(nn.Module):

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
 from diffratio_fast.command import UserError
+from diffratio_fast.files import replace_file
 from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser
 from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser, MPUNet
 from diffratio_fast.networks.unet import Denoiser
@@ -99,6 +101,27 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
     return network
 
 
+def resolved(architecture: str, config: str | Mapping[str, Any]) -> Config:
+    """All options, defaults included, that decide a network in eval mode without augment labels."""
+    family, _, variant = architecture.partition(":")
+    defaults = (EDM_VARIANTS if family == "edm" else EDM2_VARIANTS).get(variant, {})
+    given = {**defaults, **_as_mapping(config)}
+    network = EDMDenoiser if family == "edm" else EDM2Denoiser
+    backbone = EDM_MODELS[given.get("model_type", "DhariwalUNet")] if family == "edm" else MPUNet
+    options = {"family": family}
+    for constructor in (backbone, network):
+        for name, parameter in inspect.signature(constructor).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                options[name] = parameter.default
+    options |= given
+    passed_over = ("dropout", "label_dropout", "augment_dim", "use_fp16", "sigma_min", "sigma_max")
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if name not in passed_over
+    }
+
+
 def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
     """The denoiser kept in a file that ``diffratio_fast.convert`` wrote: (network, the file's metadata).
 
@@ -126,6 +149,14 @@ def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return network.float().eval(), metadata
+
+
+def save_published(path: Path, network: Denoiser, about: Mapping[str, str]) -> None:
+    """Write a denoiser as ``load_published`` reads it, atomically; ``about`` joins the file's metadata."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    config = json.dumps(network.config)
+    metadata = {**about, "architecture": network.architecture, "config": config}
+    replace_file(path, safetensors.torch.save(state, metadata))
 
 
 def with_state(

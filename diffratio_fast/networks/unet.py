@@ -14,6 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from diffratio_fast.networks.layers import Dropout
 
 CHANNELS_PER_HEAD = 64
 
@@ -74,6 +77,27 @@ def plan(
                 Entry(f"{prefix[level]}_block{index}", "join", level, joined, width, attends[level])
             )
     return encoder, decoder
+
+
+class ResidualBlock(nn.Module):
+    """A block ``body(x, embedding)`` whose activations are kept for the backward pass, or computed again.
+
+    With ``checkpointed`` only the block's inputs are kept (Chen et al. 2016): a second forward pass for less
+    memory.
+    """
+
+    checkpointed = False
+    dropout: Dropout
+
+    def body(self, x: Tensor, embedding: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            # masks of the noise contract need no generator's state to be drawn again
+            state = self.training and self.dropout.stream is None
+            return checkpoint(self.body, x, embedding, use_reentrant=False, preserve_rng_state=state)
+        return self.body(x, embedding)
 
 
 class UNet(nn.Module):
@@ -159,6 +183,9 @@ class Denoiser(nn.Module):
         """The U-Net F."""
         return getattr(self, self.backbone_name)
 
+    def prepare_pass(self) -> None:
+        """What a network does to its weights in training mode before it uses them, if anything."""
+
     def forward(
         self,
         x: Tensor,
@@ -166,6 +193,7 @@ class Denoiser(nn.Module):
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
+        self.prepare_pass()
         x = at_least_float32(x)
         sigma = self._sigma(x, sigma)
         variance = (sigma**2 + self.sigma_data**2).reshape(-1, 1, 1, 1)
@@ -187,6 +215,7 @@ class Denoiser(nn.Module):
 
         With ``middle`` the two middle blocks' output is appended to the maps.
         """
+        self.prepare_pass()
         x = at_least_float32(x)
         inputs, c_noise, classes, augment = self._inputs(x, self._sigma(x, sigma), labels, augment_labels)
         embedding = self.backbone.embed(c_noise, classes, augment)

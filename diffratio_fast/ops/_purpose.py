@@ -27,3 +27,5 @@ class Purpose(enum.IntEnum):
     EVALUATION_FAKE = 15  # eps added to generated images when measuring
     VERIFIER_NOISE = 16  # eps added to candidates that a verifier weighs
     VERIFIER_CHOICE = 17  # the uniform that draws one of the candidates
+    DENOISING_SIGMA = 18  # the noise level of a pre-training step
+    DENOISING_NOISE = 19  # eps added to real images in pre-training

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
+
+from diffratio_fast.config import RunConfig
+
+
+def average_decay(config: RunConfig, update: int, step: int) -> float:
+    """Decay of a run's average at its update number ``update``, in training step ``step`` (both from 0)."""
+    if config.ema_std is not None:
+        return power_decay(update, config.ema_std)
+    return ema_decay(step, config.batch_size, config.ema_half_life_images, config.ema_rampup_ratio)
 
 
 def ema_decay(step: int, batch_size: int, half_life_images: float, rampup_ratio: float | None) -> float:
@@ -18,6 +28,21 @@ def ema_decay(step: int, batch_size: int, half_life_images: float, rampup_ratio:
     if rampup_ratio is not None:
         half_life = min(half_life, step * batch_size * rampup_ratio)
     return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
+
+
+def power_exponent(std: float) -> float:
+    """The exponent gamma of the power-function average of relative width ``std``, below 0.29.
+
+    Weights grow as t^gamma up to the present t (Karras et al. 2024, Section 3.1). For a profile gamma + 1
+    times t^gamma on [0, 1], variance is (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = std^2, a cubic in gamma.
+    """
+    inverse = std**-2
+    return float(max(root.real for root in np.roots([1, 7, 16 - inverse, 12 - inverse])))
+
+
+def power_decay(update: int, std: float) -> float:
+    """Decay of the power-function average at update number ``update`` (from 0): (1 - 1/t)^(gamma + 1)."""
+    return float((1 - 1 / (update + 1)) ** (power_exponent(std) + 1))
 
 
 def averaged_copy(network: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from diffratio_fast import ops
 from diffratio_fast.command import UserError
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.data import SIGMA_DATA, Scaling
+from diffratio_fast.config import RunConfig, TrainConfig
+from diffratio_fast.data import SIGMA_DATA, Scaling, to_model
 from diffratio_fast.networks import latents_for
+from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
@@ -24,8 +24,10 @@ from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDi
 from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.noise_laws import NoiseLaw, parse_noise_law, sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
-from diffratio_fast.training.ema import ema_decay, update_average
-from diffratio_fast.training.state import TrainState
+from diffratio_fast.training.ema import average_decay, ema_decay, update_average
+from diffratio_fast.training.finite import FiniteCheck
+from diffratio_fast.training.optimizers import set_rate
+from diffratio_fast.training.state import TrainState, run_dtype
 
 Batch = tuple[Tensor, Tensor]
 
@@ -42,171 +44,241 @@ def noise_laws(config: TrainConfig) -> tuple[NoiseLaw, NoiseLaw]:
     return ratio, generator
 
 
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """The schedule's factor at ``step``: rising to 1, then constant or falling to ``lr_final``."""
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """The schedule's factor at ``step``: rising to 1, then constant, or falling.
+
+    "inverse_sqrt" is EDM2's 1 / sqrt(max(t / t_ref, 1)) (Karras et al. 2024).
+    """
+    rise = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    if config.lr_schedule == "inverse_sqrt":
+        return rise / math.sqrt(max(step / config.lr_decay_steps, 1.0))
     done = min(step / config.steps, 1.0)
     fall = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    share = config.lr_final + (1.0 - config.lr_final) * fall[config.lr_schedule]
-    return share * min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    return (config.lr_final + (1.0 - config.lr_final) * fall[config.lr_schedule]) * rise
 
 
 def generator_factor(config: TrainConfig, step: int) -> float:
     """What warm-up and ramp make of the generator's rate: 0 in the warm-up, then rising to 1."""
-    since = step - config.ratio_warmup_steps
-    if since < 0:
-        return 0.0
-    return min(1.0, (since + 1) / (config.generator_ramp_steps + 1))
+    warmup, ramp = config.warmup_and_ramp()
+    since = step - warmup
+    return 0.0 if since < 0 else min(1.0, (since + 1) / (ramp + 1))
 
 
-@dataclass
-class Iteration:
-    """The pure function (state, step, batches) -> state, for one configuration on one device."""
+class Stepper:
+    """What the iterations of every kind of run share: images, precision, parts of a batch.
 
-    config: TrainConfig
-    scaling: Scaling
-    state: TrainState
-    device: torch.device
+    A step's batch is taken in parts of ``micro_batch`` images, whose gradients add up to the batch's.
+    """
 
-    def __post_init__(self) -> None:
-        config, state = self.config, self.state
-        self.ratio_law, self.generator_law = noise_laws(config)
-        self.divergence = DIVERGENCES[config.divergence]
-        self.weight = WEIGHTS[config.weight]
-        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.index = torch.arange(config.batch_size, device=self.device)
-        generator: Callable[..., Tensor] = state.generator
-        ratio: Callable[..., Tensor] = state.ratio
-        if config.compile:
-            generator, ratio = torch.compile(generator), torch.compile(ratio)
-        self.generator = self._in_precision(generator)
-        self.ratio: RatioNetwork = self._in_precision(ratio)
-        # the fused operations add the noise themselves, so no roll can come between noise and network
-        fits = isinstance(state.ratio, RatioMixer) and config.ratio_roll_probability == 0
-        self.mixer = cast(RatioMixer, state.ratio) if fits else None
-        self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        self.rng = ops.make_rng(config.seed, state.step, self.device)
-        self.gradient_norm = torch.zeros((), device=self.device)
+    def __init__(self, config: RunConfig, scaling: Scaling, step: int, device: torch.device) -> None:
+        self.config, self.scaling, self.device = config, scaling, device
+        self.dtype = run_dtype(config)
+        self.index = torch.arange(config.batch_size, device=device)
+        size = config.micro_batch or config.batch_size
+        self.parts = [slice(start, start + size) for start in range(0, config.batch_size, size)]
+        self.rng = ops.make_rng(config.seed, step, device)
 
-    def _in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if self.config.precision != "bfloat16":
-            return network
+    def in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``network`` compiled, under autocast and with images in the configured memory format."""
+        config = self.config
+        compiled = torch.compile(network) if config.compile else network
 
-        def call(*arguments: Tensor) -> Tensor:
+        def call(images: Tensor, *arguments: Tensor) -> Tensor:
+            if config.channels_last and images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
+            if config.precision != "bfloat16":
+                return compiled(images, *arguments)
             with torch.autocast(self.device.type, torch.bfloat16):
-                output = network(*arguments)
+                output = compiled(images, *arguments)
             return output.float()
 
         return call
 
-    def to_device(self, batch: Batch) -> Batch:
-        records, labels = batch
-        x0 = self.scaling.to_model(records.to(self.device, non_blocking=True)).to(self.dtype)
-        return x0, labels.to(self.device, non_blocking=True)
+    def to_device(
+        self, batch: Batch, rng: Tensor | None = None, index: Tensor | None = None, *, substep: int = 0
+    ) -> Batch:
+        """Records and labels as x0 in the run's dtype and labels, on its device.
 
-    def _augmented(self, copies: int, rng: Tensor, *, substep: int, draws: int = 1) -> RatioNetwork:
+        Latents are drawn from their moments under (rng, index, substep); without ``rng`` always the same.
+        """
+        records, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        if rng is None or index is None:
+            fixed = ops.make_rng(self.config.seed, 0, self.device)
+            places = torch.arange(len(labels), device=self.device)
+            return to_model(self.scaling, records, fixed, places, draw=1).to(self.dtype), labels
+        return to_model(self.scaling, records, rng, index, substep=substep).to(self.dtype), labels
+
+    def part(self, batch: Batch, part: slice, substep: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0, labels, sample indices) of a part of a batch, with the data's random flips."""
+        index = self.index[part]
+        x0, labels = self.to_device((batch[0][part], batch[1][part]), self.rng, index, substep=substep)
+        return flip(x0, self.rng, index, self.config.flip_probability, substep=substep), labels, index
+
+    def share(self, index: Tensor) -> float:
+        """What a part of so many samples counts for in a mean over the batch."""
+        return len(index) / self.config.batch_size
+
+
+class Iteration(Stepper):
+    """The pure function (state, step, batches) -> state, for one configuration on one device."""
+
+    def __init__(
+        self, config: TrainConfig, scaling: Scaling, state: TrainState, device: torch.device
+    ) -> None:
+        super().__init__(config, scaling, state.step, device)
+        self.config: TrainConfig = config
+        self.state = state
+        self.ratio_law, self.generator_law = noise_laws(config)
+        self.divergence = DIVERGENCES[config.divergence]
+        self.weight = WEIGHTS[config.weight]
+        self.generator = self.in_precision(state.generator)
+        self.ratio: RatioNetwork = self.in_precision(state.ratio)
+        # the fused operations add the noise themselves, so no roll can come between noise and network
+        fits = isinstance(state.ratio, RatioMixer) and config.ratio_roll_probability == 0
+        self.mixer = cast(RatioMixer, state.ratio) if fits else None
+        self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        skip = config.on_nonfinite == "skip"
+        self.checks = {
+            "ratio": FiniteCheck("ratio", state.ratio, skip=skip),
+            "generator": FiniteCheck("generator", state.generator, skip=skip),
+        }
+
+    def _augmented(self, index: Tensor, copies: int, *, substep: int, draws: int = 1) -> RatioNetwork:
         """The ratio network behind this step's random rolls, the same for all ``copies`` of a sample."""
         probability, reach = self.config.ratio_roll_probability, self.config.ratio_roll_reach
         if probability == 0:
             return self.ratio
         shifts = torch.cat(
             [
-                roll_shifts(rng, self.index, probability, reach, substep=substep, draw=draw)
+                roll_shifts(self.rng, index, probability, reach, substep=substep, draw=draw)
                 for draw in range(draws)
             ]
         ).repeat(copies, 1)
         return lambda noised, sigma, labels: self.ratio(roll(noised, shifts), sigma, labels)
 
-    def _fakes(self, rng: Tensor, labels: Tensor, substep: int) -> Tensor:
-        latents = latents_for(self.state.generator, rng, self.index, ops.Purpose.LATENT, substep=substep)
+    def _fakes(self, index: Tensor, labels: Tensor, substep: int) -> Tensor:
+        latents = latents_for(self.state.generator, self.rng, index, ops.Purpose.LATENT, substep=substep)
         return self.generator(latents, labels)
 
-    def _ratio_step(self, batch: Batch, fake: Tensor, rng: Tensor, substep: int) -> None:
-        real, labels = batch
-        real = flip(real, rng, self.index, self.config.flip_probability, substep=substep)
-        sigma, _ = sample_sigma(self.ratio_law, rng, self.index, ops.Purpose.SIGMA_RATIO, substep=substep)
-        arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, rng, self.index)
-        outcome: RatioLoss
+    def _ratio_loss(
+        self, real: Tensor, fake: Tensor, labels: Tensor, index: Tensor, substep: int
+    ) -> RatioLoss:
+        sigma, _ = sample_sigma(self.ratio_law, self.rng, index, ops.Purpose.SIGMA_RATIO, substep=substep)
+        arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, self.rng, index)
         if self.mixer is not None:
-            outcome = fused.ratio_loss(self.mixer, *arguments, substep=substep, dtype=self.mixer_dtype)
-        else:
-            network = self._augmented(2, rng, substep=substep)
-            outcome = diffratio.ratio_loss(network, *arguments, substep=substep)
-        self.state.ratio_optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()
-        self.state.ratio_optimizer.step()
-        if substep == 0:
-            real_half, fake_half = outcome.log_ratio_real, outcome.log_ratio_fake
-            values = (
-                outcome.loss.detach(),
-                (real_half > 0).double().mean(),
-                (fake_half < 0).double().mean(),
-                real_half.mean(),
-                fake_half.mean(),
-            )
-            self.state.sums[:5] += torch.stack([value.double() for value in values])
-            self.state.sums[6] += 1
+            return fused.ratio_loss(self.mixer, *arguments, substep=substep, dtype=self.mixer_dtype)
+        return diffratio.ratio_loss(self._augmented(index, 2, substep=substep), *arguments, substep=substep)
 
-    def _generator_step(self, fake: Tensor, labels: Tensor, rng: Tensor, measure: bool) -> None:
+    def _ratio_step(self, batch: Batch, substep: int, keep_graph: bool) -> tuple[Tensor, Tensor]:
+        """One update of the ratio network; the last part's fakes (with their graph, if kept) and labels."""
+        state = self.state
+        state.ratio_optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            real, labels, index = self.part(batch, part, substep)
+            with contextlib.nullcontext() if keep_graph else torch.no_grad():
+                fake = self._fakes(index, labels, substep)
+            # both halves of a pair share their masks of dropout, as they share augmentation
+            with dropout_stream(state.ratio, self.rng, torch.cat((index, index)), substep=substep):
+                outcome = self._ratio_loss(real, fake, labels, index, substep)
+                (outcome.loss * self.share(index)).backward()
+            values = self._figures(outcome) * self.share(index)
+            loss = loss + values[0]
+            if substep == 0:
+                state.sums[:5] += values
+        if substep == 0:
+            state.sums[6] += 1
+        if self.checks["ratio"].allows(state.step, {"the ratio loss": loss}):
+            state.ratio_optimizer.step()
+        return fake, labels
+
+    @staticmethod
+    def _figures(outcome: RatioLoss) -> Tensor:
+        real_half, fake_half = outcome.log_ratio_real, outcome.log_ratio_fake
+        values = (
+            outcome.loss.detach(),
+            (real_half > 0).double().mean(),
+            (fake_half < 0).double().mean(),
+            real_half.mean(),
+            fake_half.mean(),
+        )
+        return torch.stack([value.double() for value in values])
+
+    def _score_difference(
+        self, fake: Tensor, labels: Tensor, index: Tensor
+    ) -> tuple[ScoreDifference, Tensor | None]:
+        """The score difference of a part, and the noise-level bins of its h where that is normalised."""
         config, state = self.config, self.state
         draws = config.noise_draws
         sigma, uniforms = sample_sigma(
-            self.generator_law, rng, self.index, ops.Purpose.SIGMA_GENERATOR, draws=draws
+            self.generator_law, self.rng, index, ops.Purpose.SIGMA_GENERATOR, draws=draws
         )
         sigma = sigma.to(self.dtype)
         bin_of = bins(uniforms) if config.normalize_h else None
-        arguments = (fake, sigma, labels, rng, self.index)
+        arguments = (fake, sigma, labels, self.rng, index)
         keywords: dict[str, Any] = {
             "weight": self.weight(sigma, SIGMA_DATA),
             "divergence": self.divergence,
             "h_mean": None if bin_of is None else state.h_means[bin_of],
         }
-        outcome: ScoreDifference
-        state.ratio.requires_grad_(False)
         if self.mixer is not None:
             outcome = fused.score_difference(self.mixer, *arguments, **keywords, dtype=self.mixer_dtype)
         else:
             # rolls of the generator step have a substep of their own, after those of the ratio steps
-            network = self._augmented(1, rng, substep=255, draws=draws)
+            network = self._augmented(index, 1, substep=255, draws=draws)
             outcome = diffratio.score_difference(network, *arguments, **keywords)
-        state.ratio.requires_grad_(True)
+        return outcome, bin_of
+
+    def _generator_step(self, batch: Batch, whole: tuple[Tensor, Tensor] | None) -> bool:
+        """One update of the generator, from the batch's fakes where they were kept; whether it was made."""
+        config, state = self.config, self.state
+        state.ratio.requires_grad_(False)
         state.generator_optimizer.zero_grad(set_to_none=True)
-        fake.backward(outcome.gradient.to(fake.dtype) / config.batch_size)
-        state.generator_optimizer.step()
-        if bin_of is not None:
-            update_means(state.h_means, bin_of, outcome.h)
+        visited: list[tuple[Tensor, Tensor]] = []
+        clamped = torch.zeros((), dtype=torch.float64, device=self.device)
+        log_ratio = torch.zeros_like(clamped)
+        for part in self.parts:
+            index = self.index[part]
+            if whole is None:
+                labels = batch[1][part].to(self.device, non_blocking=True)
+                fake = self._fakes(index, labels, 0)  # the same again, now with a graph
+            else:
+                fake, labels = whole
+            outcome, bin_of = self._score_difference(fake, labels, index)
+            fake.backward(outcome.gradient.to(fake.dtype) / config.batch_size)
+            clamped += outcome.clamped.double().mean() * self.share(index)
+            log_ratio += outcome.log_ratio.double().mean() * self.share(index)
+            if bin_of is not None:
+                visited.append((bin_of, outcome.h))
+        state.ratio.requires_grad_(True)
+        if visited:
+            update_means(state.h_means, *(torch.cat(values) for values in zip(*visited, strict=True)))
         if self.divergence.clamp is not None:
-            state.sums[5] += outcome.clamped.double().mean()
-        if measure:
-            gradients = [p.grad for p in state.generator.parameters() if p.grad is not None]
-            self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            state.sums[5] += clamped
+        made = self.checks["generator"].allows(state.step, {"the log ratio of fakes": log_ratio})
+        if made:
+            state.generator_optimizer.step()
+        return made
 
-    def run(self, batches: list[Batch], *, measure: bool = False) -> None:
-        """Advance the state by one step on ``config.ratio_steps`` batches of (records, labels).
-
-        ``measure`` keeps the norm of the generator's gradient in ``gradient_norm`` (on the device).
-        """
+    def run(self, batches: list[Batch]) -> None:
+        """Advance the state by one step on ``config.ratio_steps`` batches of (records, labels)."""
         config, state = self.config, self.state
         step = state.step
-        rng = self.rng
-        rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU
+        self.rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU
         factor = learning_rate_factor(config, step)
-        _set_rate(state.ratio_optimizer, config.ratio_lr * factor)
+        set_rate(state.ratio_optimizer, config.ratio_lr * factor)
         generator_share = generator_factor(config, step)
-        _set_rate(state.generator_optimizer, config.generator_lr * factor * generator_share)
+        set_rate(state.generator_optimizer, config.generator_lr * factor * generator_share)
         trains = generator_share > 0
         state.ratio.train()
         state.generator.train()
 
-        first = self.to_device(batches[0])
-        # one forward serves both steps: detached for the ratio, with its graph for the generator
-        with contextlib.nullcontext() if trains else torch.no_grad():
-            fake = self._fakes(rng, first[1], 0)
-        self._ratio_step(first, fake, rng, 0)
+        # one forward serves both steps: detached for the ratio, with its graph for the generator; unless the
+        # batch comes in parts, of which only one graph may be in memory at a time
+        keeps = trains and len(self.parts) == 1
+        whole = self._ratio_step(batches[0], 0, keeps)
         for substep, batch in enumerate(batches[1:], 1):
-            extra = self.to_device(batch)
-            with torch.no_grad():
-                extra_fake = self._fakes(rng, extra[1], substep)
-            self._ratio_step(extra, extra_fake, rng, substep)
+            self._ratio_step(batch, substep, False)
         if state.ratio_average is not None and config.ratio_ema_half_life_images is not None:
             decay = ema_decay(
                 step, config.batch_size, config.ratio_ema_half_life_images, config.ema_rampup_ratio
@@ -214,12 +286,7 @@ class Iteration:
             update_average(state.ratio_average, state.ratio, decay)
         if trains:
             state.ratio.eval()
-            self._generator_step(fake, first[1], rng, measure)
-            decay = ema_decay(step, config.batch_size, config.ema_half_life_images, config.ema_rampup_ratio)
-            update_average(state.average, state.generator, decay)
+            if self._generator_step(batches[0], whole if keeps else None):
+                update = step - config.warmup_and_ramp()[0]
+                update_average(state.average, state.generator, average_decay(config, update, step))
         state.step += 1
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate

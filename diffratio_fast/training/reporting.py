@@ -133,13 +133,9 @@ class Progress:
     def advance(self) -> None:
         self._bar.update()
 
-    def metrics(self, values: dict[str, Any]) -> None:
-        """Show a log line's figures."""
-        shown = {
-            "JS": f"{_figure(values['divergence'])} (train {_figure(values['divergence_train'])})",
-            "acc": _figure(values["ratio_accuracy"]),
-            "img/s": f"{values['images_per_second']:,.0f}",
-        }
+    def metrics(self, values: dict[str, Any], shown: dict[str, str]) -> None:
+        """Show the figures ``shown`` of a log line, by short names, and its rate."""
+        shown = shown | {"img/s": f"{values['images_per_second']:,.0f}"}
         self._bar.set_postfix(shown, refresh=False)
         now = time.monotonic()
         if self.terminal or now - self._said < PLAIN_INTERVAL:
@@ -161,7 +157,7 @@ class Progress:
         self._bar.close()
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -16,7 +16,7 @@ import yaml
 
 import diffratio_fast
 from diffratio_fast.command import UserError
-from diffratio_fast.config import TrainConfig, changed_fields, read_config
+from diffratio_fast.config import RunConfig, changed_fields, read_config
 from diffratio_fast.devices import device_name
 from diffratio_fast.files import make_directory, replace_file
 
@@ -36,6 +36,7 @@ class RunDirectory:
         self.snapshots = root / "snapshots"
         self.generator = root / "generator.safetensors"
         self.ratio = root / "ratio.safetensors"
+        self.denoiser = root / "denoiser.safetensors"
         self.ratio_average = root / "ratio_ema.safetensors"
         self.refitted = root / "ratio_refit.safetensors"
         self.measurements = root / "measurements.json"
@@ -46,6 +47,9 @@ class RunDirectory:
 
     def finished(self) -> bool:
         return self.summary.exists()
+
+    def has_results(self) -> bool:
+        return self.generator.exists() or self.denoiser.exists() or self.finished()
 
     def open(self) -> None:
         """Create the directory and hold it against a second process; a ``UserError`` where that fails."""
@@ -65,20 +69,28 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove a run's files, and no others, for a fresh start."""
-        files = [self.summary, self.generator, self.ratio, self.ratio_average, self.refitted, self.metrics]
+        files = [
+            self.summary,
+            self.generator,
+            self.denoiser,
+            self.ratio,
+            self.ratio_average,
+            self.refitted,
+            self.metrics,
+        ]
         files += [self.config, self.measurements, self.neighbours, self.report, *self.root.glob(EVENTS)]
         for path in files:
             path.unlink(missing_ok=True)
         for directory in (self.checkpoint.parent, self.samples, self.snapshots):
             shutil.rmtree(directory, ignore_errors=True)
 
-    def check_same(self, config: TrainConfig) -> None:
+    def check_same(self, config: RunConfig) -> None:
         """See that ``config`` would train as the run that is here; a ``UserError`` names the differences."""
         if not self.config.exists():
             raise UserError(
                 f"{self.root}: has a checkpoint but no config.yaml; restore it, or start over with --fresh"
             )
-        old = TrainConfig(**read_config(self.config))
+        old = type(config)(**read_config(self.config, type(config)))
         changes = [
             f"{name} {getattr(old, name)} -> {getattr(config, name)}" for name in changed_fields(old, config)
         ]
@@ -88,7 +100,7 @@ class RunDirectory:
                 f"--config {self.config} to continue it, choose another --run-dir, or use --fresh"
             )
 
-    def write_config(self, preset: str, config: TrainConfig, device: torch.device) -> None:
+    def write_config(self, preset: str, config: RunConfig, device: torch.device) -> None:
         """config.yaml: the resolved configuration and what it runs on."""
         content = {"preset": preset, **dataclasses.asdict(config), "environment": environment(device)}
         replace_file(self.config, yaml.safe_dump(content, sort_keys=False))

@@ -6,11 +6,12 @@ their average, the optimizers and a few running sums are all there is to keep.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 
 from diffratio_fast import networks
 from diffratio_fast.command import UserError
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.data import DataSet
+from diffratio_fast.config import RunConfig, TrainConfig
+from diffratio_fast.data import DataSet, model_shape
 from diffratio_fast.files import replace_file
+from diffratio_fast.networks.backbone import set_checkpointing
 from diffratio_fast.objectives.bin_means import initial_means
 from diffratio_fast.training.ema import averaged_copy
+from diffratio_fast.training.initial import load_initial
+from diffratio_fast.training.optimizers import make_optimizer
 
 FORMAT = "diffratio_fast.checkpoint.1"
 SUMS = ("ratio_loss", "correct_real", "correct_fake", "log_ratio_real", "log_ratio_fake", "clamped", "steps")
@@ -32,8 +36,45 @@ SUMS = ("ratio_loss", "correct_real", "correct_fake", "log_ratio_real", "log_rat
 
 
 @dataclass
-class TrainState:
+class RunState:
+    """What a run of any kind keeps: the names of its parts, and counters after ``step`` steps."""
+
+    NETWORKS: ClassVar[tuple[str, ...]]
+    OPTIMIZERS: ClassVar[tuple[str, ...]]
+    TENSORS: ClassVar[tuple[str, ...]]
+    """Names of attributes; a network that is None is not kept."""
+
+    step: int = field(default=0, kw_only=True)
+    seconds: float = field(default=0.0, kw_only=True)
+    best: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def networks(self) -> list[str]:
+        """Names of the networks that the state has."""
+        return [name for name in self.NETWORKS if getattr(self, name) is not None]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the state under a unique name."""
+        for part in self.networks():
+            for name, tensor in getattr(self, part).state_dict().items():
+                yield f"{part}.{name}", tensor
+        for part in self.OPTIMIZERS:
+            optimizer = getattr(self, part)
+            for number, values in optimizer.state_dict()["state"].items():
+                for name, tensor in values.items():
+                    yield f"{part}.{number}.{name}", torch.as_tensor(tensor)
+            if "step" in optimizer.param_groups[0]:  # apex counts there
+                yield f"{part}.step", torch.as_tensor(optimizer.param_groups[0]["step"])
+        for part in self.TENSORS:
+            yield part, getattr(self, part)
+
+
+@dataclass
+class TrainState(RunState):
     """Networks, average, optimizers and counters of a run after ``step`` generator updates."""
+
+    NETWORKS = ("generator", "ratio", "average", "ratio_average")
+    OPTIMIZERS = ("generator_optimizer", "ratio_optimizer")
+    TENSORS = ("h_means", "sums")
 
     generator: nn.Module
     ratio: nn.Module
@@ -43,31 +84,24 @@ class TrainState:
     h_means: Tensor
     sums: Tensor
     ratio_average: nn.Module | None = None
-    step: int = 0
-    seconds: float = 0.0
-    best: dict[str, Any] = field(default_factory=dict)
 
-    def networks(self) -> list[str]:
-        """Names of the networks that the state has."""
-        kept = [] if self.ratio_average is None else ["ratio_average"]
-        return ["generator", "ratio", "average", *kept]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the state under a unique name."""
-        for part in self.networks():
-            for name, tensor in getattr(self, part).state_dict().items():
-                yield f"{part}.{name}", tensor
-        for part in ("generator_optimizer", "ratio_optimizer"):
-            for number, values in getattr(self, part).state_dict()["state"].items():
-                for name, tensor in values.items():
-                    yield f"{part}.{number}.{name}", torch.as_tensor(tensor)
-        yield "h_means", self.h_means
-        yield "sums", self.sums
+def backbone_options(config: RunConfig) -> dict[str, Any]:
+    """The options of the run's backbone; a ``UserError`` where they are no JSON object."""
+    try:
+        options = json.loads(config.backbone_options)
+    except json.JSONDecodeError as error:
+        raise UserError(f"backbone_options is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"backbone_options must be a JSON object, not {config.backbone_options}")
+    return options
 
 
 def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[str, Any]]:
     """Constructor arguments of the run's generator and ratio network."""
-    common = {"shape": tuple(dataset.shape), "classes": len(dataset.class_names)}
+    common = {"shape": model_shape(dataset), "classes": len(dataset.class_names)}
+    if config.generator == "backbone" or config.ratio_network == "encoder":
+        common |= {"backbone": config.backbone, "options": backbone_options(config)}
     bounds = dataset.scaling.bounds()
     return {
         "generator": common
@@ -75,6 +109,7 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
             "latent_size": config.latent_size,
             "width": config.generator_width,
             "depth": config.generator_depth,
+            "sigma_init": config.sigma_init,
             "bounds": None if bounds is None else tuple(bound.tolist() for bound in bounds),
         },
         "ratio": common
@@ -83,56 +118,62 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
             "depth": config.ratio_depth,
             "expansion": config.ratio_expansion,
             "patch": config.ratio_patch,
+            "middle": config.ratio_middle,
+            "pool": config.ratio_pool,
+            "dropout": config.ratio_dropout,
         },
     }
 
 
-def initial_state(config: TrainConfig, dataset: DataSet, device: torch.device) -> TrainState:
-    """The state before the first step: networks drawn from the seed, or taken from ``config.init``."""
+def run_dtype(config: RunConfig) -> torch.dtype:
+    """Of weights and images; bfloat16 is a matter of autocast."""
+    return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def place(config: RunConfig, network: nn.Module, device: torch.device) -> None:
+    """Bring a network to device, dtype, memory format and checkpointing as configured, in place."""
+    network.to(device, run_dtype(config))
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    set_checkpointing(network, config.activation_checkpointing)
+
+
+def initial_state(
+    config: TrainConfig, dataset: DataSet, device: torch.device, *, init: bool = True
+) -> TrainState:
+    """The state before the first step: networks drawn from the seed, or taken from ``config.init``.
+
+    On the meta device nothing is drawn or read: the state is planned only. Without ``init`` ``config.init``
+    is not read either (a checkpoint will replace the weights).
+    """
     arguments = network_arguments(config, dataset)
-    generator = networks.build("generator", config.generator, arguments["generator"])
-    try:
-        ratio = networks.build("ratio", config.ratio_network, arguments["ratio"])
-    except ValueError as error:
-        raise UserError(f"ratio network {config.ratio_network}: {error}") from None
-    networks.initialise(generator, config.seed, stream=0)
-    networks.initialise(ratio, config.seed, stream=1)
-    if config.init is not None:
-        _load_initial(Path(config.init), generator, ratio)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    generator.to(device, dtype)
-    ratio.to(device, dtype)
+    planned = device.type == "meta"
+    built = {}
+    for role, architecture in (("generator", config.generator), ("ratio", config.ratio_network)):
+        try:
+            with torch.device("meta") if planned else contextlib.nullcontext():
+                built[role] = networks.build(role, architecture, arguments[role])
+        except ValueError as error:
+            kind = "ratio network" if role == "ratio" else role
+            raise UserError(f"{kind} {architecture}: {error}") from None
+    generator, ratio = built["generator"], built["ratio"]
+    if not planned:
+        networks.initialise(generator, config.seed, stream=0)
+        networks.initialise(ratio, config.seed, stream=1)
+        if config.init is not None and init:
+            load_initial(Path(config.init), generator, ratio, dataset)
+    place(config, generator, device)
+    place(config, ratio, device)
     return TrainState(
         generator,
         ratio,
         averaged_copy(generator),
-        _optimizer(config, generator, config.generator_lr, config.generator_weight_decay),
-        _optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay),
+        make_optimizer(config, generator, config.generator_lr, config.generator_weight_decay),
+        make_optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay),
         initial_means(device),
         torch.zeros(len(SUMS), dtype=torch.float64, device=device),
         None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
     )
-
-
-def _load_initial(source: Path, generator: nn.Module, ratio: nn.Module) -> None:
-    """Copy published weights: both networks of a run directory, or a generator's file alone."""
-    pairs = [("generator", generator, source)]
-    if source.is_dir():
-        pairs = [("generator", generator, source / "generator.safetensors")]
-        pairs.append(("ratio", ratio, source / "ratio.safetensors"))
-    for role, network, path in pairs:
-        loaded, _ = networks.load(path, role)
-        try:
-            network.load_state_dict(loaded.state_dict())
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--init {path}: another architecture than this run's ({reason[:200]})") from None
-
-
-def _optimizer(config: TrainConfig, network: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    betas = (config.beta1, config.beta2)
-    return kind(network.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -144,7 +185,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(path: Path, state: TrainState) -> None:
+def save_checkpoint(path: Path, state: RunState) -> None:
     """Write the whole state to ``path``; the file that was there stays until the new one is complete."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors()}
     about = {
@@ -157,7 +198,7 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
     replace_file(path, safetensors.torch.save(tensors, metadata))
 
 
-def load_checkpoint(path: Path, state: TrainState) -> None:
+def load_checkpoint(path: Path, state: RunState) -> None:
     """Bring ``state`` to the one saved in ``path``; a damaged file is a ``UserError`` and left as it is."""
     advice = "restore that file from a copy, or start over with --fresh"
     try:
@@ -180,19 +221,23 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.step, state.seconds, state.best = about["step"], about["seconds"], about["best"]
 
 
-def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
+def _restore(state: RunState, tensors: dict[str, Tensor]) -> None:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     for part in state.networks():
         getattr(state, part).load_state_dict(parts[part])
-    for part in ("generator_optimizer", "ratio_optimizer"):
+    for part in state.OPTIMIZERS:
         optimizer = getattr(state, part)
         values: dict[int, dict[str, Tensor]] = {}
+        groups = optimizer.state_dict()["param_groups"]
         for name, tensor in parts.get(part, {}).items():
             number, _, key = name.partition(".")
-            values.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
-    state.h_means.copy_(parts["h_means"][""])
-    state.sums.copy_(parts["sums"][""])
+            if number == "step":
+                groups = [group | {"step": int(tensor)} for group in groups]
+            else:
+                values.setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+    for part in state.TENSORS:
+        getattr(state, part).copy_(parts[part][""])

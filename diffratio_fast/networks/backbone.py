@@ -1,0 +1,228 @@
+"""One-step generators and ratio networks made of the published U-Nets, and how they take their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffratio_fast.networks.edm2 import EDM2Denoiser, MPConv, force_normalisation, mp_silu, normalize
+from diffratio_fast.networks.edm_layers import GroupNorm
+from diffratio_fast.networks.layers import Dropout, Linear, Weight
+from diffratio_fast.networks.published import from_published, resolved
+from diffratio_fast.networks.unet import Denoiser, ResidualBlock, at_least_float32
+
+POOLS = ("linear", "attention")
+HEADS = 4
+
+
+def build_denoiser(
+    shape: tuple[int, int, int], classes: int, backbone: str, options: Mapping[str, Any]
+) -> Denoiser:
+    """The denoiser of a published architecture for images [C, R, R]; one class is none at all.
+
+    ``options`` are the published constructor's, without those that shape and classes decide. ``ValueError``
+    where they do not fit.
+    """
+    channels, height, width = shape
+    if height != width:
+        raise ValueError(f"the published networks take square images, not {height} x {width}")
+    size = {
+        "img_resolution": height, "img_channels": channels, "label_dim": classes if classes > 1 else 0
+    }  # fmt: skip
+    if given := sorted(set(size) & set(options)):
+        raise ValueError(f"{given[0]} follows from the data and is no option of the backbone")
+    return from_published(backbone, {**options, **size})
+
+
+def set_dropout(network: nn.Module, probability: float) -> None:
+    """Let every dropout of a network have this probability."""
+    for module in network.modules():
+        if isinstance(module, Dropout):
+            module.probability = probability
+
+
+def set_checkpointing(network: nn.Module, on: bool) -> None:
+    """Let every residual block of a network keep its activations, or compute them again."""
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            module.checkpointed = on
+
+
+class BackboneGenerator(nn.Module):
+    """One-step generator G(z, c) = D(sigma_init z; sigma_init, c) from a denoiser D.
+
+    Latents [N, C, R, R] and labels int64 [N] to images x0 of the same shape, clamped to ``bounds`` as in
+    ``MLPGenerator``. It has no dropout: an image is a function of its latent and class.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        backbone: str,
+        options: Mapping[str, Any],
+        sigma_init: float,
+        bounds: tuple[list[float], list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.latent_shape = tuple(shape)
+        self.sigma_init = sigma_init
+        self.bounded = bounds is not None
+        low, high = bounds if bounds is not None else ([0.0], [0.0])
+        self.register_buffer("low", torch.tensor(low).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("high", torch.tensor(high).reshape(-1, 1, 1), persistent=False)
+        self.denoiser = build_denoiser(shape, classes, backbone, options)
+        drop_uncertainty(self.denoiser)
+        set_dropout(self.denoiser, 0.0)
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        sigma = latents.new_full((1,), self.sigma_init)
+        x = self.denoiser(self.sigma_init * latents, sigma, labels)
+        return torch.clamp(x, self.low, self.high) if self.bounded else x
+
+    def take(self, source: Denoiser) -> None:
+        """Copy a denoiser's weights; ``ValueError`` where it is another network than this one's."""
+        _take(self.denoiser, source)
+
+
+class EncoderRatio(nn.Module):
+    """Log ratio [N] of noised images [N, C, R, R] from the encoder half of a published U-Net.
+
+    The encoder sees c_in x, c_noise and the class; with ``middle`` its deepest features pass the two middle
+    blocks too. They are normalised, activated and read by a head (``EncoderHead``) that starts at zero.
+    ``dropout`` is that of the residual blocks in training mode.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        backbone: str,
+        options: Mapping[str, Any],
+        middle: bool = True,
+        pool: str = "linear",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.middle = middle
+        self.denoiser = build_denoiser(shape, classes, backbone, options)
+        drop_uncertainty(self.denoiser)
+        with torch.no_grad(), torch.device("meta"):  # shapes only
+            like = build_denoiser(shape, classes, backbone, options)
+            label = torch.zeros(1, dtype=torch.int64) if classes > 1 else None
+            maps, embedding = like.eval().encode(torch.zeros(1, *shape), torch.ones(1), label, middle=middle)
+        self.denoiser.backbone.remove_decoder(keep_middle=middle)
+        set_dropout(self.denoiser, dropout)
+        channels, side = maps[-1].shape[1], maps[-1].shape[2]
+        kind = MPHead if isinstance(self.denoiser, EDM2Denoiser) else EncoderHead
+        self.head = kind(channels, side * side, embedding.shape[1], pool)
+
+    def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        maps, embedding = self.denoiser.encode(noised, sigma, labels, middle=self.middle)
+        with torch.autocast(noised.device.type, enabled=False):
+            dtype = next(self.head.parameters()).dtype
+            return self.head(maps[-1].to(dtype), embedding.to(dtype))
+
+    def take(self, source: Denoiser) -> None:
+        """Copy the encoder half of a denoiser's weights; ``ValueError`` where it is another network."""
+        _take(self.denoiser, source)
+
+
+class EncoderHead(nn.Module):
+    """Features [N, C, h, w] and an embedding [N, D] to a log ratio [N], which starts at zero.
+
+    SiLU of the normalised features is pooled to a vector [N, C]: by the mean, or by attention (``HEADS``
+    queries, with a bias per position). The result is a linear map of the features at each position (pool
+    "linear") or of the pooled vector ("attention"), and a projection on the class and noise level,
+    <V e, pooled> (Miyato and Koyama 2018), by which many classes are told apart.
+    """
+
+    def __init__(self, channels: int, positions: int, embedding: int, pool: str) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
+        self.pool, self.heads = pool, math.gcd(HEADS, channels)
+        self.norm = GroupNorm(channels, eps=1e-6)
+        if pool == "attention":
+            self.query = Linear(channels, self.heads, bias=False)
+            self.position = Weight((self.heads, positions), fan_in=1, gain=0.0)
+        self.read = Linear(channels * (positions if pool == "linear" else 1), 1, gain=0.0)
+        self.project = Linear(embedding, channels, gain=0.0, bias=False)
+
+    def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm(features)).flatten(2)  # [N, C, P]
+        if self.pool == "attention":
+            scores = self.query(h.mT).mT + self.position.weight
+            pooled = _attention_pool(h, scores)
+        else:
+            pooled = h.mean(2)
+        # over sqrt(P), so that a step of Adam moves the result alike whatever the number of positions
+        read = self.read(h.flatten(1) / math.sqrt(h.shape[2]) if self.pool == "linear" else pooled)
+        return read.squeeze(1) + (self.project(embedding) * pooled).sum(1)
+
+
+class MPHead(nn.Module):
+    """``EncoderHead`` of magnitude-preserving layers: it starts at zero through learned gains.
+
+    Zero weights would be degenerate here, as normalisation divides by their length.
+    """
+
+    def __init__(self, channels: int, positions: int, embedding: int, pool: str) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
+        self.pool, self.heads = pool, math.gcd(HEADS, channels)
+        if pool == "attention":
+            self.query = MPConv(channels, self.heads, 0)
+            self.position = nn.Parameter(torch.zeros(self.heads, positions))
+        self.read = MPConv(channels * (positions if pool == "linear" else 1), 1, 0)
+        self.project = MPConv(embedding, channels, 0)
+        self.read_gain = nn.Parameter(torch.zeros([]))
+        self.project_gain = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros([]))
+
+    def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
+        force_normalisation(self)
+        h = mp_silu(normalize(features, dim=1)).flatten(2)
+        if self.pool == "attention":
+            pooled = _attention_pool(h, self.query(h.mT).mT + self.position)
+        else:
+            pooled = h.mean(2)
+        read = self.read(h.flatten(1) if self.pool == "linear" else pooled, gain=self.read_gain)
+        projected = self.project(embedding, gain=self.project_gain)
+        return read.squeeze(1) + (projected * pooled).sum(1) / math.sqrt(pooled.shape[1]) + self.bias
+
+
+def _attention_pool(h: Tensor, scores: Tensor) -> Tensor:
+    """Features [N, C, P] averaged with softmax of scores [N, heads, P], a share of channels each: [N, C]."""
+    count, channels, positions = h.shape
+    weights = at_least_float32(scores).softmax(2).to(h.dtype)
+    shares = h.reshape(count, weights.shape[1], channels // weights.shape[1], positions)
+    return torch.einsum("nhcp,nhp->nhc", shares, weights).flatten(1)
+
+
+def drop_uncertainty(denoiser: Denoiser) -> None:
+    """Remove what only a denoiser's loss uses (EDM2's log variance)."""
+    for name in ("logvar_fourier", "logvar_linear"):
+        if hasattr(denoiser, name):
+            delattr(denoiser, name)
+
+
+def _take(target: Denoiser, source: Denoiser) -> None:
+    ours, theirs = (resolved(network.architecture, network.config) for network in (target, source))
+    if differing := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
+        name = differing[0]
+        raise ValueError(f"it has {name} {theirs.get(name)}, this run {ours.get(name)}")
+    state = source.state_dict()
+    # augment labels enter through a map without bias: a network that is never given any can go without
+    target.load_state_dict({name: state[name] for name in target.state_dict()})

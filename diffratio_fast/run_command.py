@@ -1,0 +1,46 @@
+"""The command line of ``train`` and ``pretrain``: presets, options, files of options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffratio_fast import command
+from diffratio_fast.config import add_options, read_config
+from diffratio_fast.options import Options
+from diffratio_fast.presets import DESCRIPTIONS
+
+EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoint and networks in
+--run-dir. The same command continues a run that was stopped, by whatever; a finished run stays as it is."""
+
+
+def run_parser(name: str, description: str, kind: type[Options], default: str, shown: Any) -> command.Parser:
+    """The parser of ``python -m diffratio_fast.NAME``; the help shows the values ``shown``."""
+    presets = "; ".join(f"{preset}: {text}" for preset, text in DESCRIPTIONS.items())
+    result = command.Parser(
+        prog=f"python -m diffratio_fast.{name}",
+        usage=f"python -m diffratio_fast.{name} [PRESET] [--option value ...]",
+        description=f"{description} In brackets: the values of the preset {default}.",
+        epilog=EPILOG,
+        formatter_class=argparse.HelpFormatter,
+    )
+    result.add_argument("preset", nargs="?", default=default, metavar="PRESET", help=f"{presets} [{default}]")
+    result.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of options; the command line's go before it"
+    )
+    if name == "train":
+        result.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    result.add_argument("--fresh", action="store_true", help="start over: remove the run that is there")
+    add_options(result, kind(**shown))
+    return result
+
+
+def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: type[Options]) -> Any:
+    """(the preset's name, the options from --config and, before them, the command line)."""
+    preset = arguments.pop("preset")
+    if preset not in presets:
+        raise command.UserError(f"no such preset: {preset}; known: {', '.join(presets)}")
+    file = arguments.pop("config")
+    return preset, ({} if file is None else read_config(file, kind)) | arguments

@@ -1,0 +1,101 @@
+"""Where a run's first weights come from: ``--init`` of another run, of a file, of published weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from diffratio_fast import networks
+from diffratio_fast.command import UserError
+from diffratio_fast.data import DataSet, Scaling
+from diffratio_fast.networks import load_published
+from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
+from diffratio_fast.networks.unet import Denoiser
+
+DENOISER = "denoiser.safetensors"
+PUBLISHED_PIXELS = Scaling((127.5,), (63.75,), 0.0, 255.0)
+"""What published weights take pixels to be scaled by: to [-1, 1]."""
+
+
+def load_initial(source: Path, generator: nn.Module, ratio: nn.Module, dataset: DataSet) -> None:
+    """Copy initial weights into a run's networks, in place; what does not fit is a ``UserError``.
+
+    A directory of ``train`` gives generator and ratio network, a generator's file that alone. A denoiser
+    (a directory of ``pretrain``, or a file of ``convert``) gives the generator, and half of it the ratio
+    network where that is an encoder.
+    """
+    if source.is_dir():
+        if (source / DENOISER).exists():
+            _from_denoiser(source / DENOISER, generator, ratio, dataset)
+            return
+        if not (source / "generator.safetensors").exists():
+            raise UserError(f"--init {source}: holds no finished run (no generator or {DENOISER})")
+        _copy(source / "generator.safetensors", "generator", generator)
+        _copy(source / "ratio.safetensors", "ratio", ratio)
+    elif "architecture" in _metadata(source):
+        _from_denoiser(source, generator, ratio, dataset)
+    else:
+        _copy(source, "generator", generator)
+
+
+def load_denoiser(source: Path, dataset: DataSet) -> Denoiser:
+    """The denoiser of a ``pretrain`` directory or a converted file, for data scaled as ``dataset`` is."""
+    path = source / DENOISER if source.is_dir() else source
+    denoiser, metadata = load_published(path)
+    theirs = PUBLISHED_PIXELS if dataset.kind == "image" else None
+    if "scaling" in metadata:
+        values = json.loads(metadata["scaling"])
+        theirs = Scaling(tuple(values["mean"]), tuple(values["std"]), values["low"], values["high"])
+    if theirs is not None and theirs != dataset.scaling:
+        raise UserError(
+            f"--init {path}: was trained on data of mean {list(theirs.mean)} and std {list(theirs.std)}, not "
+            f"{list(dataset.scaling.mean)} and {list(dataset.scaling.std)}; prepare the data with that "
+            "--scaling (published weights: edm)"
+        )
+    return denoiser
+
+
+def _from_denoiser(path: Path, generator: nn.Module, ratio: nn.Module, dataset: DataSet) -> None:
+    if not isinstance(generator, BackboneGenerator):
+        raise UserError(f"--init {path}: is a denoiser, which needs --generator backbone")
+    denoiser = load_denoiser(path, dataset)
+    for network in (generator, ratio):
+        if isinstance(network, (BackboneGenerator, EncoderRatio)):
+            take(path, network, denoiser)
+
+
+def take(path: Path, network: BackboneGenerator | EncoderRatio, denoiser: Denoiser) -> None:
+    """``network.take``, with the options that would fit as the advice of its ``UserError``."""
+    try:
+        network.take(denoiser)
+    except ValueError as error:
+        data = ("img_resolution", "img_channels", "label_dim")
+        options = {name: value for name, value in denoiser.config.items() if name not in data}
+        raise UserError(
+            f"--init {path}: another network than this run's ({error}); it is of --backbone "
+            f"{denoiser.architecture} --backbone-options '{json.dumps(options)}', for images "
+            f"[{denoiser.img_channels}, {denoiser.img_resolution}, {denoiser.img_resolution}] and "
+            f"{denoiser.label_dim or 'no'} classes"
+        ) from None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise UserError(f"--init {path}: no such file or directory") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--init {path}: damaged or not a safetensors file ({error})") from None
+
+
+def _copy(path: Path, role: str, network: nn.Module) -> None:
+    loaded, _ = networks.load(path, role)
+    try:
+        network.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--init {path}: another architecture than this run's ({reason[:200]})") from None

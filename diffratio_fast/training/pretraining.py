@@ -1,0 +1,238 @@
+"""Pre-training runs: a denoiser by the EDM or EDM2 objective, whose result initialises ``train``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffratio_fast import networks, ops
+from diffratio_fast.command import UserError
+from diffratio_fast.config import PretrainConfig
+from diffratio_fast.data import DataSet, Scaling, model_shape
+from diffratio_fast.images import grid, png, to_uint8
+from diffratio_fast.networks.backbone import build_denoiser, set_dropout
+from diffratio_fast.networks.edm2 import EDM2Denoiser
+from diffratio_fast.networks.layers import dropout_stream
+from diffratio_fast.networks.published import save_published
+from diffratio_fast.networks.unet import Denoiser
+from diffratio_fast.objectives.denoising import denoising_errors, denoising_loss, heun
+from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
+from diffratio_fast.presets import PRESETS
+from diffratio_fast.training import runner
+from diffratio_fast.training.ema import average_decay, averaged_copy, update_average
+from diffratio_fast.training.finite import FiniteCheck
+from diffratio_fast.training.initial import load_denoiser
+from diffratio_fast.training.iteration import Batch, Stepper, learning_rate_factor
+from diffratio_fast.training.optimizers import make_optimizer, set_rate
+from diffratio_fast.training.reporting import figure
+from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.training.state import RunState, backbone_options, place
+
+SUMS = ("loss", "error", "steps")
+HELD_OUT = 512
+"""Validation images behind a validation loss, at most."""
+GRID_SEED = 1
+GRID_ROWS, GRID_COLUMNS = 10, 8
+
+
+@dataclass
+class PretrainState(RunState):
+    """Denoiser, average, optimizer and counters of a run."""
+
+    NETWORKS = ("denoiser", "average")
+    OPTIMIZERS = ("optimizer",)
+    TENSORS = ("sums",)
+
+    denoiser: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    sums: Tensor
+
+
+def initial_state(
+    config: PretrainConfig, dataset: DataSet, device: torch.device, *, init: bool = True
+) -> PretrainState:
+    """The state before the first step; see ``state.initial_state``."""
+    options = backbone_options(config)
+    try:
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            denoiser = build_denoiser(
+                model_shape(dataset), len(dataset.class_names), config.backbone, options
+            )
+    except ValueError as error:
+        raise UserError(f"denoiser {config.backbone}: {error}") from None
+    if device.type != "meta":
+        networks.initialise(denoiser, config.seed, stream=0)
+        if config.init is not None and init:
+            _start_from(Path(config.init), denoiser, dataset)
+    set_dropout(denoiser, config.dropout)
+    place(config, denoiser, device)
+    return PretrainState(
+        denoiser,
+        averaged_copy(denoiser),
+        make_optimizer(config, denoiser, config.lr, config.weight_decay),
+        torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+    )
+
+
+def _start_from(source: Path, denoiser: Denoiser, dataset: DataSet) -> None:
+    try:
+        denoiser.load_state_dict(load_denoiser(source, dataset).state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--init {source}: another network than this run's ({reason[:200]})") from None
+
+
+class PretrainIteration(Stepper):
+    """The pure function (state, step, batch) -> state of a pre-training step."""
+
+    def __init__(
+        self, config: PretrainConfig, scaling: Scaling, state: PretrainState, device: torch.device
+    ) -> None:
+        super().__init__(config, scaling, state.step, device)
+        self.config: PretrainConfig = config
+        self.state = state
+        self.law = parse_noise_law(config.noise)
+        self.denoiser = self.in_precision(state.denoiser)
+        self.average = self.in_precision(state.average)
+        self.check = FiniteCheck("denoiser", state.denoiser, skip=config.on_nonfinite == "skip")
+
+    def run(self, batches: list[Batch]) -> None:
+        """Advance the state by one step on one batch of (records, labels)."""
+        config, state = self.config, self.state
+        (batch,) = batches
+        self.rng[1].fill_(state.step)
+        set_rate(state.optimizer, config.lr * learning_rate_factor(config, state.step))
+        state.denoiser.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros_like(state.sums)
+        for part in self.parts:
+            x0, labels, index = self.part(batch, part)
+            sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0]
+            sigma = sigma.to(self.dtype)
+            with dropout_stream(state.denoiser, self.rng, index):
+                errors = denoising_errors(
+                    self.denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE
+                )
+                loss = denoising_loss(errors, self._log_variance(sigma))
+                (loss * self.share(index)).backward()
+            sums[:2] += torch.stack((loss.detach().double(), errors.detach().double().mean())) * self.share(
+                index
+            )
+        sums[2] = 1
+        state.sums += sums
+        if self.check.allows(state.step, {"the loss": sums[0]}):
+            state.optimizer.step()
+            decay = average_decay(config, state.step, state.step)
+            update_average(state.average, state.denoiser, decay)
+        state.step += 1
+
+    def _log_variance(self, sigma: Tensor) -> Tensor | None:
+        denoiser = self.state.denoiser
+        return denoiser.log_variance(sigma) if isinstance(denoiser, EDM2Denoiser) else None
+
+    @torch.no_grad()
+    def validation_error(self, held_out: Batch) -> float:
+        """The mean weighted error of the average over held-out images; the same noise every time."""
+        rng = ops.make_rng(self.config.seed, 0, self.device)
+        total = 0.0
+        x0, labels = held_out
+        for chosen in torch.arange(len(labels), device=self.device).split(self.parts[0].stop):
+            sigma = sample_sigma(self.law, rng, chosen, ops.Purpose.EVALUATION_SIGMA)[0][:, 0]
+            errors = denoising_errors(
+                self.average, x0[chosen], sigma.to(self.dtype), labels[chosen], rng, chosen,
+                ops.Purpose.EVALUATION_REAL,
+            )  # fmt: skip
+            total += float(errors.double().sum())
+        return total / len(labels)
+
+
+class Pretrainer(runner.Run):
+    """One pre-training run."""
+
+    def __init__(self, preset: str, config: PretrainConfig, directory: RunDirectory) -> None:
+        super().__init__(preset, config, directory)
+        self.config: PretrainConfig = config
+        first = not directory.checkpoint.exists()
+        self.state: PretrainState = initial_state(config, self.dataset, self.device, init=first)
+        self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device)
+        self.checks = [self.iteration.check]
+
+    def advance(self, batches: list[Batch]) -> None:
+        self.iteration.run(batches)
+
+    def figures(self) -> dict[str, Any]:
+        loss, error, steps = self.state.sums.tolist()
+        self.state.sums.zero_()
+        return {
+            "loss": loss / steps,
+            "error": error / steps,
+            "gradient_norm": float(self.iteration.check.gradient_norm),
+            "lr": self.state.optimizer.param_groups[0]["lr"],
+        }
+
+    def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        return {name: figure(values[name]) for name in ("loss", "error")}
+
+    @cached_property
+    def _held_out(self) -> Batch:
+        return self.iteration.to_device(self.dataset.first("validation", HELD_OUT))
+
+    def evaluate(self) -> None:
+        state = self.state
+        error = self.iteration.validation_error(self._held_out)
+        self.record({"step": state.step, "validation_error": error})
+        self.progress.say(f"step {state.step:>6}: weighted error on the validation split {error:.4f}")
+        if not state.best or error < state.best["validation_error"]:
+            state.best = {"step": state.step, "validation_error": error}
+        if self.dataset.kind == "image":
+            self.picture(self._grid_png())
+
+    def _grid_png(self) -> bytes:
+        classes = len(self.dataset.class_names)
+        labels = torch.arange(min(classes, GRID_ROWS), device=self.device).repeat_interleave(GRID_COLUMNS)
+        rng = ops.make_rng(GRID_SEED, 0, self.device)
+        index = torch.arange(len(labels), device=self.device)
+        noise = ops.normal(rng, index, model_shape(self.dataset), ops.Purpose.SAMPLE_LATENT).to(
+            self.iteration.dtype
+        )
+        images = heun(self.iteration.average, noise, labels)
+        return png(grid(to_uint8(images, self.dataset.scaling), GRID_COLUMNS))
+
+    def snapshot(self, name: str) -> None:
+        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors")
+
+    def _save(self, path: Path) -> None:
+        about = {
+            "data": self.dataset.name,
+            "class_names": json.dumps(list(self.dataset.class_names)),
+            "scaling": json.dumps(vars(self.dataset.scaling)),
+            "step": str(self.state.step),
+            "images": str(self.state.step * self.config.batch_size),
+        }
+        average = self.state.average
+        assert isinstance(average, Denoiser)
+        save_published(path, average, about)
+
+    def results(self) -> dict[str, Any]:
+        self._save(self.directory.denoiser)
+        return {
+            "validation_error": self.iteration.validation_error(self._held_out),
+            "best": self.state.best,
+        }
+
+
+def pretrain(preset: str, config: PretrainConfig, *, fresh: bool = False) -> int:
+    """Run or continue the pre-training that ``config`` describes; the process's exit status."""
+    root = Path(config.run_dir or f"runs/{preset}-denoiser")
+    if runner.run(Pretrainer, preset, config, root, fresh=fresh) is not None:
+        chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
+        print(f"  look: {root / 'samples'}")
+        print(f"  train: python -m diffratio_fast.train {preset}{chosen} --init {root}")
+    return 0

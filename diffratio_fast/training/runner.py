@@ -1,0 +1,241 @@
+"""What runs of every kind share: begin or continue, step, report, save, stop cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffratio_fast.command import UserError
+from diffratio_fast.config import RunConfig
+from diffratio_fast.data import DataSet, OneClass, open_dataset
+from diffratio_fast.devices import choose_device
+from diffratio_fast.files import make_directory, replace_file
+from diffratio_fast.training.finite import FiniteCheck
+from diffratio_fast.training.iteration import Batch
+from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
+from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.training.state import RunState, load_checkpoint, save_checkpoint
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM add their names to; a second one acts at once, as usual."""
+    received: list[str] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        previous[wanted] = signal.signal(wanted, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def open_data(config: RunConfig, device: torch.device) -> DataSet:
+    """The run's data set, pixels or latents; of one class where the run is unconditional."""
+    data: DataSet = open_dataset(config.data, loader=config.loader, verify=config.verify, device=device)
+    return data if config.class_conditional or len(data.class_names) == 1 else OneClass(data)
+
+
+class Run:
+    """One run of any kind: its data, its state, its directory. What it trains is a subclass's matter."""
+
+    ratio_steps = 1  # batches in a step
+    state: RunState
+    checks: list[FiniteCheck]
+
+    def __init__(self, preset: str, config: RunConfig, directory: RunDirectory) -> None:
+        self.preset, self.config, self.directory = preset, config, directory
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = choose_device(config.device)
+        self.dataset = open_data(config, self.device)
+
+    def advance(self, batches: list[Batch]) -> None:
+        """Make one step, on ``ratio_steps`` batches."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl holds beside step, images, time and memory; resets the sums."""
+        raise NotImplementedError
+
+    def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        """The figures of a line that the progress display shows, by a short name."""
+        raise NotImplementedError
+
+    def evaluate(self) -> None:
+        """Measure the state on the validation split, and draw a sample grid."""
+        raise NotImplementedError
+
+    def snapshot(self, name: str) -> None:
+        """Write the average under ``snapshots/``."""
+        raise NotImplementedError
+
+    def results(self) -> dict[str, Any]:
+        """Write the run's networks; the last figures, for summary.json."""
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """Batches of each step from the state's on: ``ratio_steps`` of them at a time."""
+        count = self.ratio_steps
+        source = self.dataset.batches(
+            "train", self.config.batch_size, seed=self.config.seed, start=self.state.step * count
+        )
+        while True:
+            yield [next(source) for _ in range(count)]
+
+    def train(self) -> str | None:
+        """Run to ``config.steps``; the name of the signal that stopped it earlier, or None."""
+        config, state = self.config, self.state
+        self.log = MetricsLog(self.directory.metrics, state.step)
+        self.events = Events(self.directory.root, state.step)
+        self.progress = Progress(config.steps, state.step, config.batch_size)
+        for check in self.checks:
+            check.say = self.progress.say
+        self.clock = time.monotonic()
+        self.logged = (state.step, state.seconds)
+        try:
+            with _stop_requests() as stop:
+                batches = self.batches()
+                while state.step < config.steps and not stop:
+                    last = state.step + 1 == config.steps
+                    self.advance(next(batches))
+                    self.progress.advance()
+                    if last or state.step % config.log_every == 0:
+                        self._log()
+                    if last or state.step % config.eval_every == 0:
+                        self._check_finite()
+                        self.evaluate()
+                    if state.step % config.snapshot_every == 0:
+                        self._check_finite()
+                        self.snapshot(f"{state.step:08d}")
+                    if last or stop or state.step % config.checkpoint_every == 0:
+                        self._check_finite()
+                        self._tick()
+                        save_checkpoint(self.directory.checkpoint, state)
+                return stop[0] if stop and state.step < config.steps else None
+        finally:
+            self.log.close()
+            self.events.close()
+            self.progress.close()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def _check_finite(self) -> None:
+        for check in self.checks:
+            if message := check.message():
+                kept = self.directory.checkpoint
+                raise UserError(
+                    f"training diverged: {message}; lower the learning rates, or skip such updates with "
+                    f"--on-nonfinite skip ({kept if kept.exists() else 'no checkpoint'} holds the last good "
+                    "state)"
+                )
+
+    def _log(self) -> None:
+        state, config = self.state, self.config
+        self._check_finite()
+        step_before, seconds_before = self.logged
+        steps = state.step - step_before
+        skipped = sum(check.skipped for check in self.checks)
+        if any(check.skipped >= max(steps, 10) for check in self.checks):
+            raise UserError(
+                f"training diverged: no update since step {step_before} was finite; lower the learning rates"
+            )
+        self._tick()
+        values = {
+            "step": state.step,
+            "images": state.step * config.batch_size,
+            "seconds": state.seconds,
+            "images_per_second": steps * config.batch_size / max(state.seconds - seconds_before, 1e-9),
+            **self.figures(),
+            "skipped_updates": skipped,
+            "memory_bytes": peak_memory(self.device),
+        }
+        for check in self.checks:
+            check.skipped = 0
+        self.record(values)
+        self.progress.metrics(values, self.shown(values))
+        self.logged = (state.step, state.seconds)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, and its numbers for TensorBoard."""
+        self.log.write(values)
+        self.events.scalars(values)
+
+    def picture(self, image: bytes) -> None:
+        """Keep the PNG of a sample grid of this step."""
+        make_directory(self.directory.samples)
+        replace_file(self.directory.samples / f"step-{self.state.step:08d}.png", image)
+        self.events.picture("samples", image, self.state.step)
+
+    def finish(self) -> dict[str, Any]:
+        """The run's last files: networks and summary.json (which marks the run as finished)."""
+        self.clock = time.monotonic()
+        figures = self.results()
+        self._tick()
+        state, config = self.state, self.config
+        summary = {
+            "preset": self.preset,
+            "steps": state.step,
+            "images": state.step * config.batch_size,
+            **figures,
+            "images_per_second": state.step * config.batch_size / state.seconds,
+            "seconds": state.seconds,
+        }
+        replace_file(self.directory.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def run(
+    kind: type[Run], preset: str, config: RunConfig, root: Path, *, fresh: bool = False
+) -> dict[str, Any] | None:
+    """Begin or continue a run in the directory ``root``; its summary, where this call finished it."""
+    directory = RunDirectory(root)
+    started = directory.checkpoint.exists() and not fresh
+    if not (started or fresh) and directory.has_results():
+        raise UserError(
+            f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
+        )
+    if started:
+        directory.check_same(config)
+    one = kind(preset, config, directory)
+    if started:
+        load_checkpoint(directory.checkpoint, one.state)
+        if one.state.step >= config.steps and directory.finished():
+            print(
+                f"{directory.root}: finished at step {one.state.step}; nothing to do "
+                "(a larger --steps continues it, --fresh starts over)"
+            )
+            return None
+    directory.open()
+    try:
+        if fresh:
+            directory.clear()
+        directory.summary.unlink(missing_ok=True)
+        directory.write_config(preset, config, one.device)
+        step = one.state.step
+        print(f"{directory.root}: {f'continuing at step {step}' if step else 'starting'}", flush=True)
+        if stopped := one.train():
+            print(f"{stopped}: saved at step {one.state.step}; the same command continues", flush=True)
+            return None
+        summary = one.finish()
+    finally:
+        directory.close()
+    print(f"finished: {summary['steps']} steps in {summary['seconds']:.0f} s")
+    return summary
