@@ -25,6 +25,14 @@ def to_uint8(x0: Tensor, scaling: Scaling) -> Tensor:
     return (unit * 255).round().to(torch.uint8)
 
 
+def viewable(x0: Tensor, scaling: Scaling) -> Tensor:
+    """x0 [N, C, H, W] to uint8 pictures: ``to_uint8`` of pixels; of latents, which only a VAE can decode,
+    their first three channels, three standard deviations to either side."""
+    if scaling.low is not None:
+        return to_uint8(x0, scaling)
+    return ((x0[:, :3].float().cpu() / 3 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def grid(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
     """uint8 images [N, C, H, W] as one picture [rows*cell, columns*cell, 3], row by row, with a thin gap."""
     count, channels, height, width = images.shape

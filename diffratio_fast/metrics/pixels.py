@@ -109,7 +109,11 @@ class PixelMetrics:
         test, test_labels = self.split("test")
         train = self.train[0]
         reference = self.moments["test"]
-        predict = self.classifier.predict  # type: ignore[attr-defined]
+        figures: dict[str, float] = {}
+        if len(self.dataset.class_names) > 1:
+            predict = self.classifier.predict  # type: ignore[attr-defined]
+            figures["class_accuracy"] = float((predict(samples) == labels.cpu().numpy()).mean())
+            figures["class_accuracy_test"] = float((predict(test) == test_labels.numpy()).mean())
         return {
             "frechet_distance": frechet_distance(generated, reference),
             "frechet_distance_train": frechet_distance(generated, self.moments["train"]),
@@ -117,7 +121,6 @@ class PixelMetrics:
             "variance_ratio": float(np.trace(generated.covariance) / np.trace(reference.covariance)),
             "nearest_train_distance": float(nearest_distance(samples, train).mean()),
             "nearest_train_distance_test": float(nearest_distance(test, train).mean()),
-            "class_accuracy": float((predict(samples) == labels.cpu().numpy()).mean()),
-            "class_accuracy_test": float((predict(test) == test_labels.numpy()).mean()),
+            **figures,
             "samples": len(samples),
         }

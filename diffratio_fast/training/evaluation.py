@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffratio_fast import networks, ops
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.data import SIGMA_DATA, DataSet
-from diffratio_fast.images import grid, png, to_uint8
+from diffratio_fast.images import grid, png, to_uint8, viewable
 from diffratio_fast.metrics.pixels import PixelMetrics, to_pixels
 from diffratio_fast.networks import latents_for
 from diffratio_fast.objectives.augmentation import flip
@@ -260,7 +260,7 @@ class Evaluation:
     def grid_png(self) -> bytes:
         """Fixed latents through the EMA generator, a row per class, as PNG."""
         images = networks.generate(self.iteration.state.average, self._grid_labels(), GRID_SEED)
-        return png(grid(to_uint8(images, self.dataset.scaling), GRID_COLUMNS))
+        return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS))
 
     def neighbours_png(self) -> bytes | None:
         """A row per sample: itself, then its nearest training images on pixels; None without pixels."""

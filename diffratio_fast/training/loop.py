@@ -163,7 +163,10 @@ def _say_summary(root: Path, summary: dict[str, Any]) -> None:
     if "frechet_distance" in summary:
         print(
             f"  Fréchet distance to the test split {summary['frechet_distance']:.3f} "
-            f"(real training data: {summary['frechet_distance_floor']:.3f})\n"
+            f"(real training data: {summary['frechet_distance_floor']:.3f})"
+        )
+    if "class_accuracy" in summary:
+        print(
             f"  class accuracy {summary['class_accuracy']:.1%} "
             f"(real test data: {summary['class_accuracy_test']:.1%})"
         )

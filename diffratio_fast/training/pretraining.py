@@ -15,7 +15,7 @@ from diffratio_fast import networks, ops
 from diffratio_fast.command import UserError
 from diffratio_fast.config import PretrainConfig
 from diffratio_fast.data import DataSet, Scaling, model_shape
-from diffratio_fast.images import grid, png, to_uint8
+from diffratio_fast.images import grid, png, viewable
 from diffratio_fast.networks.backbone import build_denoiser, set_dropout
 from diffratio_fast.networks.edm2 import EDM2Denoiser
 from diffratio_fast.networks.layers import dropout_stream
@@ -191,8 +191,7 @@ class Pretrainer(runner.Run):
         self.progress.say(f"step {state.step:>6}: weighted error on the validation split {error:.4f}")
         if not state.best or error < state.best["validation_error"]:
             state.best = {"step": state.step, "validation_error": error}
-        if self.dataset.kind == "image":
-            self.picture(self._grid_png())
+        self.picture(self._grid_png())
 
     def _grid_png(self) -> bytes:
         classes = len(self.dataset.class_names)
@@ -203,7 +202,7 @@ class Pretrainer(runner.Run):
             self.iteration.dtype
         )
         images = heun(self.iteration.average, noise, labels)
-        return png(grid(to_uint8(images, self.dataset.scaling), GRID_COLUMNS))
+        return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS))
 
     def snapshot(self, name: str) -> None:
         self._save(self.directory.snapshots / f"denoiser-{name}.safetensors")
