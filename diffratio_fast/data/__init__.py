@@ -38,24 +38,28 @@ def open_dataset(
     loader: str = "native",
     verify: str = "first_epoch",
     device: torch.device | str = "cpu",
+    class_conditional: bool = True,
 ) -> DataSet:
     """The data set called ``name``, or the prepared one in the directory ``name``; else a ``UserError``.
 
-    ``kind``, where given, is what the records must be: ``image`` or ``latent_moments``. The other options
-    are those of ``ShardDataSet``, and mean nothing to a data set that lives in memory.
+    ``kind``, where given, is what the records must be: ``image`` or ``latent_moments``. Without
+    ``class_conditional`` all records are of one class. The other options are those of ``ShardDataSet``, and
+    mean nothing to a data set that lives in memory.
     """
+    data: DataSet
     if name == "digits":
         from diffratio_fast.data import digits
 
-        return digits.load()
-    if Path(name).is_dir():
+        data = digits.load()
+    elif Path(name).is_dir():
         from diffratio_fast.data.shards import ShardDataSet
 
-        data = ShardDataSet(name, loader=loader, verify=verify, device=device)
+        data = shards = ShardDataSet(name, loader=loader, verify=verify, device=device)
         if kind is not None:
-            data.require(kind=kind)
-        return data
-    raise UserError(
-        f"--data {name}: no such data set; known: digits, or a directory that "
-        "`python -m diffratio_fast.prepare` made"
-    )
+            shards.require(kind=kind)
+    else:
+        raise UserError(
+            f"--data {name}: no such data set; known: digits, or a directory that "
+            "`python -m diffratio_fast.prepare` made"
+        )
+    return data if class_conditional or len(data.class_names) == 1 else OneClass(data)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffratio_fast import networks, ops
 from diffratio_fast.command import UserError
 from diffratio_fast.config import TrainConfig, read_config
-from diffratio_fast.data import DataSet, open_dataset
+from diffratio_fast.data import DataSet, open_dataset, to_model
 from diffratio_fast.files import replace_file
 from diffratio_fast.metrics.calibration import Calibration
 from diffratio_fast.objectives.augmentation import flip
@@ -49,15 +49,19 @@ class FinishedRun:
     @cached_property
     def dataset(self) -> DataSet:
         return open_dataset(
-            self.config.data, kind="image", loader=self.config.loader, verify=self.config.verify,
-            device=self.device,
+            self.config.data, loader=self.config.loader, verify=self.config.verify,
+            device=self.device, class_conditional=self.config.class_conditional,
         )  # fmt: skip
 
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        records, labels = batch
-        dtype = next(self.ratio.parameters()).dtype
-        x0 = self.dataset.scaling.to_model(records.to(self.device)).to(dtype)
-        return x0, labels.to(self.device)
+    def _to_device(
+        self, batch: tuple[Tensor, Tensor], seed: int = CALIBRATION_SEED, number: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """(x0, labels) on the device; latents are drawn under (seed, number)."""
+        records, labels = (tensor.to(self.device) for tensor in batch)
+        rng = ops.make_rng(seed, number, self.device)
+        index = torch.arange(len(labels), device=self.device)
+        x0 = to_model(self.dataset.scaling, records, rng, index)
+        return x0.to(next(self.ratio.parameters()).dtype), labels
 
     def split(self, name: str) -> tuple[Tensor, Tensor]:
         """(x0, labels) of a split's first ``HELD_OUT`` records, on the device."""
@@ -73,7 +77,7 @@ class FinishedRun:
         source = self.dataset.batches("train", batch_size, seed=seed)
         try:
             for number, batch in enumerate(source):
-                x0, labels = self._to_device(batch)
+                x0, labels = self._to_device(batch, seed, number)
                 rng = ops.make_rng(seed, number, self.device)
                 index = torch.arange(len(labels), device=self.device)
                 yield flip(x0, rng, index, self.config.flip_probability), labels

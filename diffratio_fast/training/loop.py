@@ -14,8 +14,8 @@ from diffratio_fast.config import TrainConfig
 from diffratio_fast.files import replace_file
 from diffratio_fast.networks import SavedNetwork
 from diffratio_fast.objectives.refit import Refitted
-from diffratio_fast.training import runner
 from diffratio_fast.report.diagnosis import warnings
+from diffratio_fast.training import runner
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
 from diffratio_fast.training.reporting import figure

@@ -14,7 +14,7 @@ import torch
 
 from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig
-from diffratio_fast.data import DataSet, OneClass, open_dataset
+from diffratio_fast.data import DataSet, open_dataset
 from diffratio_fast.devices import choose_device
 from diffratio_fast.files import make_directory, replace_file
 from diffratio_fast.training.finite import FiniteCheck
@@ -44,12 +44,6 @@ def _stop_requests() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def open_data(config: RunConfig, device: torch.device) -> DataSet:
-    """The run's data set, pixels or latents; of one class where the run is unconditional."""
-    data: DataSet = open_dataset(config.data, loader=config.loader, verify=config.verify, device=device)
-    return data if config.class_conditional or len(data.class_names) == 1 else OneClass(data)
-
-
 class Run:
     """One run of any kind: its data, its state, its directory. What it trains is a subclass's matter."""
 
@@ -62,7 +56,13 @@ class Run:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
-        self.dataset = open_data(config, self.device)
+        self.dataset: DataSet = open_dataset(
+            config.data,
+            loader=config.loader,
+            verify=config.verify,
+            device=self.device,
+            class_conditional=config.class_conditional,
+        )
 
     def advance(self, batches: list[Batch]) -> None:
         """Make one step, on ``ratio_steps`` batches."""
