@@ -55,5 +55,12 @@ PYBIND11_MODULE(_C, m) {
   diffratio::simd_level();  // a wrong DIFFRATIO_SIMD is an import error, said once
   m.def("build_info", &build_info);
   m.def("use_simd_level", [](const std::string& name) { diffratio::use_simd_level(name.c_str()); });
+#if defined(DIFFRATIO_WITH_CUDA)
+  m.def("ratio_kernels_fit", [](int64_t channels, int64_t height, int64_t across, int64_t patch, int64_t tokens,
+                                int64_t width, int64_t depth, int64_t hidden, int device) {
+    return diffratio::ratio_kernels_fit({channels, height, across, patch, tokens, width, depth, hidden}, device);
+  });
+  m.def("use_ratio_loss_form", &diffratio::use_ratio_loss_form);
+#endif
   m.def("philox", &philox, "Philox4x32-10 of one raw counter and key, on the named SIMD level");
 }

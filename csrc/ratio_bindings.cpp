@@ -8,13 +8,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
 #include "common/divergences.h"
-#include "common/philox.h"
 #include "cpu/mixer.h"
+#include "ratio_checks.h"
 
 namespace diffratio {
 namespace {
@@ -33,43 +34,6 @@ struct Call {
   }
 };
 
-void check(const char* name, const at::Tensor& t, std::vector<int64_t> shape) {
-  TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(shape), name, " must be ", at::IntArrayRef(shape), ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.is_cpu(), name, " must be on the CPU");
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, name,
-                   " must be float32 or bfloat16");
-}
-
-MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
-  TORCH_CHECK_VALUE(weights.size() == diffratio::weights, "weights must be ", int{diffratio::weights}, " tensors");
-  TORCH_CHECK_VALUE(images.dim() == 4, "images must be [B, channels, H, W]");
-  TORCH_CHECK_VALUE(weights[w_patch].dim() == 2 && weights[w_position].dim() == 2 &&
-                        weights[w_up].dim() == 3,
-                    "patch and position must be matrices, up a stack of matrices");
-  MixerSizes s{};
-  s.channels = images.size(1);
-  s.height = images.size(2);
-  s.across = images.size(3);
-  s.width = weights[w_patch].size(0);
-  s.tokens = weights[w_position].size(0);
-  s.depth = weights[w_up].size(0);
-  s.hidden = weights[w_up].size(1);
-  const int64_t p = weights[w_patch].size(1);
-  while (s.channels * s.patch * s.patch < p) ++s.patch;
-  TORCH_CHECK_VALUE(s.patch > 0 && s.vector() == p && s.height % s.patch == 0 && s.across % s.patch == 0 &&
-                        s.height / s.patch * (s.across / s.patch) == s.tokens && s.tokens > 0 && s.width > 0 &&
-                        s.depth > 0 && s.hidden > 0,
-                    "weights do not fit images ", images.sizes());
-  check("patch", weights[w_patch], {s.width, p});
-  check("position", weights[w_position], {s.tokens, s.width});
-  check("mix", weights[w_mix], {s.depth, s.tokens, s.tokens});
-  check("mix_bias", weights[w_mix_bias], {s.depth, s.tokens});
-  check("up", weights[w_up], {s.depth, s.hidden, s.width});
-  check("down", weights[w_down], {s.depth, s.width, s.hidden});
-  check("head", weights[w_head], {s.tokens, s.width});
-  return s;
-}
-
 // What all operations share; conditioning and sigma are [B, draws, ...] or, for one draw, [B, ...].
 Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigma, at::TensorList conditioning,
            int64_t draws, double sigma_data) {
@@ -82,12 +46,12 @@ Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigm
   m.halves = static_cast<int>(images.size());
   std::vector<int64_t> shape{m.batch};
   if (sigma.dim() == 2) shape.push_back(draws);
-  check("sigma", sigma, shape);
+  check("sigma", sigma, shape, at::kCPU);
   m.sigma = call.hold(sigma);
   shape.push_back(m.sizes.conditioning());
   for (int half = 0; half < m.halves; ++half) {
-    check("images", images[half], images[0].sizes().vec());
-    check("conditioning", conditioning[half], shape);
+    check("images", images[half], images[0].sizes().vec(), at::kCPU);
+    check("conditioning", conditioning[half], shape, at::kCPU);
     m.images[half] = call.hold(images[half]);
     m.conditioning[half] = call.hold(conditioning[half]);
   }
@@ -97,18 +61,12 @@ Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigm
 
 void add_noise(Call& call, const at::Tensor& rng, const at::Tensor& index, at::IntArrayRef purposes, int64_t substep) {
   Mixer& m = call.mixer;
-  TORCH_CHECK_VALUE(rng.scalar_type() == at::kLong && rng.is_cpu() && rng.sizes() == at::IntArrayRef({2}),
-                    "rng must be int64 [2]");
-  TORCH_CHECK_VALUE(index.scalar_type() == at::kLong && index.is_cpu() && index.sizes() == at::IntArrayRef({m.batch}),
-                    "index must be int64 [B]");
-  TORCH_CHECK_VALUE(static_cast<int>(purposes.size()) == m.halves, "one purpose for each half");
-  TORCH_CHECK_VALUE(substep >= 0 && substep < 256 && m.draws <= 65536, "substep must be 0 to 255, draws at most 65536");
+  check_noise(rng, index, purposes, substep, m.batch, m.draws, m.halves, at::kCPU);
   call.held.push_back(rng.contiguous());
   m.rng = call.held.back().const_data_ptr<int64_t>();
   call.held.push_back(index.contiguous());
   m.index = call.held.back().const_data_ptr<int64_t>();
   for (int half = 0; half < m.halves; ++half) {
-    TORCH_CHECK_VALUE(purposes[half] >= 0 && purposes[half] < 256, "purpose must be 0 to 255");
     m.streams[half] = stream_word(purposes[half], substep, 0);
   }
 }
@@ -144,8 +102,16 @@ void cast(Tensors& gradients, at::TensorList weights) {
   for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = gradients[i].to(weights[i].scalar_type());
 }
 
+// The CPU twin packs within each call, for the SIMD level in use; `packed` says nothing to it.
+using Packed = std::optional<at::Tensor>;
+
+at::Tensor pack_weights(at::TensorList weights) {
+  TORCH_CHECK_VALUE(weights.size() == diffratio::weights, "weights must be ", int{diffratio::weights}, " tensors");
+  return at::empty({0}, weights[0].options().dtype(at::kByte));
+}
+
 at::Tensor log_ratio(at::TensorList weights, const at::Tensor& noised, const at::Tensor& sigma,
-                     const at::Tensor& conditioning, double sigma_data) {
+                     const at::Tensor& conditioning, double sigma_data, const Packed&) {
   Call call = begin(weights, {noised}, sigma, {conditioning}, 1, sigma_data);
   at::Tensor out = like_float(sigma, sigma.sizes());
   call.mixer.log_ratio = out.mutable_data_ptr<float>();
@@ -155,9 +121,9 @@ at::Tensor log_ratio(at::TensorList weights, const at::Tensor& noised, const at:
 
 std::tuple<at::Tensor, Tensors, at::Tensor> log_ratio_backward(const at::Tensor& upstream, at::TensorList weights,
                                                                const at::Tensor& noised, const at::Tensor& sigma,
-                                                               const at::Tensor& conditioning, double sigma_data) {
+                                                               const at::Tensor& conditioning, double sigma_data, const Packed&) {
   Call call = begin(weights, {noised}, sigma, {conditioning}, 1, sigma_data);
-  check("upstream", upstream, {call.mixer.batch});
+  check("upstream", upstream, {call.mixer.batch}, at::kCPU);
   at::Tensor values = like_float(sigma, sigma.sizes()), image = like_float(noised, noised.sizes());
   at::Tensor by_conditioning = like_float(conditioning, conditioning.sizes());
   Tensors gradients = weight_gradients(call, weights);
@@ -177,12 +143,12 @@ std::tuple<at::Tensor, Tensors, at::Tensor> log_ratio_backward(const at::Tensor&
 std::tuple<at::Tensor, at::Tensor, at::Tensor> score_difference(
     at::TensorList weights, const at::Tensor& fake, const at::Tensor& sigma, const at::Tensor& conditioning,
     const at::Tensor& weight, const at::Tensor& rng, const at::Tensor& index, int64_t divergence, int64_t purpose,
-    int64_t substep, double sigma_data) {
+    int64_t substep, double sigma_data, const Packed&) {
   TORCH_CHECK_VALUE(sigma.dim() == 2 && sigma.size(1) > 0, "sigma must be [B, K]");
   TORCH_CHECK_VALUE(divergence >= 0 && divergence < divergences, "no such divergence: ", divergence);
   Call call = begin(weights, {fake}, sigma, {conditioning}, sigma.size(1), sigma_data);
   add_noise(call, rng, index, {purpose}, substep);
-  check("weight", weight, sigma.sizes().vec());
+  check("weight", weight, sigma.sizes().vec(), at::kCPU);
   at::Tensor gradient = like_float(fake, fake.sizes()), values = like_float(sigma, sigma.sizes());
   call.mixer.objective = Objective::score;
   call.mixer.divergence = static_cast<int>(divergence);
@@ -204,7 +170,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> score_difference(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, Tensors, at::Tensor, at::Tensor> ratio_loss(
     at::TensorList weights, const at::Tensor& real, const at::Tensor& fake, const at::Tensor& sigma,
     const at::Tensor& conditioning_real, const at::Tensor& conditioning_fake, const at::Tensor& rng,
-    const at::Tensor& index, at::IntArrayRef purposes, int64_t substep, double sigma_data) {
+    const at::Tensor& index, at::IntArrayRef purposes, int64_t substep, double sigma_data, const Packed&) {
   Call call = begin(weights, {real, fake}, sigma, {conditioning_real, conditioning_fake}, 1, sigma_data);
   const int64_t batch = call.mixer.batch;
   TORCH_CHECK_VALUE(batch > 0, "the loss of no samples is not defined");
@@ -233,20 +199,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, Tensors, at::Tensor, at::Tensor> 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(diffratio, m) {
-  m.def("log_ratio(Tensor[] weights, Tensor noised, Tensor sigma, Tensor conditioning, float sigma_data) -> Tensor");
+  m.def("pack_weights(Tensor[] weights) -> Tensor");
+  m.def("log_ratio(Tensor[] weights, Tensor noised, Tensor sigma, Tensor conditioning, float sigma_data, "
+      "Tensor? packed) -> Tensor");
   m.def(
       "log_ratio_backward(Tensor upstream, Tensor[] weights, Tensor noised, Tensor sigma, Tensor conditioning, "
-      "float sigma_data) -> (Tensor, Tensor[], Tensor)");
+      "float sigma_data, Tensor? packed) -> (Tensor, Tensor[], Tensor)");
   m.def(
       "score_difference(Tensor[] weights, Tensor fake, Tensor sigma, Tensor conditioning, Tensor weight, Tensor rng, "
-      "Tensor index, int divergence, int purpose, int substep, float sigma_data) -> (Tensor, Tensor, Tensor)");
+      "Tensor index, int divergence, int purpose, int substep, float sigma_data, Tensor? packed) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "ratio_loss(Tensor[] weights, Tensor real, Tensor fake, Tensor sigma, Tensor conditioning_real, "
-      "Tensor conditioning_fake, Tensor rng, Tensor index, int[] purposes, int substep, float sigma_data) -> "
+      "Tensor conditioning_fake, Tensor rng, Tensor index, int[] purposes, int substep, float sigma_data, "
+      "Tensor? packed) -> "
       "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(diffratio, CPU, m) {
+  m.impl("pack_weights", &pack_weights);
   m.impl("log_ratio", &log_ratio);
   m.impl("log_ratio_backward", &log_ratio_backward);
   m.impl("score_difference", &score_difference);

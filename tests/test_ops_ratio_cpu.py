@@ -193,15 +193,16 @@ def test_opcheck():
     raw = torch.ops.diffratio
     first, second = e[:, 0].clone().requires_grad_(), e[:, 1].clone().requires_grad_()
     real = p["real"].clone().requires_grad_()
-    torch.library.opcheck(raw.log_ratio, (weights, real, sigma[:, 0].clone(), first, 0.5))
+    torch.library.opcheck(raw.log_ratio, (weights, real, sigma[:, 0].clone(), first, 0.5, None))
     constants = [weight.detach() for weight in weights]
-    stream = (p["rng"], p["index"])
+    stream, packed = (p["rng"], p["index"]), ops.pack_weights(weights)
+    torch.library.opcheck(raw.pack_weights, (constants,))
     torch.library.opcheck(
-        raw.score_difference, (constants, p["fake"], sigma, e, p["weight"], *stream, 1, 5, 0, 0.5)
+        raw.score_difference, (constants, p["fake"], sigma, e, p["weight"], *stream, 1, 5, 0, 0.5, packed)
     )
     torch.library.opcheck(
         raw.ratio_loss,
-        (weights, p["real"], p["fake"], sigma[:, 0].clone(), first, second, *stream, [3, 4], 0, 0.5),
+        (weights, p["real"], p["fake"], sigma[:, 0].clone(), first, second, *stream, [3, 4], 0, 0.5, packed),
     )
 
 
@@ -227,7 +228,7 @@ def test_compiles_without_graph_breaks():
 def test_the_compiled_operations_check_too():
     p = problem("digits")
     names = ("weights", "fake", "sigma", "conditioning", "weight", "rng", "index")
-    good = [*(p[name] for name in names), 0, 5, 0, 0.5]
+    good = [*(p[name] for name in names), 0, 5, 0, 0.5, None]
     torch.ops.diffratio.score_difference(*good)
     short = [*p["weights"][:4], p["weights"][4][:, :, :3], *p["weights"][5:]]
     changes = {

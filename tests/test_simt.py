@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from simt_programs import PLAIN, ROOT, Programs, probe, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffratio_fast.ops.ratio import weight_shapes
 
 pytestmark = pytest.mark.skipif(probe.find_compiler() is None, reason="there is no C++ compiler")
 
 KERNELS = ["tests/simt/kernels.cpp"]
 PLANTED = ["tests/simt/planted.cpp"]
+MIXER = [
+    "tests/simt/mixer.cpp",
+    *(f"csrc/cpu/{name}.cpp" for name in ("mixer", "mixer_level", "noise", "noise_level")),
+]
+PORTABLE = ("-DDR_LEVEL=portable",)
 NOISE = ["tests/simt/noise.cpp", "csrc/cpu/noise.cpp", "csrc/cpu/noise_level.cpp"]
 
 
@@ -33,17 +43,25 @@ def test_correct_kernels_pass_and_planted_bugs_are_caught(simt_programs: Program
         assert len(re.findall(r"^planted ", result.stdout, re.MULTILINE)) >= 36, result.stdout
 
 
+def assert_every_line_is_tried(files: Iterable[Path], output: str, least: int, helpers: str = "$^") -> None:
+    """Every line of the files that synchronises was left out in turn, and missed in each of the six modes.
+
+    ``helpers`` matches calls of functions that synchronise in their caller's place.
+    """
+    mutants = re.findall(r"^mutant (.*): caught in (\d) of 6 modes", output, re.MULTILINE)
+    assert len(mutants) >= least and all(modes == "6" for _, modes in mutants), output
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            call = re.search(r"ptx::(\w+_sync|barrier_arrive|copy_commit|copy_wait)\b(?!.*\(site\))", line)
+            if call or re.search(r"= take\(|fetch\(0\);", line):  # these pass their caller's place on
+                assert any(f"{file.name}:{number}" in place for place, _ in mutants), f"{file.name}:{number}"
+
+
 def test_every_synchronisation_is_needed(simt_programs: Programs):
     program = simt_programs.build("kernels", KERNELS, PLAIN)
     result = run(program, "mutate")
     assert result.returncode == 0, result.stdout + result.stderr
-    mutants = re.findall(r"^mutant (.*): caught in (\d) of 6 modes", result.stdout, re.MULTILINE)
-    assert len(mutants) >= 28 and all(modes == "6" for _, modes in mutants), result.stdout
-    # Every line that synchronises is there, of each kernel.
-    for file in (ROOT / "tests/simt/kernels").glob("*.cuh"):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            if re.search(r"ptx::(\w+_sync|barrier_arrive|copy_commit|copy_wait)\b", line):
-                assert any(f"{file.name}:{number}" in place for place, _ in mutants), f"{file.name}:{number}"
+    assert_every_line_is_tried((ROOT / "tests/simt/kernels").glob("*.cuh"), result.stdout, least=28)
 
 
 def test_a_synchronisation_that_nothing_needs_is_reported(simt_programs: Programs, tmp_path):
@@ -105,8 +123,41 @@ def test_bank_conflicts_are_counted(simt_programs: Programs):
     assert any(int(taken) > int(least) for taken, least in counts)  # the staged output
 
 
+def test_ratio_kernels_give_what_the_cpu_twin_gives(simt_programs: Programs):
+    result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "check")
+    assert failures(result) == 0 and result.returncode == 0, result.stdout + result.stderr
+
+
+def test_ratio_kernels_stay_within_global_memory(simt_programs: Programs):
+    flags = simt_programs.sanitized()
+    if flags == PLAIN:
+        pytest.skip("the compiler has no AddressSanitizer")
+    result = run(simt_programs.build("mixer", MIXER, flags, PORTABLE), "once")
+    assert result.returncode == 0 and "18 cases" in result.stdout, result.stdout + result.stderr
+
+
+def test_ratio_kernels_need_every_synchronisation(simt_programs: Programs):
+    result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "mutate")
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = (
+        ROOT / "csrc/cuda" / name for name in ("mixer_kernel.cuh", "mixer_gradients.cuh", "mixer_tiles.cuh")
+    )
+    assert_every_line_is_tried(files, result.stdout, least=28, helpers=r"= take\(|fetch\(0\);")
+
+
+def test_the_packed_weights_have_the_bytes_that_torch_compile_expects(simt_programs: Programs):
+    result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "packing")
+    rows = [[int(n) for n in line.split()] for line in result.stdout.splitlines()]
+    assert len(rows) == 5
+    for tokens, width, depth, hidden, vector, size in rows:
+        shapes = weight_shapes(tokens, width, depth, hidden, vector).values()
+        with FakeTensorMode():
+            weights = [torch.empty(shape, device="cuda") for shape in shapes]
+            assert torch.ops.diffratio.pack_weights(weights).shape == (size,)
+
+
 def test_noise_kernels(simt_programs: Programs):
-    program = simt_programs.build("noise", NOISE, simt_programs.sanitized(), ("-DDR_LEVEL=portable",))
+    program = simt_programs.build("noise", NOISE, simt_programs.sanitized(), PORTABLE)
     result = run(program)
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) comparisons", result.stdout)[1]) > 500

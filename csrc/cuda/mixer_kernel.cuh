@@ -14,8 +14,6 @@
 
 namespace diffratio::cuda {
 
-enum class Pass { forward, image, weights };  // log ratios; gradients of images; operands of the weights' gradients
-
 template <class S>
 constexpr uint32_t mixer_shared_bytes(Pass pass, int tokens) {
   const uint32_t chunk = pass == Pass::forward ? S::forward_chunk : S::backward_chunk;
@@ -108,7 +106,7 @@ class MixerBlock {
     const uint32_t stream = c.streams[half] + static_cast<uint32_t>(draw);
     for (int i = thread() * 4; i < size; i += threads() * 4) {
       float eps[4] = {};
-      if (c.rng) four_normals(key, i, index, stream, eps);
+      if (c.rng) four_normals(key, static_cast<uint32_t>(i / 4), index, stream, eps);
       int x = i % p.across, y = i / p.across % p.height, channel = i / p.across / p.height;
       int column = x % p.patch, token = y / p.patch * side + x / p.patch;
       int start = (channel * p.patch + y % p.patch) * p.patch;

@@ -180,4 +180,27 @@ struct PackCall {
   unsigned char* packed;
 };
 
+// What a launch over samples is for: log ratios; gradients of images; operands of the weights' gradients.
+enum class Pass { forward, image, weights };
+
+// Whether the weights' gradients take one cooperative launch, or two for each slice and one at the end.
+enum class Form { automatic, one_launch, several };
+
+// How a call is launched, and where its parts of the workspace begin (bytes).
+struct MixerPlan {
+  int blocks, threads;  // of the kernel that takes samples
+  uint32_t shared;
+  int product_blocks, slice, splits;  // weights: units staged at a time, copies of the sums
+  bool one_launch;
+  int64_t counters, operands, columns, sums, bytes;
+};
+
+constexpr int64_t counters_bytes = 128;  // set to zero before every call
+
+// The kernels serve images that are padded to at most 256 tokens in accumulators of at most half the registers.
+inline bool shape_exists(const MixerSizes& s) {
+  return s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 && (s.width <= 128 || s.tokens <= 128) &&
+         s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 && s.depth < 1 << 16;
+}
+
 }  // namespace diffratio::cuda

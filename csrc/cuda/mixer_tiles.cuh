@@ -55,20 +55,20 @@ DR_DEVICE void mix_tokens(Accumulator<S>& d, const unsigned char* matrix, int st
   const auto row = fragment::a_row(lane);
   const unsigned char* from = matrix + lane * 16;
   uint32_t a[S::tiles][4], next[S::tiles][4];
-  const auto fetch = [&](int k) {
+  const auto load = [&](int k) {
     DR_UNROLL
     for (int i = 0; i < S::tiles; ++i) {
       unpack(next[i], ptx::load16<ptx::Cache::constant>(from + static_cast<int64_t>(i * steps + k) * piece_bytes));
     }
   };
-  fetch(0);
+  load(0);
   for (int k = 0; k < steps; ++k) {
     DR_UNROLL
     for (int i = 0; i < S::tiles; ++i) {
       DR_UNROLL
       for (int j = 0; j < 4; ++j) a[i][j] = next[i][j];
     }
-    if (k + 1 < steps) fetch(k + 1);
+    if (k + 1 < steps) load(k + 1);
     DR_UNROLL
     for (int n = 0; n < S::width / 16; ++n) {
       uint32_t b[4];

@@ -101,7 +101,11 @@ __global__ void __launch_bounds__(threads) add_noise_kernel(const AddNoise a, bo
     float eps[unit];
     DR_UNROLL
     for (int i = 0; i < unit / 4; ++i) {
-      four_normals(key, first + 4 * i, a.index[sample], a.streams[input], eps + 4 * i);
+      uint32_t state[4] = {static_cast<uint32_t>(first / 4 + i), key.step, static_cast<uint32_t>(a.index[sample]),
+                           a.streams[input]};
+      philox4x32_10<Scalar>(state, key.low, key.high);
+      box_muller<Scalar>(state[0], state[1], eps[4 * i], eps[4 * i + 1]);
+      box_muller<Scalar>(state[2], state[3], eps[4 * i + 2], eps[4 * i + 3]);
     }
     Out* out = static_cast<Out*>(a.out) + row * a.size + first;
     const bool full = valid == unit;

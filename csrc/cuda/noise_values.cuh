@@ -16,9 +16,10 @@ DR_HOST_DEVICE Key read_key(const int64_t* rng) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(rng[1])};
 }
 
-// Element `i` of four consecutive normals is eps[i]; `element`, a multiple of four, is the first one's place in its sample.
-DR_HOST_DEVICE void four_normals(const Key& key, int64_t element, int64_t index, uint32_t stream, float* eps) {
-  uint32_t state[4] = {static_cast<uint32_t>(element / 4), key.step, static_cast<uint32_t>(index), stream};
+// Normals 4 counter ... 4 counter + 3 of a sample. (add_noise_kernel says the same in place: through this pointer the
+// compiler would take ten registers more.)
+DR_HOST_DEVICE void four_normals(const Key& key, uint32_t counter, int64_t index, uint32_t stream, float* eps) {
+  uint32_t state[4] = {counter, key.step, static_cast<uint32_t>(index), stream};
   philox4x32_10<Scalar>(state, key.low, key.high);
   box_muller<Scalar>(state[0], state[1], eps[0], eps[1]);
   box_muller<Scalar>(state[2], state[3], eps[2], eps[3]);

@@ -7,7 +7,7 @@ the noise is the same bit for bit either way.
 from diffratio_fast.ops import reference, reference_ratio
 from diffratio_fast.ops._purpose import Purpose
 from diffratio_fast.ops.noise import add_noise, make_rng, normal, random_words, uniform
-from diffratio_fast.ops.ratio import log_ratio, ratio_loss, score_difference
+from diffratio_fast.ops.ratio import log_ratio, pack_weights, ratio_loss, score_difference
 
 __all__ = [
     "Purpose",
@@ -15,6 +15,7 @@ __all__ = [
     "log_ratio",
     "make_rng",
     "normal",
+    "pack_weights",
     "random_words",
     "ratio_loss",
     "reference",

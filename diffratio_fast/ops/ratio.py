@@ -7,12 +7,19 @@ docs/ratio_mixer.md the reasons). Images are [B, channels, H, W], float32, bfloa
 float64. Results are float32 (float64); gradients of weights have the weights' type. Noise is that of
 ``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
 
+``packed`` is what ``pack_weights`` made of the same weights, where that is at hand. CUDA kernels round the
+operands of matrix products to bfloat16 and sum in float32; they exist for up to 256 tokens, 256 channels (128
+with more than 128 tokens) and 64 numbers in a patch; other networks take the reference's way on CUDA, which is
+said once in a warning.
+
 Wrong shapes, dtypes and devices raise ``ValueError`` or ``TypeError``, as does NaN in sigma on the CPU; on
 CUDA such a sample becomes NaN. Method: arXiv 2502.08005.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,30 +33,79 @@ from diffratio_fast.ops._purpose import Purpose
 from diffratio_fast.ops._ratio_checks import weight_shapes
 from diffratio_fast.ops.reference_ratio import RatioLoss, ScoreDifference
 
-__all__ = ["RatioLoss", "ScoreDifference", "log_ratio", "ratio_loss", "score_difference", "weight_shapes"]
+__all__ = [
+    "RatioLoss",
+    "ScoreDifference",
+    "log_ratio",
+    "pack_weights",
+    "ratio_loss",
+    "score_difference",
+    "weight_shapes",
+]
 
 
 HAS_OPERATIONS = _module.module is not None and hasattr(torch.ops.diffratio, "ratio_loss")
 
 
-def _compiled(images: Tensor) -> bool:
-    """Whether the compiled twin computes this: float64 is the reference's, and so is CUDA for now."""
-    return HAS_OPERATIONS and images.dtype != torch.float64 and images.device.type == "cpu"
+def _compiled(weights: Sequence[Tensor], images: Tensor) -> bool:
+    """Whether a compiled twin computes this: float64 is the reference's, as is what a GPU has no kernel for."""
+    if not HAS_OPERATIONS or images.dtype == torch.float64:
+        return False
+    if images.device.type != "cuda":
+        return images.device.type == "cpu"
+    return _kernels_fit(*checks.layout(weights, images), images.device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _kernels_fit(*sizes_and_device: int) -> bool:
+    """Whether the CUDA kernels take a network of this ``Layout`` on this device; if not, says so once."""
+    fit = getattr(_module.module, "ratio_kernels_fit", None)
+    if fit is not None and fit(*sizes_and_device):
+        return True
+    reason = "was built without CUDA" if fit is None else "has no kernel for it that fits this GPU"
+    warnings.warn(
+        f"a RatioMixer of {sizes_and_device[4]} tokens and {sizes_and_device[5]} channels runs in plain PyTorch: "
+        f"the compiled module {reason}",
+        stacklevel=3,
+    )
+    return False
+
+
+def pack_weights(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights of a RatioMixer as the CUDA kernels read them (bfloat16, in the order of use), in one launch.
+
+    For the operations' ``packed``: they need not pack the weights themselves, which a training step would do
+    several times over. To be made anew whenever a weight has changed. None where the kernels are not used:
+    in float64, without the compiled module, and of no bytes on the CPU, whose twin packs in passing.
+    """
+    if not HAS_OPERATIONS or weights[0].dtype == torch.float64:
+        return None
+    if weights[0].device.type == "cuda" and not hasattr(_module.module, "ratio_kernels_fit"):
+        return None
+    packed: Tensor = torch.ops.diffratio.pack_weights([w.detach() for w in weights])
+    return packed
 
 
 def log_ratio(
-    weights: Sequence[Tensor], noised: Tensor, sigma: Tensor, conditioning: Tensor, *, sigma_data: float = 0.5
+    weights: Sequence[Tensor],
+    noised: Tensor,
+    sigma: Tensor,
+    conditioning: Tensor,
+    *,
+    sigma_data: float = 0.5,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """The log ratio [B] of noised images [B, channels, H, W] at ``sigma`` [B] given ``conditioning`` [B, D].
 
     Differentiable in weights, images and conditioning.
     """
-    if not _compiled(noised):
+    if not _compiled(weights, noised):
         return reference_ratio.log_ratio(weights, noised, sigma, conditioning, sigma_data=sigma_data)
     sizes = checks.layout(weights, noised)
     sigma = checks.level("sigma", sigma, (noised.shape[0],), noised)
     e = checks.column("conditioning", conditioning, (noised.shape[0], sizes.conditioning), noised)
-    return torch.ops.diffratio.log_ratio(list(weights), noised, sigma, e, sigma_data)
+    return torch.ops.diffratio.log_ratio(list(weights), noised, sigma, e, sigma_data, packed)
 
 
 def score_difference(
@@ -65,6 +121,7 @@ def score_difference(
     purpose: int = Purpose.NOISE_GENERATOR,
     substep: int = 0,
     sigma_data: float = 0.5,
+    packed: Tensor | None = None,
 ) -> ScoreDifference:
     """What the generator descends: gradient[b] = -(1/K) sum_k weight_bk h(l_bk) grad l(x_bk), no 1/B.
 
@@ -74,7 +131,7 @@ def score_difference(
     returned is differentiable.
     """
     keywords: dict[str, Any] = {"weight": weight, "divergence": divergence, "purpose": purpose}
-    if not _compiled(fake):
+    if not _compiled(weights, fake):
         return reference_ratio.score_difference(
             weights, fake, sigma, conditioning, rng, index, substep=substep, sigma_data=sigma_data, **keywords
         )
@@ -90,7 +147,7 @@ def score_difference(
     return ScoreDifference(
         *torch.ops.diffratio.score_difference(
             constants, fake.detach(), sigma, e.detach(), weight, rng, index, code, int(purpose), substep,
-            sigma_data,
+            sigma_data, packed,
         )
     )  # fmt: skip
 
@@ -108,6 +165,7 @@ def ratio_loss(
     purposes: tuple[int, int] = (Purpose.NOISE_REAL, Purpose.NOISE_FAKE),
     substep: int = 0,
     sigma_data: float = 0.5,
+    packed: Tensor | None = None,
 ) -> RatioLoss:
     """mean softplus(-l_real) + mean softplus(l_fake) over B pairs, with its gradients, in one pass.
 
@@ -116,7 +174,7 @@ def ratio_loss(
     conditionings: its backward is upstream times the gradients that are returned with it, which are not
     differentiable themselves. ``real`` and ``fake`` get no gradient.
     """
-    if not _compiled(real):
+    if not _compiled(weights, real):
         return reference_ratio.ratio_loss(
             weights, real, fake, sigma, conditioning_real, conditioning_fake, rng, index,
             purposes=purposes, substep=substep, sigma_data=sigma_data,
@@ -133,7 +191,7 @@ def ratio_loss(
     second = checks.column("conditioning_fake", conditioning_fake, (batch, sizes.conditioning), real)
     loss, real_half, fake_half, gradients, *by_conditioning = torch.ops.diffratio.ratio_loss(
         list(weights), real.detach(), fake.detach(), sigma, first, second, rng, index,
-        [int(p) for p in purposes], substep, sigma_data,
+        [int(p) for p in purposes], substep, sigma_data, packed,
     )  # fmt: skip
     return RatioLoss(loss, real_half, fake_half, gradients, (by_conditioning[0], by_conditioning[1]))
 
@@ -142,16 +200,16 @@ def ratio_loss(
 
 
 def _log_ratio_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, noised, sigma, conditioning, ctx.sigma_data = inputs
-    ctx.save_for_backward(noised, sigma, conditioning, *weights)
+    weights, noised, sigma, conditioning, ctx.sigma_data, packed = inputs
+    ctx.save_for_backward(noised, sigma, conditioning, packed, *weights)
 
 
 def _log_ratio_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    noised, sigma, conditioning, *weights = ctx.saved_tensors
+    noised, sigma, conditioning, packed, *weights = ctx.saved_tensors
     by_image, by_weights, by_conditioning = torch.ops.diffratio.log_ratio_backward(
-        upstream, weights, noised, sigma, conditioning, ctx.sigma_data
+        upstream, weights, noised, sigma, conditioning, ctx.sigma_data, packed
     )
-    return list(by_weights), by_image, None, by_conditioning, None
+    return list(by_weights), by_image, None, by_conditioning, None, None
 
 
 def _ratio_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,11 +221,25 @@ def _ratio_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _ratio_loss_backward(ctx: Any, upstream: Tensor, *others: Any) -> tuple[Any, ...]:
     *by_weights, by_real, by_fake = (upstream.to(g.dtype) * g for g in ctx.saved_tensors)
-    return by_weights, None, None, None, by_real, by_fake, None, None, None, None, None
+    return by_weights, None, None, None, by_real, by_fake, None, None, None, None, None, None
 
 
 def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in tensors]
+
+
+def _packed_like(weights: Sequence[Tensor]) -> Tensor:
+    """Of as many bytes as csrc/cuda/mixer_layout.h gives; the CPU twin has none."""
+    first = weights[0]
+    if first.device.type != "cuda":
+        return first.new_empty(0, dtype=torch.uint8)
+    (width, patch), (tokens, _), (depth, hidden, _) = first.shape, weights[1].shape, weights[4].shape
+    rows = 32 if tokens > 128 else 16
+    tokens, hidden, patch = -(-tokens // rows) * rows, -(-hidden // 32) * 32, -(-patch // 16) * 16
+    width = 64 if width <= 64 else 128 if width <= 128 else 256
+    parts = [4 * tokens * width] * 2 + [4 * depth * tokens] + [2 * patch * width] * 2
+    parts += [2 * depth * tokens * tokens] * 2 + [4 * depth * hidden * width, 6 * depth * hidden * width]
+    return first.new_empty(sum(-(-part // 512) * 512 for part in parts), dtype=torch.uint8)
 
 
 def forward_flops(weights: Sequence[Sequence[int]]) -> int:
@@ -193,11 +265,12 @@ def _register_flops() -> None:
 
 def _register() -> None:
     library = torch.library
+    library.register_fake("diffratio::pack_weights")(_packed_like)
     library.register_fake("diffratio::log_ratio")(
-        lambda weights, noised, sigma, conditioning, sigma_data: sigma.new_empty(sigma.shape)
+        lambda weights, noised, sigma, *rest: sigma.new_empty(sigma.shape)
     )
     library.register_fake("diffratio::log_ratio_backward")(
-        lambda upstream, weights, noised, sigma, conditioning, sigma_data: (
+        lambda upstream, weights, noised, sigma, conditioning, *rest: (
             noised.new_empty(noised.shape), _like(weights), conditioning.new_empty(conditioning.shape),
         )
     )  # fmt: skip

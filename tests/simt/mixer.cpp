@@ -15,8 +15,17 @@ int main(int argc, char** argv) {
       mixer("ratio_loss", {small, 3, 1, 2, Pass::weights, Objective::logistic, true, Form::several, 3}),
       mixer("ratio_loss, one launch", {small, 3, 1, 2, Pass::weights, Objective::logistic, true, Form::one_launch, 3}),
   };
-  const bool mutate = argc > 1 && std::string(argv[1]) == "mutate";
-  if (!mutate) {
+  // Three steps of tokens a unit: an odd number, so that the next tile's first copies meet the last step's readers.
+  cases.push_back(mixer("ratio_loss, 65 tokens", {tall, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::several, 3}));
+  const std::string command = argc > 1 ? argv[1] : "";
+  if (command == "packing") {  // the bytes of packed weights, for the sizes above
+    for (const MixerSizes& s : {small, odd, tall, wide, widest}) {
+      std::printf("%ld %ld %ld %ld %ld %ld\n", long(s.tokens), long(s.width), long(s.depth), long(s.hidden),
+                  long(s.vector()), long(cuda::packing_of(s).bytes));
+    }
+    return 0;
+  }
+  if (command != "mutate") {
     cases.push_back(mixer("log_ratio, odd", {odd, 7, 1, 3, Pass::forward, Objective::none, true}));
     cases.push_back(mixer("log_ratio, bf16", {odd, 2, 1, 3, Pass::forward, Objective::none, false, Form::several, 1, Type::bfloat16}));
     for (int divergence = 0; divergence < divergences; ++divergence) {
@@ -25,10 +34,17 @@ int main(int argc, char** argv) {
     }
     cases.push_back(mixer("log_ratio_backward", {odd, 5, 1, 2, Pass::weights, Objective::given, false, Form::several, 2}));
     cases.push_back(mixer("ratio_loss, bf16", {odd, 2, 1, 3, Pass::weights, Objective::logistic, true, Form::one_launch, 100, Type::bfloat16}));
-    cases.push_back(mixer("ratio_loss, 65 tokens", {tall, 2, 1, 3, Pass::weights, Objective::logistic, true, Form::automatic, 2}));
     cases.push_back(mixer("score_difference, 128", {wide, 3, 1, 1, Pass::image, Objective::score, true}));
     cases.push_back(mixer("ratio_loss, 128", {wide, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::one_launch, 3}));
     cases.push_back(mixer("ratio_loss, 256", {widest, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::automatic, 3}));
+  }
+  if (command == "once") {  // each in one mode, for the sanitizers
+    for (const simt::Case& c : cases) {
+      const std::string found = c.run(simt::modes[0]);
+      if (!found.empty()) return std::printf("%s: %s\n", c.name.c_str(), found.c_str()), 1;
+    }
+    std::printf("%zu cases\n", cases.size());
+    return 0;
   }
   return simt::main_of(argc, argv, cases);
 }

@@ -6,6 +6,7 @@
 
 #include "../../csrc/cpu/mixer.h"
 #include "../../csrc/cuda/mixer_launch.h"
+#include "../../csrc/cuda/mixer_pack.cuh"
 #include "global_memory.h"
 #include "harness.h"
 

@@ -1,0 +1,52 @@
+// Their definitions.
+#pragma once
+
+#include "mixer_launch.h"
+#include "mixer_width.h"
+
+namespace diffratio::cuda {
+
+struct StreamLauncher {
+  cudaStream_t stream;
+
+  template <class Kernel>
+  int resident(Kernel kernel, int threads, uint32_t shared) const {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    int device = 0, multiprocessors = 0, blocks = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (!error && shared > 48 * 1024) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    }
+    if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared);
+    if (error) {
+      cudaGetLastError();  // no more shared memory than that: not an error of the caller's
+      return 0;
+    }
+    return blocks * multiprocessors;
+  }
+
+  template <class... Arguments>
+  cudaError_t launch(const Launch& l, void (*kernel)(Arguments...), Arguments... arguments) const {
+    void* pointers[] = {&arguments...};
+    const void* function = reinterpret_cast<const void*>(kernel);
+    const dim3 blocks(static_cast<unsigned>(l.blocks)), threads(static_cast<unsigned>(l.threads));
+    return l.cooperative ? cudaLaunchCooperativeKernel(function, blocks, threads, pointers, l.shared, stream)
+                         : cudaLaunchKernel(function, blocks, threads, pointers, l.shared, stream);
+  }
+};
+
+template <int width>
+MixerPlan plan_width(const MixerCall& call, Pass pass, int64_t workspace_limit, Form form) {
+  return plan_mixer<width>(call, pass, workspace_limit, form, StreamLauncher{});
+}
+
+template <int width>
+cudaError_t run_width(const MixerCall& call, const GradientCall& gradients, Pass pass, const MixerPlan& plan,
+                      unsigned char* workspace, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(workspace + plan.counters, 0, counters_bytes, stream);
+  StreamLauncher launcher{stream};
+  return error ? error : run_mixer<width>(call, gradients, pass, plan, workspace, launcher);
+}
+
+}  // namespace diffratio::cuda
