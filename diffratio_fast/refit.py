@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffratio_fast import command, report
 from diffratio_fast.command import UserError
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
 
     from diffratio_fast import networks
+    from diffratio_fast.calibration import table
     from diffratio_fast.devices import choose_device
     from diffratio_fast.metrics.pixels import PixelMetrics
     from diffratio_fast.training.finished_run import FinishedRun
@@ -151,22 +152,6 @@ def main(argv: list[str]) -> int:
     run.measured(calibration={name: [row.as_dict() for row in found] for name, found in rows.items()})
     print(f"{run.directory.refitted}, {report.write(arguments.run)}: written")
     return 0
-
-
-def table(rows: list[Calibration]) -> str:
-    """A line per noise level: the three identities with their errors, AUC and effective sample size."""
-    lines = ["  sigma   E_gen e^l = 1     E_data e^-l = 1   balance = 0         AUC    effective sample size"]
-    for row in rows:
-        lines.append(
-            f"  {row.sigma:5.3f}   {_with_error(row.generated_mean)}   {_with_error(row.data_mean)}   "
-            f"{row.balance.value:+.3f} +- {row.balance.error:.3f}   {row.auc:.3f}  "
-            f"{row.effective_sample_size:.2f} N"
-        )
-    return "\n".join(lines)
-
-
-def _with_error(estimate: Any) -> str:
-    return f"{estimate.value:6.3g} +- {estimate.error:<5.2g}"
 
 
 def verdict(sigma: float | None, checks: list[SigmaCheck]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import SMALL, one_error_line, run
 
-from diffratio_fast import networks, refit, sample, train
+from diffratio_fast import calibration, networks, refit, sample, train
 from diffratio_fast.metrics.calibration import Calibration, Estimate
 from diffratio_fast.verifier import SigmaCheck
 
@@ -42,6 +42,23 @@ def test_refit_leaves_a_better_network_and_its_calibration(fitted: Path) -> None
         assert all(
             {"generated_mean", "data_mean", "balance", "auc", "reliability"} <= set(row) for row in found
         )
+
+
+def test_calibration_of_what_the_run_holds(fitted: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(fitted, tmp_path / "run")
+    (copy / "ratio_ema.safetensors").unlink()
+    (copy / "measurements.json").write_text('{"noise_levels": {}, "calibration": {}}')
+    found = calibration.calibrate_run(copy, torch.device("cpu"))
+    assert list(found) == ["online", "refitted"]
+    kept = json.loads((copy / "measurements.json").read_text())
+    assert list(kept["calibration"]) == ["online", "refitted"] and "noise_levels" in kept
+    assert "Calibration" in (copy / "report.html").read_text()
+    text = calibration.text(found)
+    for row in (*found["online"], *found["refitted"]):
+        assert f"{row.sigma:.3f}" in text and f"{row.auc:.3f}" in text
+    # the same numbers, from the same seed, as those that refit left
+    before = json.loads((fitted / "measurements.json").read_text())["calibration"]
+    assert kept["calibration"] == {name: before[name] for name in kept["calibration"]}
 
 
 def npz(fitted: Path, out: Path, *options: object) -> np.ndarray:

@@ -82,12 +82,25 @@ def test_the_page_has_every_part_and_needs_nothing_else(finished: Path) -> None:
     assert (finished / "report.html").read_bytes() == before
 
 
+def test_a_denoisers_lines_make_charts_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("preset: digits\nsteps: 4\nlr: 0.001\n")
+    logged = {"images_per_second": 9.0, "loss": 0.7, "error": 0.6, "lr": 0.001, "seconds": 5.0}
+    lines = [{"step": s, **logged} for s in (2, 4)] + [{"step": 4, "validation_error": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report.write(tmp_path).read_text()
+    assert Page(text).open == []
+    for title in ("Loss of the denoiser", "Weighted error of the denoiser", "Learning rates"):
+        assert title in text
+    assert "Jensen" not in text and "Calibration" not in text
+    assert "average, validation data: 0.5 at 4" in text
+
+
 def test_a_page_of_little_is_a_page(tmp_path: Path) -> None:
     """A run that has only just begun, and one whose files are damaged."""
     (tmp_path / "config.yaml").write_text("preset: digits\nsteps: 10\ndata: <script>alert(1)</script>\n")
     text = report.write(tmp_path).read_text()
     assert "not finished" in text and "<script>alert" not in text
-    line = {"step": 3, "ratio_loss": None, "divergence": None, "seconds": 1.0}
+    line = {"step": 3, "images_per_second": None, "ratio_loss": None, "divergence": None, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 4, "rat')
     (tmp_path / "measurements.json").write_text("{")
     assert Page(report.write(tmp_path).read_text()).open == []

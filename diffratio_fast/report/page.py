@@ -76,7 +76,10 @@ def _overview(run: RunFiles) -> str:
          f"test data: {number(summary.get('class_accuracy_test') or 0)}"),
     ]  # fmt: skip
     if run.evaluated:
-        last = run.evaluated[-1]
+        error = run.evaluated[-1].get("validation_error")
+        tiles.append(("weighted error, validation", error, "of the averaged denoiser"))
+    if run.measured:
+        last = run.measured[-1]
         if not summary:
             tiles.append(("Fréchet distance, validation", last.get("frechet_distance_validation"), ""))
         tiles.append(("divergence, nats", last.get("divergence"), "bound of the online ratio network"))
@@ -94,7 +97,7 @@ def _overview(run: RunFiles) -> str:
     )
     after = int(run.config.get("ratio_warmup_steps") or 0) + int(run.config.get("generator_ramp_steps") or 0)
     said = "".join(
-        f'<p class="warning">Warning: {escape(text)}</p>' for _, text in warnings(run.evaluated, after=after)
+        f'<p class="warning">Warning: {escape(text)}</p>' for _, text in warnings(run.measured, after=after)
     )
     return f'<p class="soft">{escape(state)}</p><div class="tiles">{cells}</div>{said}'
 
@@ -108,7 +111,7 @@ def _samples(run: RunFiles) -> str:
         "Samples over time",
         f'<p id="shown">step {run.grids[-1][0]:,}</p><input type="range" id="step" min="0" max="{last}" '
         f'value="{last}" aria-label="step" hidden><div id="grids">{pictures}</div>',
-        "The same latents through the averaged generator.",
+        "The same latents through the averaged network.",
     )
 
 
@@ -128,15 +131,15 @@ def _divergence(run: RunFiles) -> str:
     smooth = [
         _over_time(run.logged, "divergence_train", "training data", "s1"),
         _over_time(run.logged, "divergence", "validation data", "s0"),
-        _over_time(run.evaluated, "divergence_refit", "validation, after a refit", "s2"),
+        _over_time(run.measured, "divergence_refit", "validation, after a refit", "s2"),
     ]
-    levels = run.evaluated[-1]["sigma"] if run.evaluated else []
+    levels = run.measured[-1]["sigma"] if run.measured else []
 
     def by_level(name: str) -> list[Series]:
         return [
             Series(
                 f"σ = {number(sigma)}",
-                [(line["step"], line[name][i]) for line in run.evaluated if len(line.get(name, ())) > i],
+                [(line["step"], line[name][i]) for line in run.measured if len(line.get(name, ())) > i],
                 f"s{i % 8}",
             )
             for i, sigma in enumerate(levels)
@@ -157,9 +160,9 @@ def _divergence(run: RunFiles) -> str:
 
 
 def _by_sigma(run: RunFiles) -> str:
-    if not run.evaluated:
+    if not run.measured:
         return ""
-    last = run.evaluated[-1]
+    last = run.measured[-1]
 
     def of(name: str, label: str, style: str, sigma: str = "sigma") -> Series:
         values = last.get(name, [])
@@ -207,8 +210,23 @@ def _training(run: RunFiles) -> str:
         "Training",
         _charts(
             line_chart(
+                "Loss of the denoiser",
+                [_over_time(logged, "loss", "training batches", "s1")],
+                STEP,
+                Axis("loss"),
+            ),
+            line_chart(
+                "Weighted error of the denoiser",
+                [
+                    _over_time(logged, "error", "training batches", "s1"),
+                    _over_time(run.evaluated, "validation_error", "average, validation data", "s0"),
+                ],
+                STEP,
+                Axis("error", log=True),
+            ),
+            line_chart(
                 "Fréchet distance to validation data",
-                [_over_time(run.evaluated, "frechet_distance_validation", "averaged generator", "s0")],
+                [_over_time(run.measured, "frechet_distance_validation", "averaged generator", "s0")],
                 STEP,
                 Axis("distance", log=True),
             ),
@@ -235,7 +253,7 @@ def _training(run: RunFiles) -> str:
                 Axis("ℓ"),
             ),
             line_chart(
-                "Norm of the generator's gradient",
+                "Norm of the gradient",
                 [_over_time(logged, "gradient_norm", "norm", "s3")],
                 STEP,
                 Axis("norm", log=True),
@@ -245,6 +263,7 @@ def _training(run: RunFiles) -> str:
                 [
                     _over_time(logged, "generator_lr", "generator", "s0"),
                     _over_time(logged, "ratio_lr", "ratio network", "s1"),
+                    _over_time(logged, "lr", "denoiser", "s2"),
                 ],
                 STEP,
                 Axis("rate"),
@@ -333,7 +352,7 @@ def _cost(run: RunFiles) -> str:
         [(line["step"], line["memory_bytes"] / 2**20) for line in run.logged if line.get("memory_bytes")],
         "s3",
     )
-    spent = sum(line.get("evaluation_seconds") or 0 for line in run.evaluated)
+    spent = sum(line.get("evaluation_seconds") or 0 for line in run.measured)
     total = run.logged[-1].get("seconds") or 0 if run.logged else 0
     text = f"{total:,.0f} s in all, {spent:,.0f} s of them in evaluations." if total else ""
     return _section(

@@ -16,12 +16,16 @@ MOST_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class RunFiles:
-    """``logged`` and ``evaluated`` are the two kinds of lines of metrics.jsonl; ``grids`` are (step, PNG)."""
+    """``logged`` and ``evaluated`` are the two kinds of lines of metrics.jsonl; ``grids`` are (step, PNG).
+
+    ``measured`` are the evaluations that tell the divergence: those of a generator, not of a denoiser.
+    """
 
     root: Path
     config: dict[str, Any]
     logged: list[dict[str, Any]]
     evaluated: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
     summary: dict[str, Any]
     measurements: dict[str, Any]
     grids: list[tuple[int, bytes]]
@@ -50,8 +54,9 @@ def read(root: Path) -> RunFiles:
     return RunFiles(
         root=root,
         config=config,
-        logged=[line for line in lines if "ratio_loss" in line],
-        evaluated=[line for line in lines if "sigma" in line],
+        logged=[line for line in lines if "images_per_second" in line],
+        evaluated=[line for line in lines if "images_per_second" not in line],
+        measured=[line for line in lines if "sigma" in line],
         summary=_json(root / "summary.json"),
         measurements=_json(root / "measurements.json"),
         grids=_grids(root / "samples"),

@@ -212,7 +212,14 @@ class Evaluation:
             name: [
                 row.as_dict()
                 for row in calibrate(
-                    network.eval(), state.average, real, labels, sigmas, seed=EVALUATION_SEED, draws=2
+                    network.eval(),
+                    state.average,
+                    real,
+                    labels,
+                    sigmas,
+                    seed=EVALUATION_SEED,
+                    fakes=1024,
+                    draws=1,
                 )
             ]
             for name, network in found.items()

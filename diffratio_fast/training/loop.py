@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from diffratio_fast import networks, report
+from diffratio_fast import networks
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.files import replace_file
 from diffratio_fast.networks import SavedNetwork
@@ -88,7 +88,6 @@ class Trainer(runner.Run):
         if distance is not None and (not state.best or distance < state.best["frechet_distance_validation"]):
             state.best = {"step": state.step, "frechet_distance_validation": distance}
             self._save_network(self.directory.snapshots / "best.safetensors", "generator", state.average)
-        report.write(self.directory.root)
 
     def _warn(self) -> None:
         """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
@@ -143,11 +142,6 @@ class Trainer(runner.Run):
             "divergence": self.evaluation.bound("validation", every_level=True).value,
             "divergence_refit": None if refitted is None else refitted.bound,
         }
-
-    def finish(self) -> dict[str, Any]:
-        summary = super().finish()
-        report.write(self.directory.root)
-        return summary
 
 
 def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffratio_fast import report
 from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig
 from diffratio_fast.data import DataSet, open_dataset
@@ -119,6 +120,7 @@ class Run:
                     if last or state.step % config.eval_every == 0:
                         self._check_finite()
                         self.evaluate()
+                        report.write(self.directory.root)
                     if state.step % config.snapshot_every == 0:
                         self._check_finite()
                         self.snapshot(f"{state.step:08d}")
@@ -199,6 +201,7 @@ class Run:
             "seconds": state.seconds,
         }
         replace_file(self.directory.summary, json.dumps(summary, indent=2) + "\n")
+        report.write(self.directory.root)
         return summary
 
 
