@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import gpu_checks, harness
 from diffratio_fast import command
 from diffratio_fast.files import replace_file
 
@@ -49,6 +49,9 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(options.threads)
     settings = harness.Settings(torch.device(options.device), options.repeats)
     rows: list[dict[str, Any]] = []
+    if options.device == "cuda":
+        for name in options.only or NAMES:
+            gpu_checks.run(name)
     for name in options.only or NAMES:
         module = importlib.import_module(f"benchmarks.bench_{name}")
         for case in module.cases(settings):

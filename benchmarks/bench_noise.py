@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,8 +79,6 @@ def full(function: Noising, inputs: Inputs) -> Callable[[int], Any]:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    if settings.device.type == "cuda":
-        run_gpu_checks()
     for shape in SHAPES:
         for dtype in DTYPES:
             inputs = Inputs(settings, shape, dtype)
@@ -117,13 +113,3 @@ def cases_of(inputs: Inputs, shape: str, dtype: str, size: float) -> Iterator[Ca
     yield Case("add_noise both halves", shape, dtype, "forward", forward, check, 4 * size)
     steps = {name: full(f, inputs) for name, f in both.items()}
     yield Case("add_noise both halves", shape, dtype, "full", steps, check, 6 * size)
-
-
-def run_gpu_checks() -> None:
-    """tests/gpu: the same checks that pytest runs, without pytest."""
-    path = Path(__file__).resolve().parent.parent / "tests" / "gpu" / "noise_checks.py"
-    spec = importlib.util.spec_from_file_location("noise_checks", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    print(f"noise: {module.run_all()} CUDA checks passed")

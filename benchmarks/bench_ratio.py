@@ -25,14 +25,15 @@ SIZES = {
         "CIFAR-10, C=64": (3, 32, 2, 64, 4, 512),
         "CIFAR-10, C=128": (3, 32, 2, 128, 4, 512),
         "latents, C=128": (4, 64, 4, 128, 4, 512),
-        "CIFAR-10, C=256": (3, 32, 2, 256, 4, 512),
     },
 }
 EXPANSION = 2
 
 
 def eager_log_ratio(weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor) -> Tensor:
-    return reference_ratio.log_ratio(weights, x, sigma, e)
+    """In float32; on CUDA with matrix products in bfloat16, as the kernels have them."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
+        return reference_ratio.log_ratio(weights, x, sigma, e)
 
 
 def with_noise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ class Problem:
         )  # fmt: skip
         for a, b in zip(got[:2], exact[:2], strict=True):
             error = float((a - b).abs().max() / b.abs().max())
-            assert error < 2e-4, f"score_difference differs from its reference by {error:.1e}"
+            allowed = 2e-4 if fake.device.type == "cpu" else 3e-2  # tests/gpu is stricter
+            assert error < allowed, f"score_difference differs from its reference by {error:.1e}"
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -119,24 +121,25 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def cases_of(p: Problem, name: str, size: tuple[int, ...]) -> Iterator[Case]:
     channels, side, _, width, depth, batch = size
+    number_type = "float32" if p.fake.device.type == "cpu" else "bfloat16"  # of the matrix products
     shape = f"{name}: B={batch}, {channels}x{side}x{side}, C={width}, L={depth}"
     compiled = torch.compile(eager_log_ratio, dynamic=False)
     others = {"eager": eager_log_ratio, "compile": compiled}
     fused: dict[str, Callable[[int], Any]] = {"fused": lambda i: p.log_ratio(ops.log_ratio)}
     yield Case(
-        "log_ratio", shape, "float32", "forward",
+        "log_ratio", shape, number_type, "forward",
         fused | {key: lambda i, f=f: p.log_ratio(f) for key, f in others.items()},
         p.check, p.bytes, p.flops,
     )  # fmt: skip
     fused = {"fused": lambda i: p.fused_score()}
     yield Case(
-        "score_difference", shape, "float32", "full",
+        "score_difference", shape, number_type, "full",
         fused | {key: lambda i, f=f: p.composed_score(f) for key, f in others.items()},
         p.check, 2 * p.bytes, 2 * p.flops,
     )  # fmt: skip
     fused = {"fused": lambda i: p.fused_loss()}
     yield Case(
-        "ratio_loss", shape, "float32", "full",
+        "ratio_loss", shape, number_type, "full",
         fused | {key: lambda i, f=f: p.composed_loss(f) for key, f in others.items()},
         p.check, 2 * p.bytes, 6 * p.flops,
     )  # fmt: skip

@@ -8,9 +8,9 @@ float64. Results are float32 (float64); gradients of weights have the weights' t
 ``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
 
 ``packed`` is what ``pack_weights`` made of the same weights, where that is at hand. CUDA kernels round the
-operands of matrix products to bfloat16 and sum in float32; they exist for up to 256 tokens, 256 channels (128
-with more than 128 tokens) and 64 numbers in a patch; other networks take the reference's way on CUDA, which is
-said once in a warning.
+operands of matrix products to bfloat16 and sum in float32; they exist for up to 256 tokens, 256 channels
+(128 with more than 128 tokens) and 64 numbers in a patch; other networks take the reference's way on CUDA,
+which is said once in a warning.
 
 Wrong shapes, dtypes and devices raise ``ValueError`` or ``TypeError``, as does NaN in sigma on the CPU; on
 CUDA such a sample becomes NaN. Method: arXiv 2502.08005.
@@ -48,7 +48,7 @@ HAS_OPERATIONS = _module.module is not None and hasattr(torch.ops.diffratio, "ra
 
 
 def _compiled(weights: Sequence[Tensor], images: Tensor) -> bool:
-    """Whether a compiled twin computes this: float64 is the reference's, as is what a GPU has no kernel for."""
+    """Whether a compiled twin computes this; float64 and what a GPU has no kernel for are the reference's."""
     if not HAS_OPERATIONS or images.dtype == torch.float64:
         return False
     if images.device.type != "cuda":
@@ -65,15 +65,15 @@ def _kernels_fit(*sizes_and_device: int) -> bool:
         return True
     reason = "was built without CUDA" if fit is None else "has no kernel for it that fits this GPU"
     warnings.warn(
-        f"a RatioMixer of {sizes_and_device[4]} tokens and {sizes_and_device[5]} channels runs in plain PyTorch: "
-        f"the compiled module {reason}",
+        f"a RatioMixer of {sizes_and_device[4]} tokens and {sizes_and_device[5]} channels runs in plain "
+        f"PyTorch: the compiled module {reason}",
         stacklevel=3,
     )
     return False
 
 
 def pack_weights(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights of a RatioMixer as the CUDA kernels read them (bfloat16, in the order of use), in one launch.
+    """The weights of a RatioMixer as the CUDA kernels read them (bfloat16, in the order of use): one launch.
 
     For the operations' ``packed``: they need not pack the weights themselves, which a training step would do
     several times over. To be made anew whenever a weight has changed. None where the kernels are not used:
