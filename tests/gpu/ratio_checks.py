@@ -1,8 +1,8 @@
 """Checks of the CUDA ratio operations. Plain functions that need torch alone: pytest collects them through
 test_ratio_cuda.py, and ``python -m benchmarks --device cuda`` runs them before it times.
 
-Tolerance: an error against the float64 reference is at most twice that of the same formulas in PyTorch with bfloat16
-matrix products, plus rounding.
+Tolerance: an error against the float64 reference is at most twice that of the same formulas in PyTorch with
+bfloat16 matrix products, plus rounding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Problem:
         shapes = weight_shapes(tokens, width, depth, hidden, channels * patch**2)
         self.weights = [normal(*shape) / shape[-1] ** 0.5 for shape in shapes.values()]
         self.weights[-1] /= tokens**0.5
-        self.real, self.fake = normal(batch, channels, height, across), normal(batch, channels, height, across)
+        self.real, self.fake = normal(2, batch, channels, height, across).unbind()
         self.sigma = torch.rand(batch, draws, generator=generator).cuda() * 2 + 0.05
         self.weight = self.sigma**2
         self.conditioning = normal(batch, draws, width + depth * hidden) * 0.5
@@ -86,9 +86,7 @@ def score_difference(p: Problem, module: Any, divergence: str = "jensen_shannon"
 
 def ratio_loss(p: Problem, module: Any) -> list[Tensor]:
     e = p.conditioning
-    outcome = module.ratio_loss(
-        p.weights, p.real, p.fake, p.sigma[:, 0], e[:, 0], e[:, -1], p.rng, p.index
-    )
+    outcome = module.ratio_loss(p.weights, p.real, p.fake, p.sigma[:, 0], e[:, 0], e[:, -1], p.rng, p.index)
     return [
         outcome.loss,
         outcome.log_ratio_real,
