@@ -18,10 +18,16 @@ TARGET_CELL = 48
 
 def to_uint8(x0: Tensor, scaling: Scaling) -> Tensor:
     """x0 [N, C, H, W] to uint8 [N, C, H, W]: the records' range on 0..255, rounded to nearest."""
+    return records_to_uint8(scaling.to_records(x0.float().cpu()), scaling)
+
+
+def records_to_uint8(records: Tensor, scaling: Scaling) -> Tensor:
+    """Records [N, C, H, W], clipped to their range, to uint8 [N, C, H, W] as ``to_uint8`` has them."""
     if scaling.low is None or scaling.high is None:
         raise ValueError("latents have no pixel range: decode them first")
-    records = scaling.to_records(x0.float().cpu()).clamp(scaling.low, scaling.high)
-    unit = (records - scaling.low) / (scaling.high - scaling.low)
+    if records.dtype == torch.uint8 and (scaling.low, scaling.high) == (0, 255):
+        return records
+    unit = (records.float().clamp(scaling.low, scaling.high) - scaling.low) / (scaling.high - scaling.low)
     return (unit * 255).round().to(torch.uint8)
 
 

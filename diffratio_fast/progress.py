@@ -27,7 +27,10 @@ class ImageProgress:
         if self._plain and now - self._said >= PLAIN_INTERVAL:
             self._said = now
             rate = self._done / (now - self._started)
-            print(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} a second", flush=True)
+            print(
+                f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} a second",
+                file=sys.stderr,
+            )
 
     def __enter__(self) -> ImageProgress:
         return self

@@ -14,6 +14,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -198,9 +200,10 @@ class _Machine:
                 raise Refused(f"refused: the pickle instruction {opcode}")
 
 
-def _of_type(value: Any, kind: type) -> Any:
+def _of_type(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{_kind(value)} where a {kind.__name__} is needed")
+        name = kind.__name__ if isinstance(kind, type) else kind[0].__name__
+        raise TypeError(f"{_kind(value)} where a {name} is needed")
     return value
 
 
@@ -263,6 +266,27 @@ def tensor(value: Any) -> Tensor:
     if count and (last >= len(flat) or count > len(flat)):
         raise ValueError(f"a tensor of shape {list(size)} reaches beyond its storage of {len(flat)} numbers")
     return flat.as_strided(size, stride, offset).contiguous() if count else flat.new_empty(size)
+
+
+def array(value: Any) -> npt.NDArray[Any]:
+    """The array of floating-point numbers that a record rebuilds; anything else is a ``ValueError``."""
+    if not isinstance(value, Record) or not value.name.startswith("numpy."):
+        raise ValueError(f"{_kind(value)} where an array is needed")
+    try:
+        if value.name.endswith(
+            "._reconstruct"
+        ):  # ndarray.__reduce__: state is (version, shape, dtype, order, bytes)
+            _, shape, dtype, fortran, content = value.state
+        else:  # ndarray.__reduce_ex__(5): _frombuffer(bytes, dtype, shape, order)
+            content, dtype, shape, order = value.arguments
+            fortran = order == "F"
+        kind = dtype.arguments[0]
+        if value.name.endswith(".scalar") or kind not in ("f2", "f4", "f8") or dtype.state[1] not in "<=|":
+            raise ValueError(f"numbers of kind {ascii(kind)[:20]}")
+        flat = np.frombuffer(_of_type(content, (bytes, bytearray)), f"<{kind}")
+        return flat.reshape(_of_type(shape, tuple), order="F" if fortran else "C")
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"an array is not stored as NumPy stores it ({error})") from None
 
 
 def _storage(value: Any) -> Tensor:

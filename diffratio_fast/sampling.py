@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Sampler:
             raise UserError(
                 f"{run}: holds no generator.safetensors yet; finish its training, or name a snapshot"
             )
+        self.path = path
         self.generator, self.about = networks.load(path, "generator")
         self.generator.to(device)
         self.sha256 = sha256_of_file(path)
@@ -54,9 +56,20 @@ class Sampler:
     def images(self, seed: int, start: int, labels: Tensor) -> Tensor:
         """The samples as uint8 [N, C, H, W] on the CPU, rounded to nearest; latents are decoded."""
         x0 = self.x0(seed, start, labels)
+        if not (finite := torch.isfinite(x0).flatten(1).all(1)).all():
+            number = start + int((~finite).nonzero()[0])
+            raise UserError(
+                f"{self.path}: image {number} of seed {seed} is not finite; the generator diverged"
+            )
         if self._decoder is None:
             return to_uint8(x0, self.scaling)
         return self._decoder.decode(self.scaling.to_records(x0.float()))
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        first = self.images(0, 0, torch.zeros(1, dtype=torch.int64))
+        return first.shape[1], first.shape[2], first.shape[3]
 
     def identity(self) -> dict[str, Any]:
         """What the images are a function of beside seed, number and label."""

@@ -103,6 +103,10 @@ class DataSet(Protocol):
         """The first ``count`` records of a split in stored order (all, where it has fewer)."""
         ...
 
+    def part(self, split: str, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Records ``start`` to ``end - 1`` of a split in stored order (those that there are)."""
+        ...
+
 
 @dataclass(frozen=True)
 class InMemoryDataSet:
@@ -140,8 +144,11 @@ class InMemoryDataSet:
             yield records[chosen], labels[chosen]
 
     def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.part(split, 0, count)
+
+    def part(self, split: str, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         records, labels = self.splits[split]
-        return records[:count], labels[:count]
+        return records[start:end], labels[start:end]
 
 
 class OneClass:
@@ -173,7 +180,10 @@ class OneClass:
             yield records, torch.zeros_like(labels)
 
     def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        records, labels = self.data.first(split, count)
+        return self.part(split, 0, count)
+
+    def part(self, split: str, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        records, labels = self.data.part(split, start, end)
         return records, torch.zeros_like(labels)
 
 

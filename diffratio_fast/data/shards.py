@@ -118,8 +118,12 @@ class ShardDataSet:
 
     def first(self, split: str, count: int) -> Batch:
         """The first ``count`` records of a split in stored order (all, where it has fewer)."""
-        begin, end = self._range(split)
-        return self.read(np.arange(begin, min(begin + count, end)))
+        return self.part(split, 0, count)
+
+    def part(self, split: str, start: int, end: int) -> Batch:
+        """Records ``start`` to ``end - 1`` of a split in stored order (those that there are)."""
+        first, last = self._range(split)
+        return self.read(np.arange(min(first + start, last), min(first + end, last)))
 
     def read(self, rows: np.ndarray) -> Batch:
         """Records [b, C, H, W] and labels int64 (b,) of ``rows`` int64 (b,), on the CPU, verified."""

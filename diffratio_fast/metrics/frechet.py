@@ -36,3 +36,43 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)).sum()
     difference = a.mean - b.mean
     return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+class RunningMoments:
+    """Moments of features that come in blocks, in float64: blocks are merged as Chan et al. (1979) merge."""
+
+    BLOCK = 1024
+    """Features merged at a time: a merge costs as much as the square of their dimension."""
+
+    def __init__(self, dimension: int) -> None:
+        self.count = 0
+        self._merged = 0
+        self._pending: list[Array] = []
+        self._mean = np.zeros(dimension)
+        self._scatter = np.zeros((dimension, dimension))
+
+    def add(self, features: npt.ArrayLike) -> None:
+        """Take in features [n, D]."""
+        self._pending.append(np.asarray(features, np.float64))
+        self.count += len(self._pending[-1])
+        if self.count - self._merged >= self.BLOCK:
+            self._merge()
+
+    def _merge(self) -> None:
+        x = np.concatenate(self._pending)
+        self._pending = []
+        mean = x.mean(0)
+        centred = x - mean
+        step = mean - self._mean
+        self._scatter += centred.T @ centred
+        self._scatter += np.outer(step, step) * (self._merged * len(x) / self.count)
+        self._mean = self._mean + step * (len(x) / self.count)
+        self._merged = self.count
+
+    def moments(self) -> Moments:
+        """Mean and unbiased covariance of at least two features."""
+        if self.count < 2:
+            raise ValueError("moments need at least two features")
+        if self._merged < self.count:
+            self._merge()
+        return Moments(self._mean.copy(), self._scatter / (self.count - 1))

@@ -1,0 +1,136 @@
+"""python -m diffratio_fast.evaluate SUBJECT: figures of generated images against real ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffratio_fast import command
+from diffratio_fast.command import UserError
+
+if TYPE_CHECKING:
+    from diffratio_fast.evaluation import Options
+
+EPILOG = """The protocol of published figures is the default: 50,000 images of each of three seeds, as uint8,
+against the training split; the mean of the seeds stands beside the best. See docs/evaluation.md."""
+
+
+def parser() -> command.Parser:
+    result = command.Parser(
+        prog="python -m diffratio_fast.evaluate",
+        description="Measure generated images against real ones: Fréchet and kernel distance, precision, "
+        "recall, density, coverage, classifier score, class accuracy.",
+        epilog=EPILOG,
+    )
+    add = result.add_argument
+    add(
+        "subject", type=Path, nargs="?", default=Path("runs/digits"), metavar="SUBJECT",
+        help="run directory, a generator's .safetensors, a folder of images, or an .npz of images",
+    )  # fmt: skip
+    add(
+        "--reference", metavar="REF",
+        help="data set, or statistics: an .npz (--save-reference, EDM's) or .pkl (EDM2's) "
+        "(default: the data set that the run was trained on)",
+    )  # fmt: skip
+    add("--split", default="train", choices=("train", "validation", "test"), help="of the reference data set")
+    add(
+        "--features", default="auto", metavar="NAME",
+        help="inception, dinov2, efficientnet-lite0 or pixels; auto: pixels for tiny images, else inception",
+    )  # fmt: skip
+    add("--weights", type=Path, metavar="PATH", help="file or directory of the features' weights")
+    add(
+        "--metrics", default="frechet,kernel,neighbours,score", metavar="LIST",
+        help="which figures; neighbours are precision, recall, density, coverage",
+    )  # fmt: skip
+    add("--count", type=int, default=50_000, metavar="N", help="images to generate for each seed")
+    add("--seeds", default="0,1,2", metavar="LIST", help="seeds of the latents, with commas between")
+    add(
+        "--labels", default="proportional", choices=("proportional", "uniform", "ignore"),
+        help="classes to generate: as frequent as in the reference or equally; ignore: do not look at labels",
+    )  # fmt: skip
+    add("--classifier", metavar="NAME", help="svm (fitted on the reference), or a file of torch.export.save")
+    add("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
+    add("--save-reference", type=Path, metavar="FILE", help="also write the reference's statistics, an .npz")
+    add("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N")
+    add("--json", action="store_true", help="print everything there is to say as JSON")
+    return result
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) < 2**63 for word in words) or len(set(words)) < len(words):
+        raise UserError(f"--seeds {text}: different whole numbers are asked for, with commas between")
+    return tuple(map(int, words))
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """The options, checked as far as they can be on their own."""
+    from diffratio_fast.evaluation import Options
+    from diffratio_fast.metrics.figures import METRICS
+
+    metrics = tuple(word.strip() for word in arguments.metrics.split(","))
+    if unknown := [word for word in metrics if word not in METRICS]:
+        raise UserError(f"--metrics: no such metric: {unknown[0]!r}; known: {', '.join(METRICS)}")
+    if arguments.count < 2:
+        raise UserError(f"--count must be at least 2, not {arguments.count}")
+    if arguments.save_reference is not None and arguments.save_reference.suffix != ".npz":
+        raise UserError(f"--save-reference {arguments.save_reference}: name an .npz")
+    given = {
+        name: value for name, value in vars(arguments).items() if name not in ("json", "metrics", "seeds")
+    }
+    return Options(**given, metrics=metrics, seeds=parse_seeds(arguments.seeds))
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    options = options_of(arguments)
+    from diffratio_fast.evaluation import evaluate
+
+    result = evaluate(options)
+    print(json.dumps(result, indent=1, allow_nan=False) if arguments.json else table(result))
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a person: what was measured, then a line for each figure."""
+    subject, reference, extractor = (result[name] for name in ("subject", "reference", "extractor"))
+    weights = extractor["weights_sha256"]
+    seeds = "" if result["seeds"] is None else f", seeds {', '.join(map(str, result['seeds']))}"
+    count = reference.get("count")
+    lines = [
+        f"{subject['path']}: {result['count']:,} images{seeds}; labels: {result['labels']}",
+        f"against {reference.get('name') or reference.get('path')} {reference.get('split', '')}"
+        + (f", {count:,} images" if count else ""),
+        f"features: {extractor['name']}" + (f", weights {weights[:12]}" if weights else ""),
+    ]
+    several = len(result["results"]) > 1
+    floors = result["floors"]
+    header = ["", "mean", "best"] if several else ["", "value"]
+    for name, floor in floors.items():
+        header += [f"n={floor['count']:,}", f"real ({name})"]
+    rows = [header]
+    for name, figure in result["summary"].items():
+        row = [name, _number(figure["mean"])]
+        row += [_number(figure.get("best"))] if several else []
+        for floor in floors.values():
+            row += [_number(floor[which].get(name)) for which in ("generated", "real")]
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines += [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}"
+
+
+if __name__ == "__main__":
+    command.run(main)

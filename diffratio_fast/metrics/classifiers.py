@@ -1,0 +1,87 @@
+"""Classifiers that say whether a generated image is of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from diffratio_fast.command import UserError
+from diffratio_fast.files import sha256_of_file
+from diffratio_fast.metrics.pixels import CLASSIFIER_RECORDS
+from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
+
+
+class Classifier(Protocol):
+    identity: dict[str, Any]
+
+    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches as they are, after a look at them."""
+        ...
+
+    def accuracy(self, measured: Measured) -> float:
+        """Share of the kept images named as their label; ``measured`` went through ``watch`` last."""
+        ...
+
+
+class SupportVectors:
+    """A support-vector machine on the features of the reference (RBF kernel, C = 10)."""
+
+    def __init__(self, reference: Reference) -> None:
+        if reference.features is None or reference.labels is None or len(set(reference.labels.tolist())) < 2:
+            raise UserError("--classifier svm: the reference has no features with labels of several classes")
+        from sklearn.svm import SVC
+
+        chosen = kept_numbers(len(reference.labels), CLASSIFIER_RECORDS)
+        self._machine = SVC(C=10.0, gamma="scale")
+        self._machine.fit(reference.features[chosen].astype(np.float64), reference.labels[chosen])
+        self.identity = {"name": "svm", "fitted_on": len(chosen)}
+
+    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        return batches
+
+    def accuracy(self, measured: Measured) -> float:
+        return _share(self._machine.predict(measured.set.features.astype(np.float64)), measured)
+
+
+class ExportedProgram:
+    """A network that ``torch.export.save`` wrote: uint8 images [b, C, H, W] to logits [b, classes], any b."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        try:
+            self._network = torch.export.load(path).module().to(device)
+        except Exception as error:  # torch raises whatever a file that is none leads it to
+            detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"--classifier {path}: neither svm nor a file of torch.export.save ({detail})"
+            ) from None
+        self._device = device
+        self.identity = {"name": path.name, "sha256": sha256_of_file(path)}
+        self._named: list[npt.NDArray[np.int64]] = []
+
+    def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        self._named = []
+        for batch in batches:
+            try:
+                logits = self._network(batch.to(self._device))
+                self._named.append(logits.argmax(1).cpu().numpy())
+            except (RuntimeError, AttributeError, AssertionError, TypeError, IndexError) as error:
+                detail = (str(error).splitlines() or [""])[0][:200]
+                raise UserError(
+                    f"--classifier: does not take uint8 images {list(batch.shape)} ({detail})"
+                ) from None
+            yield batch
+
+    def accuracy(self, measured: Measured) -> float:
+        named = np.concatenate(self._named)
+        return _share(named[kept_numbers(len(named))], measured)
+
+
+def _share(named: npt.NDArray[np.int64], measured: Measured) -> float:
+    assert measured.labels is not None
+    return float((named == measured.labels).mean())

@@ -1,0 +1,136 @@
+"""The figures of generated images against a reference, their floors, and their summary over seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from diffratio_fast.data.sampler import permutation
+from diffratio_fast.metrics.features import Extractor
+from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
+from diffratio_fast.metrics.kernel import kernel_distance
+from diffratio_fast.metrics.neighbours import DENSITY_K, neighbour_figures
+from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
+from diffratio_fast.metrics.scores import SPLITS, classifier_score
+
+METRICS = ("frechet", "kernel", "neighbours", "score")
+SUBSET = 10_000
+"""Images that kernel and neighbours look at, at most, on each side: a random choice, always the same."""
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A set of features: moments of all ``count``, vectors (in random or unknown order) and logits."""
+
+    count: int
+    moments: Moments | None
+    features: npt.NDArray[np.float32] | None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+def sample_of(measured: Measured) -> Sample:
+    features = measured.set
+    return Sample(
+        features.count, features.moments if features.count > 1 else None, features.features, features.logits
+    )
+
+
+def subset(sample: Sample, count: int) -> Sample:
+    """A random choice of ``count`` features, with moments of its own (None where too few for full rank)."""
+    assert sample.features is not None
+    chosen = sample.features[kept_numbers(len(sample.features), count)]
+    return Sample(len(chosen), moments(chosen) if len(chosen) > chosen.shape[1] else None, chosen)
+
+
+def figures(
+    sample: Sample, reference: Sample, extractor: Extractor, metrics: tuple[str, ...], device: torch.device
+) -> Figures:
+    """The chosen metrics by their names in this feature space; None where there is too little for one."""
+    names = extractor.names
+    result: Figures = {}
+    if "frechet" in metrics:
+        known = sample.moments is not None and reference.moments is not None
+        result[names.frechet] = frechet_distance(sample.moments, reference.moments) if known else None  # type: ignore[arg-type]
+    if sample.features is not None and reference.features is not None:
+        own, others = (v[kept_numbers(len(v), SUBSET)] for v in (sample.features, reference.features))
+        if "kernel" in metrics and min(len(own), len(others)) >= 2:
+            result[names.kernel], result[f"{names.kernel}_error"] = kernel_distance(own, others, device)
+        if "neighbours" in metrics and min(len(own), len(others)) > DENSITY_K:
+            result |= neighbour_figures(own, others, device)._asdict()
+    if "score" in metrics and sample.logits is not None and len(sample.logits) >= SPLITS:
+        order = permutation(0, 1, len(sample.logits))
+        result[names.score], result[f"{names.score}_deviation"] = classifier_score(sample.logits[order])
+    return result
+
+
+def floors(
+    generated: Sample,
+    reference: Reference,
+    held_out: tuple[str, Sample] | None,
+    extractor: Extractor,
+    metrics: tuple[str, ...],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What real images get, at the number of generated ones or as near to it as there are images.
+
+    Under the name of ``held_out``: those real images against the reference; ``halves``: one half of the
+    reference's images against the other. Beside each, what as many generated images get against the same.
+    """
+    metrics = tuple(metric for metric in metrics if metric != "score")
+    whole = Sample(reference.count or 0, reference.moments, reference.features)
+    pairs: dict[str, tuple[Sample, Sample]] = {}
+    if held_out is not None:
+        pairs[held_out[0]] = (held_out[1], whole)
+    if reference.features is not None and len(reference.features) >= 4:
+        order = permutation(0, 1, len(reference.features))
+        half = len(order) // 2
+        first, second = (
+            Sample(half, None, reference.features[o]) for o in (order[:half], order[half : 2 * half])
+        )
+        pairs["halves"] = (second, subset(first, half))
+    result: dict[str, Any] = {}
+    for name, (real, against) in pairs.items():
+        count = min(
+            real.count, generated.count, len(generated.features if generated.features is not None else ())
+        )
+        if count < 2:
+            continue
+        result[name] = {
+            "count": count,
+            "reference_count": against.count,
+            "real": figures(subset(real, count), against, extractor, metrics, device),
+            "generated": figures(subset(generated, count), against, extractor, metrics, device),
+        }
+    return result
+
+
+LARGER_IS_BETTER = (
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "classifier_score",
+    "inception_score",
+    "class_accuracy",
+)
+
+
+def summary(results: list[Figures]) -> dict[str, dict[str, float | None]]:
+    """Of each figure over the seeds: mean, standard deviation (of more than one), and the best."""
+    summarised: dict[str, dict[str, float | None]] = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        if any(value is None for value in values):
+            continue
+        numbers = np.array(values, np.float64)
+        spread = float(numbers.std(ddof=1)) if len(numbers) > 1 else None
+        summarised[name] = {"mean": float(numbers.mean()), "std": spread}
+        if not name.endswith(("_error", "_deviation")):
+            best = numbers.max() if name in LARGER_IS_BETTER else numbers.min()
+            summarised[name]["best"] = float(best)
+    return summarised

@@ -1,0 +1,227 @@
+"""Images to be measured, whatever holds them, as uint8 batches in a fixed order: folders, npz, data sets."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffratio_fast.command import UserError
+from diffratio_fast.data import DataSet
+from diffratio_fast.data.sources import ImageOptions, Source, Unreadable, open_source
+from diffratio_fast.data.sources.files import UNLABELLED
+from diffratio_fast.images import records_to_uint8
+
+BATCH = 256
+LABELLED = re.compile(r"-class(\d+)\.\w+$")
+"""How ``sample`` names the class of a file."""
+
+
+class Images(Protocol):
+    """``count`` images uint8 of ``shape`` (C, H, W), and their labels int64 [count] where they are known."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Where they are from, as JSON."""
+        ...
+
+    def batches(self) -> Iterator[Tensor]:
+        """uint8 [b, C, H, W] on the CPU, from the first image to the last."""
+        ...
+
+
+def open_images(path: Path, channels: int) -> Images:
+    """The images of an npz, or of a folder or archive of image files; anything else is a ``UserError``.
+
+    Files are read as RGB or, with one of ``channels``, as grey.
+    """
+    if path.suffix == ".npz" and path.is_file():
+        return NpzImages(path)
+    if path.is_file() and path.suffix not in (".zip", ".tar"):
+        raise UserError(f"{path}: neither a folder nor an .npz, .zip or .tar of images")
+    source = open_source(path, "auto", ImageOptions(channels=channels))
+    if source.kind != "image":
+        raise UserError(f"{path}: holds latents, not images; decode them first")
+    return FileImages(path, source)
+
+
+@dataclass
+class FileImages:
+    """Images in files: a folder (as ``sample`` writes it, or with a sub-folder per class) or an archive.
+
+    ``labels`` are indices of ``class_names``, or where that is None those that the files' names say.
+    """
+
+    path: Path
+    source: Source
+
+    def __post_init__(self) -> None:
+        self.count, self.shape = len(self.source), self.source.shape
+        self.labels: np.ndarray | None = self.source.labels
+        self.class_names: tuple[str, ...] | None = self.source.class_names
+        if self.class_names == UNLABELLED:
+            found = [LABELLED.search(self.source.key(i)) for i in range(self.count)]
+            self.labels = np.array([int(m[1]) for m in found if m]) if all(found) else None
+            self.class_names = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        about = {"kind": "images", "path": str(self.path)}
+        written = self.path / "samples.json"
+        if written.is_file():
+            about |= {"made_by": _json_or_none(written.read_text())}
+        return about
+
+    def batches(self) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(0, self.count, BATCH):
+                numbers = range(start, min(start + BATCH, self.count))
+                try:
+                    yield torch.from_numpy(np.stack(list(pool.map(self.source.read, numbers))))
+                except Unreadable as error:
+                    raise UserError(f"{self.path}: {error}") from None
+
+
+class NpzImages:
+    """Images uint8 [N, H, W, C] of an npz: ``images`` with ``labels``, or ``arr_0`` with ``arr_1``.
+
+    They are read as they are needed, not held.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._about: dict[str, Any] | None = None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+            name = next((n for n in ("images", "arr_0") if n in names), None)
+            if name is None:
+                hint = "; it holds statistics: give it as --reference" if {"mu", "sigma"} <= names else ""
+                raise UserError(f"{path}: has no array `images` or `arr_0`{hint}")
+            self._name = f"{name}.npy"
+            shape, dtype = self._header()
+            self.labels = self._labels(shape[0] if shape else 0, "labels" if name == "images" else "arr_1")
+            if "about" in names:
+                with np.load(path, allow_pickle=False) as arrays:
+                    self._about = _json_or_none(str(arrays["about"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: damaged, or no npz of images ({error})") from None
+        if len(shape) != 4 or 0 in shape:
+            raise UserError(f"{path}: images are [N, H, W, C], not {list(shape)}")
+        if dtype != np.uint8:
+            self._refuse_floats(dtype)
+        self.count, self.shape = shape[0], (shape[3], shape[1], shape[2])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"kind": "npz", "path": str(self.path), "made_by": self._about}
+
+    def _header(self) -> tuple[tuple[int, ...], np.dtype]:
+        with zipfile.ZipFile(self.path) as archive, archive.open(self._name) as member:
+            return _array_header(member)
+
+    def _labels(self, count: int, name: str) -> np.ndarray | None:
+        with np.load(self.path, allow_pickle=False) as archive:
+            labels = archive.get(name)
+        if labels is None or not np.issubdtype(labels.dtype, np.integer):
+            return None
+        if labels.shape != (count,):
+            raise ValueError(f"{name} is {list(labels.shape)}, not [{count}]")
+        return labels.astype(np.int64)
+
+    def _refuse_floats(self, dtype: np.dtype) -> None:
+        what = f"{self.path}: images are {dtype}, not uint8; round them to 0..255"
+        if np.issubdtype(dtype, np.floating):
+            with np.load(self.path, allow_pickle=False) as archive:
+                images = archive[self._name.removesuffix(".npy")]
+            bad = np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1))
+            if len(bad):
+                what = f"{self.path}: image {bad[0]} is not finite (NaN), and {len(bad) - 1} others"
+        raise UserError(what)
+
+    def batches(self) -> Iterator[Tensor]:
+        size = int(np.prod(self.shape))
+        with zipfile.ZipFile(self.path) as archive, archive.open(self._name) as member:
+            _array_header(member)
+            for start in range(0, self.count, BATCH):
+                n = min(BATCH, self.count - start)
+                try:
+                    content = member.read(n * size)
+                except (OSError, zipfile.BadZipFile) as error:
+                    raise UserError(f"{self.path}: damaged ({error})") from None
+                if len(content) != n * size:
+                    raise UserError(f"{self.path}: cut short at image {start + len(content) // size}")
+                block = np.frombuffer(content, np.uint8).reshape(n, *self.shape[1:], self.shape[0])
+                yield torch.from_numpy(np.ascontiguousarray(block.transpose(0, 3, 1, 2)))
+
+
+def _array_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f".npy version {version}")
+    shape, fortran, dtype = read[version](member)
+    if fortran:
+        raise ValueError("arrays in Fortran order are not read")
+    return shape, dtype
+
+
+@dataclass
+class DataSetImages:
+    """A split of a data set of images; ``limit`` takes the first so many in stored order."""
+
+    data: DataSet
+    split: str
+    limit: int | None = None
+    shape: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.data.scaling.low is None:
+            raise UserError(
+                f"{self.data.name}: holds latents, not images; give the images' own data set, or saved "
+                "statistics, as --reference"
+            )
+        self.shape = self.data.shape
+        self.count = min(self.data.count(self.split), self.limit or self.data.count(self.split))
+        self._labels: list[Tensor] = []
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"kind": "data set", "name": self.data.name, "split": self.split}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Known once ``batches`` has run through."""
+        return torch.cat(self._labels).numpy()
+
+    def batches(self) -> Iterator[Tensor]:
+        self._labels = []
+        for start in range(0, self.count, BATCH):
+            records, labels = self.data.part(self.split, start, min(start + BATCH, self.count))
+            self._labels.append(labels)
+            yield records_to_uint8(records, self.data.scaling)
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,229 @@
+"""What generated images are compared with: statistics of a data set's split, computed, saved or published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from diffratio_fast import safe_pickle
+from diffratio_fast.command import UserError
+from diffratio_fast.data.sampler import permutation
+from diffratio_fast.files import replacing, sha256_of_file
+from diffratio_fast.metrics.features import Extractor, FeatureSet, extract
+from diffratio_fast.metrics.frechet import Moments
+from diffratio_fast.metrics.images import DataSetImages, Images
+
+KEEP = 50_000
+"""Features that are kept, at most, of any set of images; its moments are of all of them."""
+QUANTISATION = "uint8, rounded to nearest"
+FORMAT = "diffratio_fast.reference.1"
+PUBLISHED_KEYS = {"inception": "fid", "dinov2": "fd_dinov2"}
+"""What EDM2's pickles call the statistics of an extractor."""
+
+
+@dataclass
+class Measured:
+    """Images and their features; ``labels`` int64 are those of the features that were kept."""
+
+    about: dict[str, Any]
+    set: FeatureSet
+    labels: npt.NDArray[np.int64] | None
+    class_counts: npt.NDArray[np.int64] | None
+
+
+def kept_numbers(count: int, keep: int = KEEP) -> npt.NDArray[np.int64]:
+    """A random choice of ``keep`` of ``count`` numbers (all, if there are fewer), always the same; sorted."""
+    return np.sort(permutation(0, 0, count)[:keep])
+
+
+def measure(
+    images: Images,
+    extractor: Extractor,
+    *,
+    watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = lambda batches: batches,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Measured:
+    """Features of all images, and the sha256 of their pixels; ``watch`` may look at batches in passing."""
+    digest = hashlib.sha256(repr(images.shape).encode())
+
+    def hashed() -> Iterator[Tensor]:
+        for batch in images.batches():
+            digest.update(batch.numpy().tobytes())
+            yield batch
+
+    keep = kept_numbers(images.count)
+    features = extract(extractor, watch(hashed()), keep, progress)
+    about = images.about | {"count": images.count, "shape": list(images.shape)}
+    about |= {"sha256": digest.hexdigest(), "quantisation": QUANTISATION}
+    labels = images.labels
+    counts = None if labels is None else np.bincount(labels)
+    return Measured(about, features, None if labels is None else labels[keep], counts)
+
+
+@dataclass
+class Reference:
+    """Moments of ``count`` images; what else is known of them may be None, as with published statistics.
+
+    ``features`` float32 [kept, D] and ``labels`` int64 [kept] are of a random choice of at most ``KEEP``.
+    """
+
+    about: dict[str, Any]
+    moments: Moments
+    count: int | None = None
+    features: npt.NDArray[np.float32] | None = None
+    labels: npt.NDArray[np.int64] | None = None
+    class_names: list[str] | None = None
+    class_counts: npt.NDArray[np.int64] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        shape = self.about.get("shape")
+        return None if shape is None else (shape[0], shape[1], shape[2])
+
+
+def reference_of(
+    images: DataSetImages, extractor: Extractor, progress: Callable[[int], None] = lambda n: None
+) -> Reference:
+    """The statistics of a split of a data set, of at least two images."""
+    measured = measure(images, extractor, progress=progress)
+    names = list(images.data.class_names)
+    assert measured.class_counts is not None
+    counts = np.pad(measured.class_counts, (0, len(names) - len(measured.class_counts)))
+    features = measured.set
+    return Reference(
+        measured.about, features.moments, images.count, features.features, measured.labels, names, counts
+    )
+
+
+def require_enough(count: int, extractor: Extractor, what: str) -> None:
+    """Refuse fewer images than a covariance of full rank takes."""
+    if count <= extractor.dimension:
+        raise UserError(
+            f"{what}: {count} images are too few for the covariance of {extractor.dimension} features of "
+            f"{extractor.name}; it takes {extractor.dimension + 1} (--metrics can leave frechet out)"
+        )
+
+
+def save_reference(path: Path, reference: Reference, extractor: Extractor) -> None:
+    """An npz that ``load_reference`` reads; ``mu`` and ``sigma`` have the names and types of EDM's."""
+    about = {
+        "format": FORMAT,
+        "about": reference.about,
+        "extractor": extractor.identity,
+        "count": reference.count,
+        "class_names": reference.class_names,
+    }
+    arrays: dict[str, Any] = {"mu": reference.moments.mean, "sigma": reference.moments.covariance}
+    for name in ("features", "labels", "class_counts"):
+        if (value := getattr(reference, name)) is not None:
+            arrays[name] = value
+    with replacing(path) as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+
+
+def saved_shape(path: Path) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images behind saved statistics, where they say it."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            channels, height, width = json.loads(str(archive["about"]))["about"]["shape"]
+        return channels, height, width
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def load_reference(path: Path, extractor: Extractor) -> Reference:
+    """Statistics that ``save_reference`` wrote, EDM's ``.npz`` (mu, sigma) or EDM2's ``.pkl``.
+
+    Damaged ones, and those of another extractor, are a ``UserError``. Nothing in a pickle is run.
+    """
+    try:
+        arrays = _read_pickle(path, extractor) if path.suffix == ".pkl" else _read_npz(path)
+        about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+        moments = _moments(arrays, extractor)
+        reference = Reference(
+            {"kind": "statistics", "path": str(path)}
+            | about.get("about", {})
+            | {"file_sha256": sha256_of_file(path)},
+            moments,
+            about.get("count"),
+            arrays.get("features"),
+            arrays.get("labels"),
+            about.get("class_names"),
+            arrays.get("class_counts"),
+        )
+        _check_kept(reference, extractor)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged, or no reference statistics ({error})") from None
+    if not about and extractor.name not in PUBLISHED_KEYS:
+        raise UserError(
+            f"{path}: says nothing of its features, which are then those of the FID network; "
+            "choose --features inception, or save the reference with these features"
+        )
+    if about and about["extractor"] != extractor.identity:
+        raise UserError(
+            f"{path}: statistics of {_described(about['extractor'])}, but the features are those of "
+            f"{_described(extractor.identity)}"
+        )
+    return reference
+
+
+def _described(identity: dict[str, Any]) -> str:
+    weights = identity.get("weights_sha256")
+    return str(identity.get("name")) + (f" (weights {weights[:12]})" if weights else "")
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        if not {"mu", "sigma"} <= set(archive.files):
+            raise ValueError("it has no mu and sigma")
+        return {name: archive[name] for name in archive.files}
+
+
+def _read_pickle(path: Path, extractor: Extractor) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        content = safe_pickle.read(file)
+    key = PUBLISHED_KEYS.get(extractor.name)
+    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise UserError(
+            f"{path}: holds no statistics for {extractor.name}; it holds {ascii(held)[1:-1][:200]}"
+        )
+    return {name: safe_pickle.array(content[key][name]) for name in ("mu", "sigma")}
+
+
+def _moments(arrays: dict[str, Any], extractor: Extractor) -> Moments:
+    mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    size = extractor.dimension
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        raise ValueError(
+            f"mu {list(mean.shape)} and sigma {list(covariance.shape)}; {extractor.name} has {size} features"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("numbers that are not finite")
+    scale = float(np.abs(covariance).max())
+    if np.abs(covariance - covariance.T).max() > 1e-6 * scale:
+        raise ValueError("sigma is not symmetric")
+    if np.linalg.eigvalsh(covariance)[0] < -1e-6 * scale * size:
+        raise ValueError("sigma has negative variances")
+    return Moments(mean, covariance)
+
+
+def _check_kept(reference: Reference, extractor: Extractor) -> None:
+    features, labels = reference.features, reference.labels
+    if features is not None and (features.ndim != 2 or features.shape[1] != extractor.dimension):
+        raise ValueError(f"features {list(features.shape)}")
+    if features is not None and not np.isfinite(features).all():
+        raise ValueError("features that are not finite")
+    if labels is not None and (features is None or labels.shape != features.shape[:1]):
+        raise ValueError(f"labels {list(labels.shape)}")

@@ -1,0 +1,34 @@
+"""Figures of a classifier's outputs: the Inception Score and class accuracy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import log_softmax
+
+SPLITS = 10
+
+
+class Score(NamedTuple):
+    """Mean and standard deviation over the splits."""
+
+    value: float
+    deviation: float
+
+
+def classifier_score(logits: npt.ArrayLike) -> Score:
+    """exp of the mean divergence KL(p(y|x) || p(y)) in each of ``SPLITS`` parts (Salimans et al. 2016).
+
+    ``logits`` [N >= SPLITS, K] are split in their order, which should be random: with the Inception network
+    it is the Inception Score.
+    """
+    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
+    if len(log_p) < SPLITS:
+        raise ValueError(f"the score needs at least {SPLITS} images")
+    scores = []
+    for part in np.array_split(log_p, SPLITS):
+        p = np.exp(part)
+        scores.append(np.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
+    return Score(float(np.mean(scores)), float(np.std(scores)))
