@@ -170,7 +170,7 @@ class NpzImages:
                 if len(content) != n * size:
                     raise UserError(f"{self.path}: cut short at image {start + len(content) // size}")
                 block = np.frombuffer(content, np.uint8).reshape(n, *self.shape[1:], self.shape[0])
-                yield torch.from_numpy(np.ascontiguousarray(block.transpose(0, 3, 1, 2)))
+                yield torch.from_numpy(block.transpose(0, 3, 1, 2).copy())
 
 
 def _array_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:

@@ -1,4 +1,4 @@
-"""Figures of a classifier's outputs: the Inception Score and class accuracy."""
+"""Figures of a classifier's outputs: the Inception Score and its kin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import log_softmax
+import torch
 
 SPLITS = 10
 
@@ -24,7 +24,7 @@ def classifier_score(logits: npt.ArrayLike) -> Score:
     ``logits`` [N >= SPLITS, K] are split in their order, which should be random: with the Inception network
     it is the Inception Score.
     """
-    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
+    log_p = torch.as_tensor(np.asarray(logits, np.float64)).log_softmax(1).numpy()
     if len(log_p) < SPLITS:
         raise ValueError(f"the score needs at least {SPLITS} images")
     scores = []

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load_inception(weights: Path | None, shape: tuple[int, int, int]) -> Extract
     """Pooled features [b, 2048]; logits without bias, as the Inception Score's reference code has them."""
     path = weights or cached_weights(FILE, "inception", SOURCE)
     _, sha256 = read_weights(path)  # torch-fidelity would run what is pickled in a hostile file
-    module = _torch_fidelity()
+    module, version = _torch_fidelity()
     try:
         network = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -50,28 +51,40 @@ def load_inception(weights: Path | None, shape: tuple[int, int, int]) -> Extract
         "published_weights": published,
         "size": 299,
         "resize": "bilinear of TensorFlow 1",
-        "torch_fidelity": importlib.import_module("torch_fidelity.version").__version__,
+        "torch_fidelity": version,
     }
     names = Names("fid", "kid", "inception_score") if published else Names()
     return Extractor(_Inception(network), DIMENSION, identity, names=names)
 
 
-def _torch_fidelity() -> Any:
-    """torch-fidelity's module of the network.
+@cache
+def _torch_fidelity() -> tuple[Any, str]:
+    """torch-fidelity's module of the network, and its version.
 
     Its package imports torchvision, which must fit torch to the digit and is not needed for this: where that
     fails, the module is imported without the package's ``__init__``.
     """
-    name = "torch_fidelity.feature_extractor_inceptionv3"
     try:
-        return importlib.import_module(name)
+        return _import()
     except (ImportError, RuntimeError):
-        for loaded in [key for key in sys.modules if key.split(".")[0] == "torch_fidelity"]:
-            del sys.modules[loaded]
+        _forget()
     found = importlib.util.find_spec("torch_fidelity")
     if found is None or found.submodule_search_locations is None:
         raise UserError("--features inception: needs torch-fidelity; pip install --no-deps torch-fidelity")
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["torch_fidelity"] = package
-    return importlib.import_module(name)
+    try:
+        return _import()
+    finally:
+        _forget()
+
+
+def _import() -> tuple[Any, str]:
+    module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    return module, str(importlib.import_module("torch_fidelity.version").__version__)
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+        del sys.modules[name]
