@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import one_error_line, run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -26,7 +27,6 @@ from safetensors.torch import load_file
 
 from diffratio_fast import convert, networks, safe_pickle, snapshots
 from diffratio_fast.command import UserError
-from tests.helpers import one_error_line, run
 
 FIXTURES = Path(__file__).parent / "fixtures" / "backbones"
 TINY = ["edm_ddpmpp_tiny", "edm_ncsnpp_tiny", "edm_adm_tiny", "edm2_tiny"]
