@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,8 @@ def write_samples(
     False where other processes are still at work on the rest. An output begun with another ``identity``,
     or a folder that holds anything else, is a ``UserError``.
     """
-    output = {".png": _Grid, ".npz": _Npz}.get(out.suffix, _Folder)(out, job)
+    kinds: dict[str, type[_Output]] = {".png": _Grid, ".npz": _Npz}
+    output = kinds.get(out.suffix, _Folder)(out, job)
     if output.finished():
         progress(len(job.labels))
         return True
@@ -103,7 +105,7 @@ def _work(output: _Output, part: float, progress: Callable[[int], None]) -> None
                 progress(len(chunks[number]))
 
 
-class _Output:
+class _Output(ABC):
     """An output that is written from its chunks, kept as ``.npy`` files until all are there."""
 
     def __init__(self, out: Path, job: Job) -> None:
@@ -132,8 +134,9 @@ class _Output:
         for number in range(len(self.job.chunks)):
             yield np.load(self._chunk(number), allow_pickle=False)
 
+    @abstractmethod
     def finish(self, chunks: Iterator[Images]) -> None:
-        raise NotImplementedError
+        """Write the output from all its chunks."""
 
     def _chunk(self, number: int) -> Path:
         return self.partial / f"{number:05d}.npy"

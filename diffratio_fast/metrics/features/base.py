@@ -123,7 +123,7 @@ def cached_weights(file: str, features: str, source: str) -> Path:
     if not path.is_file():
         raise UserError(
             f"--features {features}: needs {file} (from {source}); name it with --weights or put it in "
-            f"{path.parent}"
+            f"{path.parent}, or choose other --features"
         )
     return path
 
