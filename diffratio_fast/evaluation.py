@@ -88,6 +88,10 @@ def evaluate(options: Options) -> dict[str, Any]:
     dataset = None if Path(source).suffix in (".npz", ".pkl") else open_dataset(source)
     if dataset is None and options.save_reference is not None:
         raise UserError("--save-reference: the reference is saved statistics already; give it a data set")
+    if dataset is not None and dataset.kind != "image":
+        raise UserError(
+            f"{source}: holds latents; give the data set of the images, or statistics, as --reference"
+        )
     wanted = saved_shape(Path(source)) if dataset is None else dataset.shape
     given = None if sampler else _given_images(options, wanted)
     shape = sampler.shape if sampler else given.shape  # type: ignore[union-attr]
@@ -102,7 +106,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         names = list(dataset.class_names)
     if given is not None:
         _check_classes(options, given, names)
-    elif names is not None and len(names) != len(sampler.class_names):  # type: ignore[union-attr]
+    elif names is not None and len(sampler.class_names) not in (1, len(names)):  # type: ignore[union-attr]
         raise UserError(f"{options.subject}: its classes are not the {len(names)} of {source}")
     if dataset is not None:
         reference = _reference_of(options, source, dataset, extractor)

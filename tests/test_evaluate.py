@@ -285,6 +285,14 @@ def test_a_generator_that_diverged_is_named(trained: Path, tmp_path: Path) -> No
         evaluate.main(arguments)
 
 
+def test_a_generator_without_classes(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no-class-conditional", "--steps", "1", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*SMALL, *options]) == 0
+    assert result_of(capsys, tmp_path / "run", *FEW, "--metrics", "kernel")["count"] == 200
+
+
 def test_classes_of_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real images as the subject: they are their own reference, and a folder that is missing is noticed."""
     folder = image_folder(tmp_path / "images", classes=3, per_class=30, size=4)

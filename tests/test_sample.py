@@ -1,5 +1,6 @@
 """Sampling: the same image for the same (seed, number), whatever is asked for around it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_cases import latent_shards
 from helpers import SMALL, command, one_error_line, run
 from PIL import Image
 
-from diffratio_fast import networks, sample, sample_files, train
+from diffratio_fast import evaluate, networks, sample, sample_files, train
 from diffratio_fast.command import UserError
+from diffratio_fast.data.manifest import SD_VAE
 from diffratio_fast.networks import SavedNetwork
 
 
@@ -183,7 +186,7 @@ def test_latents_are_decoded(latent_generator: Path, tmp_path: Path) -> None:
     vae.save_pretrained(tmp_path / "vae")
     images, _ = npz(latent_generator, tmp_path / "a.npz", "--count", "19", "--vae", str(tmp_path / "vae"))
     assert images.shape == (19, 8, 8, 3)
-    generator, _ = networks.load(latent_generator, "generator")
+    generator, about = networks.load(latent_generator, "generator")
     x0 = networks.generate(generator, torch.arange(19) % 3, 0)
     z = x0 * torch.tensor([8.0, 8.0, 6.0, 6.0])[:, None, None] + torch.tensor([1.0, 0, 2, -1])[:, None, None]
     with torch.no_grad():
@@ -191,11 +194,24 @@ def test_latents_are_decoded(latent_generator: Path, tmp_path: Path) -> None:
     assert np.abs(images - expected.permute(0, 2, 3, 1).numpy()).max() < 0.502
     few, _ = npz(latent_generator, tmp_path / "b.npz", "--count", "5", "--vae", str(tmp_path / "vae"))
     assert np.array_equal(images[:5], few)
+    trained_on = about.data | {"vae": {"name": "another", "sha256": "0" * 64}}
+    networks.save(latent_generator, generator, dataclasses.replace(about, data=trained_on))
+    with pytest.raises(UserError, match=r"not the VAE of the latents that .* was trained on: another"):
+        npz(latent_generator, tmp_path / "c.npz", "--vae", str(tmp_path / "vae"))
 
 
-def test_latents_need_their_vae(latent_generator: Path, tmp_path: Path) -> None:
+def test_latents_need_their_vae(tmp_path: Path) -> None:
+    """A run on latents remembers what they are decoded with; its data are no reference for images."""
+    run, data = tmp_path / "run", latent_shards(tmp_path)
+    options = ["--data", str(data), "--steps", "1", "--run-dir", str(run)]
+    assert train.main([*SMALL, *options]) == 0
+    _, about = networks.load(run / "generator.safetensors", "generator")
+    assert about.data["vae"]["name"] == SD_VAE
     with pytest.raises(UserError, match="name the VAE that decodes them with --vae DIR"):
-        sample.main([str(latent_generator), "--out", str(tmp_path / "a.npz")])
+        sample.main([str(run), "--out", str(tmp_path / "a.npz")])
+    np.savez(tmp_path / "b.npz", images=np.zeros((9, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="holds latents; give the data set of the images"):
+        evaluate.main([str(tmp_path / "b.npz"), "--reference", str(data)])
 
 
 def test_classes() -> None:

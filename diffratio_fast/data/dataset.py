@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from diffratio_fast import ops
 from diffratio_fast.data.sampler import batch_records
+
+if TYPE_CHECKING:
+    from diffratio_fast.data.manifest import Vae
 
 SIGMA_DATA = 0.5
 """Standard deviation of scaled data; every noise level and weight is relative to it."""
@@ -79,6 +82,11 @@ class DataSet(Protocol):
     @property
     def scaling(self) -> Scaling: ...
 
+    @property
+    def vae(self) -> Vae | None:
+        """What latents are decoded with; None for images."""
+        ...
+
     def count(self, split: str) -> int:
         """Records in a split."""
         ...
@@ -117,6 +125,7 @@ class InMemoryDataSet:
     scaling: Scaling
     splits: dict[str, tuple[torch.Tensor, torch.Tensor]]
     kind: str = "image"
+    vae: Vae | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -159,6 +168,7 @@ class OneClass:
     def __init__(self, data: DataSet) -> None:
         self.data = data
         self.name, self.kind, self.shape, self.scaling = data.name, data.kind, data.shape, data.scaling
+        self.vae = data.vae
 
     def count(self, split: str) -> int:
         return self.data.count(split)

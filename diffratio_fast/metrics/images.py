@@ -194,11 +194,6 @@ class DataSetImages:
     shape: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.data.scaling.low is None:
-            raise UserError(
-                f"{self.data.name}: holds latents, not images; give the images' own data set, or saved "
-                "statistics, as --reference"
-            )
         self.shape = self.data.shape
         self.count = min(self.data.count(self.split), self.limit or self.data.count(self.split))
         self._labels: list[Tensor] = []

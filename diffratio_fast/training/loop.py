@@ -111,6 +111,7 @@ class Trainer(runner.Run):
                 "name": self.dataset.name,
                 "class_names": list(self.dataset.class_names),
                 "scaling": vars(scaling),
+                "vae": None if (vae := self.dataset.vae) is None else vars(vae),
             },
             training={"step": self.state.step, "images": self.state.step * config.batch_size},
         )
