@@ -26,8 +26,8 @@ DR_HOST_DEVICE float log_one_plus(float x) {
 // h of the clamped log ratio; *clamped says whether the clamp acted.
 DR_HOST_DEVICE float divergence_factor(int divergence, float log_ratio, bool* clamped) {
   const float bound = divergence == 3 || divergence == 5 ? 3.0f : divergence == 4 ? 5.0f : 0.0f;
-  *clamped = bound > 0.0f && __builtin_fabsf(log_ratio) > bound;
-  const float l = *clamped ? __builtin_copysignf(bound, log_ratio) : log_ratio;
+  *clamped = bound > 0.0f && (log_ratio > bound || log_ratio < -bound);
+  const float l = !*clamped ? log_ratio : log_ratio > 0.0f ? bound : -bound;
   switch (divergence) {
     case 1: return 1.0f / (1.0f + exponential(-l));  // jensen_shannon
     case 2: return 1.0f / (1.0f + exponential(l));   // softened_reverse_kl

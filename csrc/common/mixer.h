@@ -1,9 +1,8 @@
 // Words that the twins of the ratio operations share (diffratio_fast/ops/reference_ratio.py is the definition).
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
+#include "integers.h"
 
 namespace diffratio {
 

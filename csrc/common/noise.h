@@ -2,8 +2,7 @@
 // twin's device, so that a captured CUDA graph reads the seed and step of its replay.
 #pragma once
 
-#include <cstdint>
-
+#include "integers.h"
 #include "types.h"
 
 namespace diffratio {

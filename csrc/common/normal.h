@@ -9,9 +9,8 @@
 // diffratio_fast/ops/reference.py repeats these lines in PyTorch and must change with them.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
+#include "integers.h"
 
 namespace diffratio {
 

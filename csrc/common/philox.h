@@ -9,9 +9,8 @@
 // enters. Part 2, from words to normals, is normal.h.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
+#include "integers.h"
 
 namespace diffratio {
 

@@ -3,13 +3,12 @@
 // rounded (IEEE), which is what makes all twins bit-identical.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "host_device.h"
+#include "integers.h"
 
 #if !defined(__CUDA_ARCH__)
 #include <cmath>
+#include <cstring>
 #endif
 
 namespace diffratio {

@@ -1,8 +1,7 @@
 // The number types of images, by the same codes in every twin.
 #pragma once
 
-#include <cstdint>
-
+#include "integers.h"
 #include "scalar.h"
 
 #if defined(__CUDACC__)

@@ -11,12 +11,7 @@
 #include <simt.h>  // the host's version of all that follows: compile with -Itests/simt
 #else
 
-#if defined(__CUDACC_RTC__)
-using uint16_t = unsigned short;
-using uint32_t = unsigned int;
-#else
-#include <cstdint>
-#endif
+#include "../common/integers.h"
 
 #define DR_HERE ::diffratio::ptx::Site {}
 
