@@ -57,8 +57,9 @@ def grid(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
     return canvas
 
 
-def png(picture: npt.NDArray[np.uint8]) -> bytes:
-    """A picture uint8 [H, W, 3] or [H, W] as PNG bytes."""
+def png(picture: npt.NDArray[np.uint8], *, quick: bool = False) -> bytes:
+    """A picture uint8 [H, W, 3] or [H, W] as PNG bytes; ``quick`` takes a tenth of the time."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    options = {"compress_level": 3} if quick else {"optimize": True}
+    Image.fromarray(picture).save(buffer, "PNG", **options)
     return buffer.getvalue()

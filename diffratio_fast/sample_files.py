@@ -223,7 +223,7 @@ class _Folder(_Output):
             with replacing(
                 self._file(i), durable=False
             ) as file:  # a flush of each would take most of the time
-                file.write(png(image.squeeze(2) if image.shape[2] == 1 else image))
+                file.write(png(image.squeeze(2) if image.shape[2] == 1 else image, quick=True))
 
     def stored(self) -> Iterator[Images]:
         return iter(())

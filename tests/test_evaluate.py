@@ -232,6 +232,7 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
     whole = (samples / "images.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "mixed").mkdir()
+    (tmp_path / "unfinished" / ".partial").mkdir(parents=True)
     for size in (8, 9):
         Image.fromarray(np.zeros((size, size), np.uint8)).save(tmp_path / "mixed" / f"{size}.png")
     digits = ("--reference", "digits")
@@ -245,6 +246,7 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         ((tmp_path / "missing.npz", *digits), "has no image of class 4; add them"),
         ((tmp_path / "beyond.npz", *digits), "labels are not all from 0 to 9"),
         ((tmp_path / "cut.npz", *digits), "damaged, or no npz of images"),
+        ((tmp_path / "unfinished", *digits), "not all of its samples are there yet"),
         ((tmp_path / "mixed", *digits, "--metrics", "kernel"), "image [1, 9, 9] among [1, 8, 8]"),
         ((tmp_path / "statistics.npz", *digits), "give it as --reference"),
         ((samples / "images.npz",), "name them with --reference"),

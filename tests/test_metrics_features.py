@@ -176,7 +176,7 @@ def test_dinov2_positions_of_a_larger_grid_are_interpolated() -> None:
 def fidelity_weights(path: Path) -> Path:
     """Random weights under the names of the published file; torch-fidelity's constructor wants a file."""
     try:
-        module, _ = inception._torch_fidelity()
+        module = inception._torch_fidelity()
     except UserError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)

@@ -55,6 +55,8 @@ def open_images(path: Path, channels: int) -> Images:
     """
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path)
+    if (path / ".partial").is_dir():
+        raise UserError(f"{path}: not all of its samples are there yet; run the same `sample` command again")
     if path.is_file() and path.suffix not in (".zip", ".tar"):
         raise UserError(f"{path}: neither a folder nor an .npz, .zip or .tar of images")
     source = open_source(path, "auto", ImageOptions(channels=channels))

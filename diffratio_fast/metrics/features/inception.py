@@ -36,7 +36,7 @@ def load_inception(weights: Path | None, shape: tuple[int, int, int]) -> Extract
     """Pooled features [b, 2048]; logits without bias, as the Inception Score's reference code has them."""
     path = weights or cached_weights(FILE, "inception", SOURCE)
     _, sha256 = read_weights(path)  # torch-fidelity would run what is pickled in a hostile file
-    module, version = _torch_fidelity()
+    module = _torch_fidelity()
     try:
         network = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -51,15 +51,14 @@ def load_inception(weights: Path | None, shape: tuple[int, int, int]) -> Extract
         "published_weights": published,
         "size": 299,
         "resize": "bilinear of TensorFlow 1",
-        "torch_fidelity": version,
     }
     names = Names("fid", "kid", "inception_score") if published else Names()
     return Extractor(_Inception(network), DIMENSION, identity, names=names)
 
 
 @cache
-def _torch_fidelity() -> tuple[Any, str]:
-    """torch-fidelity's module of the network, and its version.
+def _torch_fidelity() -> Any:
+    """torch-fidelity's module of the network.
 
     Its package imports torchvision, which must fit torch to the digit and is not needed for this: where that
     fails, the module is imported without the package's ``__init__``.
@@ -80,9 +79,8 @@ def _torch_fidelity() -> tuple[Any, str]:
         _forget()
 
 
-def _import() -> tuple[Any, str]:
-    module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    return module, str(importlib.import_module("torch_fidelity.version").__version__)
+def _import() -> Any:
+    return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
 
 
 def _forget() -> None:
