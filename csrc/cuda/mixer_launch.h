@@ -29,6 +29,14 @@ uint32_t shared_bytes(const Packing& p, Pass pass, bool one_launch) {
   return mixer_shared_bytes<S>(pass, p.tokens) + (one_launch ? product_shared_bytes : 0);
 }
 
+// A block's shared memory on sm_80 and sm_90, and what the largest networks need of it.
+constexpr uint32_t shared_limit_80 = 163 * 1024, shared_limit_90 = 227 * 1024;
+static_assert(mixer_shared_bytes<Shape<64, 32>>(Pass::weights, 256) + product_shared_bytes <= shared_limit_80);
+static_assert(mixer_shared_bytes<Shape<128, 32>>(Pass::weights, 256) <= shared_limit_80);
+static_assert(mixer_shared_bytes<Shape<128, 32>>(Pass::weights, 256) + product_shared_bytes <= shared_limit_90);
+static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 64) <= shared_limit_80);
+static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 128) <= shared_limit_90);
+
 // One cooperative launch is worth it where its blocks have the four warps that a tile of the products takes; 256
 // channels leave it no registers.
 template <class S>
