@@ -52,6 +52,10 @@ def parser() -> command.Parser:
     )  # fmt: skip
     add("--classifier", metavar="NAME", help="svm (fitted on the reference), or a file of torch.export.save")
     add("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
+    add(
+        "--calibration", action="store_true",
+        help="instead: whether a run's ratio networks are calibrated for its generator (docs/verifier.md)",
+    )  # fmt: skip
     add("--save-reference", type=Path, metavar="FILE", help="also write the reference's statistics, an .npz")
     add("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N")
     add("--json", action="store_true", help="print everything there is to say as JSON")
@@ -77,19 +81,31 @@ def options_of(arguments: argparse.Namespace) -> Options:
         raise UserError(f"--count must be at least 2, not {arguments.count}")
     if arguments.save_reference is not None and arguments.save_reference.suffix != ".npz":
         raise UserError(f"--save-reference {arguments.save_reference}: name an .npz")
-    given = {
-        name: value for name, value in vars(arguments).items() if name not in ("json", "metrics", "seeds")
-    }
+    elsewhere = ("json", "metrics", "seeds", "calibration")
+    given = {name: value for name, value in vars(arguments).items() if name not in elsewhere}
     return Options(**given, metrics=metrics, seeds=parse_seeds(arguments.seeds))
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
+    if arguments.calibration:
+        return calibrate(arguments.subject, arguments.device, as_json=arguments.json)
     options = options_of(arguments)
     from diffratio_fast.evaluation import evaluate
 
     result = evaluate(options)
     print(json.dumps(result, indent=1, allow_nan=False) if arguments.json else table(result))
+    return 0
+
+
+def calibrate(run: Path, device: str, *, as_json: bool) -> int:
+    """Print the calibration of a run's ratio networks; it also goes into the run's report."""
+    from diffratio_fast import calibration
+    from diffratio_fast.devices import choose_device
+
+    found = calibration.calibrate_run(run, choose_device(device))
+    rows = {name: [row.as_dict() for row in of_network] for name, of_network in found.items()}
+    print(json.dumps(rows, indent=1, allow_nan=False) if as_json else calibration.text(found))
     return 0
 
 

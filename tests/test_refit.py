@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import SMALL, one_error_line, run
 
-from diffratio_fast import calibration, networks, refit, sample, train
+from diffratio_fast import calibration, evaluate, networks, refit, sample, train
 from diffratio_fast.metrics.calibration import Calibration, Estimate
 from diffratio_fast.verifier import SigmaCheck
 
@@ -59,6 +59,15 @@ def test_calibration_of_what_the_run_holds(fitted: Path, tmp_path: Path) -> None
     # the same numbers, from the same seed, as those that refit left
     before = json.loads((fitted / "measurements.json").read_text())["calibration"]
     assert kept["calibration"] == {name: before[name] for name in kept["calibration"]}
+
+
+def test_evaluate_tells_the_calibration(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(fitted), "--calibration", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "online ratio network" in told and "E_gen" in told and "reliability" in told
+    assert evaluate.main([str(fitted), "--calibration", "--device", "cpu", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == json.loads((fitted / "measurements.json").read_text())["calibration"]
 
 
 def npz(fitted: Path, out: Path, *options: object) -> np.ndarray:
@@ -113,6 +122,7 @@ def test_a_small_effective_sample_size_is_warned_about(
         ("sample", ["RUN", "--candidates", "2", "--draws", "0"], "--draws"),
         ("sample", ["RUN", "--candidates", "2", "--verifier", "nowhere"], "diffratio_fast.refit"),
         ("refit", ["nowhere"], "no such run directory"),
+        ("evaluate", ["nowhere", "--calibration"], "no such run directory"),
         ("refit", ["RUN/samples"], "holds no generator.safetensors"),
         ("refit", ["RUN", "--steps", "0"], "--steps"),
         ("refit", ["RUN", "--batch-size", "-3"], "--batch-size"),

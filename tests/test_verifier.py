@@ -165,6 +165,8 @@ def test_known_numbers_of_calibration() -> None:
     assert effective_sample_size(np.zeros(7)) == pytest.approx(7)
     assert effective_sample_size(np.array([900.0, 0.0])) == pytest.approx(1)
     assert effective_share(torch.tensor([[900.0, 0.0]])) == pytest.approx(0.5)
+    hopeless = calibration(np.full((3, 1), -2000.0), np.full((3, 1), 2000.0), 0.3).as_dict()
+    assert hopeless["generated_mean"] == [None, None] and hopeless["auc"] == 0
     with pytest.raises(ValueError, match="two images"):
         calibration(np.zeros((1, 2)), np.zeros((5, 2)), 0.1)
 

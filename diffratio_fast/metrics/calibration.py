@@ -8,6 +8,7 @@ E_gen[sigmoid(l)]. The first two feel the tails; the third holds its error for a
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,8 +52,8 @@ class Calibration:
     reliability: tuple[Bin, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+        """Plain data for JSON; a number that is not finite is None."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
 def calibration(log_ratio_real: Array, log_ratio_fake: Array, sigma: float) -> Calibration:
@@ -74,9 +75,15 @@ def calibration(log_ratio_real: Array, log_ratio_fake: Array, sigma: float) -> C
         data_mean,
         Estimate(missed.value - taken.value, float(np.hypot(missed.error, taken.error))),
         auc(real, fake),
-        effective_sample_size(np.log(np.maximum(weights, 1e-300))) / len(weights),
+        effective_sample_size(np.logaddexp.reduce(fake, axis=1)) / len(fake),
         _reliability(real, fake),
     )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sigmoid(x: Array) -> Array:

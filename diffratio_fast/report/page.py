@@ -329,9 +329,8 @@ def _calibration(run: RunFiles) -> str:
     )  # fmt: skip
 
 
-def _estimate(pair: Sequence[float]) -> str:
-    value, error = pair
-    return f"{number(value)} ± {number(error)}"
+def _estimate(pair: Sequence[float | None]) -> str:
+    return " ± ".join("∞" if value is None else number(value) for value in pair)
 
 
 def _noise(run: RunFiles) -> str:
