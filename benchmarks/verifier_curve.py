@@ -3,9 +3,9 @@
     python -m benchmarks.verifier_curve RUN [RUN ...] [--json FILE]
 
 Each RUN is a finished run directory that ``python -m diffratio_fast.refit`` has made a verifier for; several
-are runs of one configuration with other seeds. Both selections are measured at each number of candidates, at the
-noise level that the refit chose, or at ``--sigma``. Fréchet distance, precision and recall (3 neighbours) are
-those of pixels, to the test split; error bars are standard deviations over the runs.
+are runs of one configuration with other seeds. Both selections are measured at each number of candidates, at
+the noise level that the refit chose, or at ``--sigma``. Fréchet distance, precision and recall (3 neighbours)
+are those of pixels, to the test split; error bars are standard deviations over the runs.
 """
 
 from __future__ import annotations

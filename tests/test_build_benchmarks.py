@@ -86,10 +86,15 @@ def test_committed_results_name_no_machine():
     files = list((ROOT / "benchmarks" / "results").glob("*.json"))
     assert files
     for file in files:
-        content = json.loads(file.read_text())
-        for row in content["rows"]:  # the data benchmark adds figures of its own
-            assert set(row) >= COMMON if row["benchmark"] == "data" else set(row) == ROW
-            assert row["checked"] is True
         text = file.read_text()
+        content = json.loads(text)
+        assert content["rows"]
+        if "study" in file.stem or file.stem.startswith("verifier"):  # figures that are no times
+            assert not any("median_s" in row for row in content["rows"])
+        else:
+            for row in content["rows"]:  # the data benchmark adds figures of its own
+                assert set(row) >= COMMON if row["benchmark"] == "data" else set(row) == ROW
+                assert row["checked"] is True
+            assert content["environment"]["device"]
         assert "/home" not in text and "/root" not in text and "/tmp" not in text
-        assert "hostname" not in text and content["environment"]["device"]
+        assert "hostname" not in text
