@@ -45,7 +45,7 @@ class MixerBlock {
     e = c.conditioning[half] + level * p.conditioning();
     fetch(0);  // meanwhile the noise
     cut(half, sample, draw, c.sigma[level]);
-    ptx::block_sync();  // patch vectors were made by whoever came first()
+    ptx::block_sync();  // patch vectors were made by whoever came first
 
     Accumulator<S> h;
     embed(h, operands);
@@ -72,7 +72,7 @@ class MixerBlock {
  private:
   // --- weights -------------------------------------------------------------------------------------------------
 
-  // Chunks follow each other as they are used: forward from the first() block on, then backward from the last.
+  // Chunks follow each other as they are used: forward from the first block on, then backward from the last.
   DR_DEVICE void fetch(int number, ptx::Site site = DR_HERE) {
     const int forward_steps = p.depth * chunks();
     const bool backward = number >= forward_steps;
@@ -86,7 +86,7 @@ class MixerBlock {
     ptx::copy_commit(site);
   }
 
-  // Chunk `number`, for all threads(), after all of them have come here; fetches the one after it.
+  // Chunk `number`, for all threads, after all of them have come here; fetches the one after it.
   DR_DEVICE ptx::Shared<BFloat16> take(int number, ptx::Site site = DR_HERE) {
     ptx::copy_wait<0>(site);
     ptx::block_sync(site);
@@ -96,7 +96,7 @@ class MixerBlock {
 
   // --- images --------------------------------------------------------------------------------------------------
 
-  // Patch vectors of the noised image into the tile's first() columns, zeros where they are padded.
+  // Patch vectors of the noised image into the tile's first columns, zeros where they are padded.
   DR_DEVICE void cut(int half, int sample, int draw, float sigma) {
     const float scale = c_in(sigma);
     const int size = p.image(), side = p.across / p.patch;
@@ -193,7 +193,7 @@ class MixerBlock {
           const int y = token / side * p.patch + row, x = token % side * p.patch + column;
           float* to = out + (static_cast<int64_t>(channel) * p.height + y) * p.across + x;
           const float value = scale * d[i / 2][j / 2][i % 2 * 2 + j % 2];
-          ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread()'s in every draw
+          ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread's in every draw
         }
       }
     }
@@ -255,7 +255,7 @@ class MixerBlock {
     ptx::warp_sync();  // before this warp's tokens are replaced in the tile
   }
 
-  // The sum over head * h, the same in all threads().
+  // The sum over head * h, the same in all threads.
   DR_DEVICE float read_head(const Accumulator<S>& h) {
     float sum = 0;
     DR_UNROLL
@@ -366,7 +366,7 @@ class MixerBlock {
     if (block > 0) scale(g, mixer_residual);
   }
 
-  // What is left once the gradient has reached the first() block's input.
+  // What is left once the gradient has reached the first block's input.
   DR_DEVICE void finish_operands(const Accumulator<S>& g, int half, int64_t level, unsigned char* operands) {
     stage_rows<S>(operands + c.staging.first, first(), g);
     store_column_sums(columns_of_warp(), g);
@@ -419,10 +419,10 @@ class MixerBlock {
     }
   }
 
-  // This lane()'s part of a packed matrix in the order of accumulators.
+  // This lane's part of a packed matrix in the order of accumulators.
   DR_DEVICE Vector16 accumulators(int64_t matrix, int i, int n) const {
     const int place = ((first() / 16 + i) * S::columns + n) * 32 + lane();
-    // Not as Cache::constant: the compiler would keep the head in registers from its first() use to its second.
+    // Not as Cache::constant: the compiler would keep the head in registers from its first use to its second.
     return ptx::load16(c.packed + matrix + static_cast<int64_t>(place) * 16);
   }
 
@@ -448,7 +448,7 @@ class MixerBlock {
     return c.packed + matrix + (static_cast<int64_t>(block) * steps + first() / 16) * steps * piece_bytes;
   }
 
-  // m of a block, as this thread() has staged it, into the thread()'s own part of shared memory: nobody else reads it.
+  // m of a block, as this thread has staged it, into the thread's own part of shared memory: nobody else reads it.
   DR_DEVICE void load_checkpoint(const unsigned char* m) const {
     DR_UNROLL_TWICE
     for (int i = 0; i < S::tiles * 2; ++i) {
