@@ -110,8 +110,6 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UserError(f"{options.subject}: its classes are not the {len(names)} of {source}")
     if dataset is not None:
         reference = _reference_of(options, source, dataset, extractor)
-    if options.save_reference is not None:
-        save_reference(options.save_reference, reference, extractor)
     subjects = [given] if given else _generated(options, sampler, reference)  # type: ignore[arg-type]
     return _measure_all(options, subjects, sampler, reference, dataset, extractor, device)
 
@@ -133,6 +131,17 @@ def _measure_all(
             result = measure(images, extractor, watch=watch, progress=progress.update)
         return result, sample_of(result)
 
+    classified = None if classifier is None else dict(classifier.identity)
+    if dataset is not None:
+        split = "train" if options.split == "test" else "test"
+        held_out = DataSetImages(dataset, split, limit=max(images.count for images in subjects))
+        if held_out.count:
+            real, sample = measured(held_out, f"{split} split")
+            reference.held_out, reference.held_out_name = sample.features, f"{split} against {options.split}"
+            if classifier is not None and classified is not None:
+                classified["class_accuracy_real"] = {"split": split, "value": classifier.accuracy(real)}
+    if options.save_reference is not None:
+        save_reference(options.save_reference, reference, extractor)
     whole = Sample(reference.count or 0, reference.moments, reference.features)
     results: list[dict[str, Any]] = []
     values: list[Figures] = []
@@ -146,16 +155,6 @@ def _measure_all(
         values.append(found)
         results.append({"images": generated.about, **found})
     assert first is not None
-    held_out = None
-    classified = None if classifier is None else dict(classifier.identity)
-    if dataset is not None:
-        split = "train" if options.split == "test" else "test"
-        images = DataSetImages(dataset, split, limit=first.count)
-        if images.count:
-            real, sample = measured(images, f"{split} split")
-            held_out = (f"{split} against {options.split}", sample)
-            if classifier is not None and classified is not None:
-                classified["class_accuracy_real"] = {"split": split, "value": classifier.accuracy(real)}
     subject: dict[str, Any] = {"path": str(options.subject)}
     if sampler is not None:
         subject |= sampler.identity() | {"trained": sampler.about.training}
@@ -171,7 +170,7 @@ def _measure_all(
         "environment": {"torch": str(torch.__version__), "device": device_name(device)},
         "results": results,
         "summary": summary(values),
-        "floors": floors(first, reference, held_out, extractor, options.metrics, device),
+        "floors": floors(first, reference, extractor, options.metrics, device),
     }
 
 

@@ -150,14 +150,14 @@ def test_floors_are_at_the_number_of_generated_images() -> None:
     from diffratio_fast.metrics.reference import Reference
 
     train, test, generated = cloud(0, 4000, 4), cloud(1, 500, 4), cloud(2, 900, 4, 0.2)
-    samples = [Sample(len(x), moments(x), x) for x in (generated, test)]
-    reference = Reference({}, moments(train), 4000, train)
-    found = floors(samples[0], reference, ("test", samples[1]), Plain(), ("frechet",), torch.device("cpu"))  # type: ignore[arg-type]
+    sample = Sample(len(generated), moments(generated), generated)
+    reference = Reference({}, moments(train), 4000, train, held_out=test, held_out_name="test")
+    found = floors(sample, reference, Plain(), ("frechet",), torch.device("cpu"))  # type: ignore[arg-type]
     assert found["test"]["count"] == 500 and found["halves"]["count"] == 900
     assert found["test"]["reference_count"] == 4000 and found["halves"]["reference_count"] == 2000
     for floor in found.values():
         assert floor["real"]["frechet_distance"] < 0.05 < floor["generated"]["frechet_distance"]
-    few = subset(samples[0], 4)
+    few = subset(sample, 4)
     assert few.moments is None and few.count == 4  # of four features in four dimensions: no full rank
 
 

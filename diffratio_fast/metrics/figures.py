@@ -71,21 +71,21 @@ def figures(
 def floors(
     generated: Sample,
     reference: Reference,
-    held_out: tuple[str, Sample] | None,
     extractor: Extractor,
     metrics: tuple[str, ...],
     device: torch.device,
 ) -> dict[str, Any]:
     """What real images get, at the number of generated ones or as near to it as there are images.
 
-    Under the name of ``held_out``: those real images against the reference; ``halves``: one half of the
+    Under its ``held_out_name``: the held-out images against the reference; ``halves``: one half of the
     reference's images against the other. Beside each, what as many generated images get against the same.
     """
     metrics = tuple(metric for metric in metrics if metric != "score")
     whole = Sample(reference.count or 0, reference.moments, reference.features)
     pairs: dict[str, tuple[Sample, Sample]] = {}
-    if held_out is not None:
-        pairs[held_out[0]] = (held_out[1], whole)
+    if reference.held_out is not None:
+        held_out = Sample(len(reference.held_out), None, reference.held_out)
+        pairs[reference.held_out_name] = (held_out, whole)
     if reference.features is not None and len(reference.features) >= 4:
         order = permutation(0, 1, len(reference.features))
         half = len(order) // 2

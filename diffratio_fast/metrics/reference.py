@@ -73,7 +73,8 @@ def measure(
 class Reference:
     """Moments of ``count`` images; what else is known of them may be None, as with published statistics.
 
-    ``features`` float32 [kept, D] and ``labels`` int64 [kept] are of a random choice of at most ``KEEP``.
+    ``features`` float32 [kept, D] and ``labels`` int64 [kept] are of a random choice of at most ``KEEP``;
+    ``held_out`` are features of real images of another split, for the floors.
     """
 
     about: dict[str, Any]
@@ -83,6 +84,8 @@ class Reference:
     labels: npt.NDArray[np.int64] | None = None
     class_names: list[str] | None = None
     class_counts: npt.NDArray[np.int64] | None = None
+    held_out: npt.NDArray[np.float32] | None = None
+    held_out_name: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
@@ -121,9 +124,10 @@ def save_reference(path: Path, reference: Reference, extractor: Extractor) -> No
         "extractor": extractor.identity,
         "count": reference.count,
         "class_names": reference.class_names,
+        "held_out": reference.held_out_name,
     }
     arrays: dict[str, Any] = {"mu": reference.moments.mean, "sigma": reference.moments.covariance}
-    for name in ("features", "labels", "class_counts"):
+    for name in ("features", "labels", "class_counts", "held_out"):
         if (value := getattr(reference, name)) is not None:
             arrays[name] = value
     with replacing(path) as file:
@@ -159,6 +163,8 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
             arrays.get("labels"),
             about.get("class_names"),
             arrays.get("class_counts"),
+            arrays.get("held_out"),
+            about.get("held_out", ""),
         )
         _check_kept(reference, extractor)
     except OSError as error:
@@ -221,9 +227,10 @@ def _moments(arrays: dict[str, Any], extractor: Extractor) -> Moments:
 
 def _check_kept(reference: Reference, extractor: Extractor) -> None:
     features, labels = reference.features, reference.labels
-    if features is not None and (features.ndim != 2 or features.shape[1] != extractor.dimension):
-        raise ValueError(f"features {list(features.shape)}")
-    if features is not None and not np.isfinite(features).all():
-        raise ValueError("features that are not finite")
+    for kept in (features, reference.held_out):
+        if kept is not None and (kept.ndim != 2 or kept.shape[1] != extractor.dimension):
+            raise ValueError(f"features {list(kept.shape)}")
+        if kept is not None and not np.isfinite(kept).all():
+            raise ValueError("features that are not finite")
     if labels is not None and (features is None or labels.shape != features.shape[:1]):
         raise ValueError(f"labels {list(labels.shape)}")
