@@ -7,7 +7,7 @@ from typing import Any
 from diffratio_fast import command
 from diffratio_fast.config import PretrainConfig
 from diffratio_fast.presets import DEFAULT, PRETRAIN_PRESETS
-from diffratio_fast.run_command import chosen_options, run_parser
+from diffratio_fast.run_command import act, chosen_options, run_parser
 
 
 def parser() -> command.Parser:
@@ -24,13 +24,14 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, PretrainConfig]:
     return preset, PretrainConfig(**(PRETRAIN_PRESETS[preset] | chosen))
 
 
-def main(argv: list[str]) -> int:
-    arguments = vars(parser().parse_args(argv))
-    fresh = arguments.pop("fresh")
-    preset, config = resolve(arguments)
+def start(preset: str, config: PretrainConfig, *, fresh: bool) -> int:
     from diffratio_fast.training.pretraining import pretrain
 
     return pretrain(preset, config, fresh=fresh)
+
+
+def main(argv: list[str]) -> int:
+    return act(argv, parser(), resolve, start)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,35 @@ def run_parser(name: str, description: str, kind: type[Options], default: str, s
     result.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of options; the command line's go before it"
     )
-    if name == "train":
-        result.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the plan of the run, with its memory, and stop"
+    )
+    result.add_argument(
+        "--plan-memory", type=float, default=argparse.SUPPRESS, metavar="GIB",
+        help="dry run: plan for a device with so much memory, in place of --device",
+    )  # fmt: skip
     result.add_argument("--fresh", action="store_true", help="start over: remove the run that is there")
     add_options(result, kind(**shown))
     return result
+
+
+def act(
+    argv: list[str], parser: command.Parser, resolve: Callable[..., Any], train: Callable[..., int]
+) -> int:
+    """Do what the command line asks for: print the plan, or ``train(preset, config, fresh=...)``."""
+    arguments = vars(parser.parse_args(argv))
+    dry_run, fresh = arguments.pop("dry_run"), arguments.pop("fresh")
+    memory = arguments.pop("plan_memory", None)
+    preset, config = resolve(arguments)
+    if memory is not None and not memory > 0:
+        raise command.UserError(f"--plan-memory must be above 0, not {memory}")
+    if not dry_run:
+        return train(preset, config, fresh=fresh)
+    # torch is imported only once the command line is known to be good
+    from diffratio_fast.training.plan import print_plan
+
+    print_plan(preset, config, memory=memory)
+    return 0
 
 
 def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: type[Options]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from diffratio_fast import command
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.presets import DEFAULT, PRESETS, RATIO_NETWORKS
-from diffratio_fast.run_command import chosen_options, run_parser
+from diffratio_fast.run_command import act, chosen_options, run_parser
 
 
 def parser() -> command.Parser:
@@ -22,19 +22,14 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
     return preset, TrainConfig(**(PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {}) | chosen))
 
 
-def main(argv: list[str]) -> int:
-    arguments = vars(parser().parse_args(argv))
-    dry_run, fresh = arguments.pop("dry_run"), arguments.pop("fresh")
-    preset, config = resolve(arguments)
-    # torch is imported only once the command line is known to be good
-    if dry_run:
-        from diffratio_fast.training.plan import print_plan
-
-        print_plan(preset, config)
-        return 0
+def start(preset: str, config: TrainConfig, *, fresh: bool) -> int:
     from diffratio_fast.training.loop import train
 
     return train(preset, config, fresh=fresh)
+
+
+def main(argv: list[str]) -> int:
+    return act(argv, parser(), resolve, start)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def test_dataset_scaling_is_that_of_its_training_split() -> None:
     assert torch.equal(digits.scaling.to_records(x0).round().to(torch.uint8), records)
     bounds = digits.scaling.bounds()
     assert bounds is not None
-    torch.testing.assert_close(digits.scaling.to_records(bounds[0][None]), torch.zeros(1, 1))
-    torch.testing.assert_close(digits.scaling.to_records(bounds[1][None]), torch.full((1, 1), 16.0))
+    low, high = (torch.tensor(bound)[None] for bound in bounds)
+    assert torch.equal(low, digits.scaling.to_model(torch.zeros(1, 1)))
+    assert torch.equal(high, digits.scaling.to_model(torch.full((1, 1), 16.0)))
     assert labels.dtype == torch.int64
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from diffratio_fast import ops
@@ -51,15 +52,14 @@ class Scaling:
         mean, factor = self._affine(x0)
         return x0 / factor + mean
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Lower and upper bound of x0 per channel, float32 [C] each, or None where there are none."""
+    def bounds(self) -> tuple[list[float], list[float]] | None:
+        """Lower and upper bound of x0 per channel, as ``to_model`` rounds them; None where there are none."""
         if self.low is None or self.high is None:
             return None
-        low, high = (
-            self.to_model(torch.full((1, len(self.mean)), v, dtype=torch.float32))[0]
-            for v in (self.low, self.high)
-        )
-        return low, high
+        mean = np.array(self.mean, np.float32)
+        factor = (SIGMA_DATA / np.array(self.std)).astype(np.float32)
+        low, high = ((np.float32(value) - mean) * factor for value in (self.low, self.high))
+        return low.tolist(), high.tolist()
 
 
 class DataSet(Protocol):

@@ -117,15 +117,11 @@ class EncoderRatio(nn.Module):
         self.middle = middle
         self.denoiser = build_denoiser(shape, classes, backbone, options)
         drop_uncertainty(self.denoiser)
-        with torch.no_grad(), torch.device("meta"):  # shapes only
-            like = build_denoiser(shape, classes, backbone, options)
-            label = torch.zeros(1, dtype=torch.int64) if classes > 1 else None
-            maps, embedding = like.eval().encode(torch.zeros(1, *shape), torch.ones(1), label, middle=middle)
         self.denoiser.backbone.remove_decoder(keep_middle=middle)
         set_dropout(self.denoiser, dropout)
-        channels, side = maps[-1].shape[1], maps[-1].shape[2]
+        channels, side, embedding = self.denoiser.backbone.deepest
         kind = MPHead if isinstance(self.denoiser, EDM2Denoiser) else EncoderHead
-        self.head = kind(channels, side * side, embedding.shape[1], pool)
+        self.head = kind(channels, side * side, embedding, pool)
 
     def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         maps, embedding = self.denoiser.encode(noised, sigma, labels, middle=self.middle)

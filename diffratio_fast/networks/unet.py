@@ -105,6 +105,7 @@ class UNet(nn.Module):
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    deepest: tuple[int, int, int]  # channels and side of the deepest features, numbers of the embedding
 
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """The vectors [N, D] that tell every block the noise level c_noise [N] and the class [N, classes]."""

@@ -66,7 +66,7 @@ def karras(
     def quantile(u: Tensor) -> Tensor:
         return (a + (b - a) * (truncated_low + (truncated_high - truncated_low) * u)) ** rho
 
-    ends = quantile(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    ends = [(a + (b - a) * share) ** rho for share in (truncated_low, truncated_high)]
     extra = "" if (truncated_low, truncated_high) == (0, 1) else f", {truncated_low:g}, {truncated_high:g}"
     return NoiseLaw(f"karras({low:g}, {high:g}, {rho:g}{extra})", quantile, ends[0], ends[1])
 

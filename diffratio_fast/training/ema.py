@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,10 @@ def power_decay(update: int, std: float) -> float:
 
 def averaged_copy(network: nn.Module) -> nn.Module:
     """A copy in eval mode that takes no gradient."""
-    return copy.deepcopy(network).eval().requires_grad_(False)
+    # tensors are cloned beforehand: those without numbers (of a plan) cannot be copied deeply
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone()) for p in network.parameters()}
+    memo |= {id(b): b.clone() for b in network.buffers()}
+    return copy.deepcopy(network, memo).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -11,13 +11,15 @@ from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig
 
 
-def make_optimizer(config: RunConfig, network: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: RunConfig, network: nn.Module, rate: float, decay: float, planned: bool = False
+) -> torch.optim.Optimizer:
     """The configured optimizer of a network's parameters, with one fused update."""
     parameters = list(network.parameters())
     settings: dict[str, Any] = {
         "lr": rate, "betas": (config.beta1, config.beta2), "weight_decay": decay
     }  # fmt: skip
-    if parameters[0].device.type == "meta":
+    if planned:
         return PlannedAdam(parameters, settings)
     if config.optimizer == "apex":
         return _apex()(parameters, **settings, adam_w_mode=True)
@@ -42,7 +44,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class PlannedAdam(torch.optim.Optimizer):
-    """Adam without numbers, for planning on the meta device: it takes the memory that Adam would."""
+    """Adam without numbers, for planning: it takes the memory that Adam would."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:

@@ -2,97 +2,159 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.data import SPLITS
+from diffratio_fast.command import UserError
+from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
+from diffratio_fast.data import SPLITS, DataSet, InMemoryDataSet, Scaling, open_dataset
+from diffratio_fast.data.manifest import LATENT_SCALINGS, SD_VAE
+from diffratio_fast.devices import choose_device
+from diffratio_fast.presets import DATA_SHAPES, PRESETS
 from diffratio_fast.training.loop import Trainer
+from diffratio_fast.training.memory import Cost, cost
+from diffratio_fast.training.pretraining import Pretrainer
 from diffratio_fast.training.run_directory import RunDirectory, environment
 
+GIB = 2**30
 WARMUP, TIMED = 5, 20
+TIMED_FLOPS = 2e11
+"""Steps of more FLOPs are not timed on a CPU: a plan is to be had within seconds."""
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Sums torch's own FLOP formulas; its ``FlopCounterMode`` cannot see through ``autograd.grad``."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def _activation_bytes(trainer: Trainer) -> int:
-    """Bytes that one iteration keeps for its backward passes, each storage counted once."""
-    seen: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        trainer.iteration.run(next(trainer.batches()))
-    return sum(seen.values())
+def planned_data(preset: str, config: RunConfig) -> tuple[DataSet, bool]:
+    """The run's data set and True, or an empty one like that which its preset is for and False."""
+    if config.data != PRESETS[preset]["data"] or config.data == "digits" or Path(config.data).exists():
+        return open_dataset(config.data, class_conditional=config.class_conditional), True
+    kind, shape, classes = DATA_SHAPES[preset]
+    latents = kind == "latent_moments"
+    empty = torch.empty(0, *shape), torch.empty(0, dtype=torch.int64)
+    data = InMemoryDataSet(
+        name=f"{config.data} (not there yet)",
+        class_names=tuple(str(number) for number in range(classes if config.class_conditional else 1)),
+        scaling=LATENT_SCALINGS[SD_VAE] if latents else Scaling((127.5,), (63.75,), 0.0, 255.0),
+        splits=dict.fromkeys(SPLITS, empty),
+        kind=kind,
+    )
+    return data, False
 
 
-def print_plan(preset: str, config: TrainConfig) -> None:
-    """Build the run in memory, measure a few steps of it, and print what the whole would take."""
-    directory = RunDirectory(Path(config.run_dir or f"runs/{preset}"))
-    trainer = Trainer(preset, config, directory)
-    state = trainer.state
-    parameters = {
-        role: sum(p.numel() for p in getattr(state, role).parameters()) for role in ("generator", "ratio")
-    }
-    with _FlopCounter() as counter:
-        trainer.iteration.run(next(trainer.batches()))
-    state_bytes = sum(t.nbytes for _, t in state.tensors())
-    gradient_bytes = sum(p.nbytes for n in (state.generator, state.ratio) for p in n.parameters())
-    activations = _activation_bytes(trainer)
-    batches = trainer.batches()
-    times = []
-    for _ in range(WARMUP + TIMED):
-        start = time.perf_counter()
-        trainer.iteration.run(next(batches))
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[WARMUP:])
-    about = environment(trainer.device)
-    counts = ", ".join(f"{split} {trainer.dataset.count(split):,}" for split in SPLITS)
-    shape = " x ".join(str(size) for size in trainer.dataset.shape)
-    memory = state_bytes + gradient_bytes + activations
-    law = trainer.iteration.ratio_law.name
+def device_memory(device: torch.device) -> int:
+    """Bytes that a device has in all: a GPU's memory, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def advice(config: RunConfig, dataset: DataSet, needed: Cost, available: float) -> str:
+    """What to change for a run to fit into so many bytes: the least of what would do."""
+    if needed.state + needed.gradients < available:
+        size = config.micro_batch or config.batch_size
+        for checkpointing in sorted({config.activation_checkpointing, True}):
+            part = size
+            while part >= 1:
+                other = replace(config, micro_batch=part, activation_checkpointing=checkpointing)
+                if (found := cost(other, dataset).peak) < available:
+                    words = [] if part == size else [f"--micro-batch {part}"]
+                    words += ["--activation-checkpointing"] * (
+                        checkpointing > config.activation_checkpointing
+                    )
+                    return f"{' '.join(words)} would do with about {found / GIB:.2f} GiB"
+                part = part // 4 if part > 3 else part - 1
+    if config.precision == "float64":
+        return "float32 takes half of it: --precision float32"
+    return (
+        f"networks, averages and optimizers alone take {(needed.state + needed.gradients) / GIB:.2f} GiB: "
+        "take a smaller preset, or a larger device"
+    )
+
+
+def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -> None:
+    """Print what the run would take, measured where a few steps take seconds.
+
+    A run that does not fit into the device's memory (or ``memory`` GiB, where given) is a ``UserError`` that
+    says what to change.
+    """
+    root = Path(config.run_dir or f"runs/{preset}{'' if isinstance(config, TrainConfig) else '-denoiser'}")
+    directory = RunDirectory(root)
+    device = choose_device(config.device)
+    dataset, there = planned_data(preset, config)
+    planned = cost(config, dataset)
+    available = device_memory(device) if memory is None else memory * GIB
+    about = environment(device)
+    shape = " x ".join(str(size) for size in dataset.shape)
+    counts = "; " + ", ".join(f"{split} {dataset.count(split):,}" for split in SPLITS) if there else ""
     rows = {
         "preset": preset,
         "run directory": f"{directory.root}{' (holds a run)' if directory.checkpoint.exists() else ''}",
-        "device": f"{trainer.device} ({about['device']}, {about['threads']} threads), {config.precision}",
-        "data": f"{config.data}: {shape}, {len(trainer.dataset.class_names)} classes; {counts}",
-        "generator": f"{config.generator}, {parameters['generator']:,} parameters",
-        "ratio network": f"{config.ratio_network}, {parameters['ratio']:,} parameters",
-        "objective": f"{config.divergence}, weight {config.weight}, sigma {law}",
-        "steps": f"{config.steps:,} of {config.batch_size} images",
-        "FLOPs a step": f"{counter.total / 1e9:.2f} G in matrix products and convolutions",
-        "memory": f"{_mebibytes(memory)} beside PyTorch's own (state {_mebibytes(state_bytes)}, "
-        f"gradients {_mebibytes(gradient_bytes)}, activations {_mebibytes(activations)})",
-        "expected time": f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms a step",
+        "device": f"{device} ({about['device']}, {about['threads']} threads), {config.precision}",
+        "data": f"{dataset.name}: {dataset.kind} {shape}, {len(dataset.class_names)} classes{counts}",
+        **{name: f"{_network(name, config)}, {n:,} parameters" for name, n in planned.parameters.items()},
+        "objective": _objective(config),
+        "steps": f"{config.steps:,} of {config.batch_size} images"
+        + (f", {config.micro_batch} at a time" if config.micro_batch else ""),
+        "FLOPs a step": f"{planned.flops / 1e9:,.2f} G in matrix products and convolutions",
+        "memory": f"about {_size(planned.peak)} of {_size(available)}, beside PyTorch's own (state "
+        f"{_size(planned.state)}, gradients {_size(planned.gradients)}, activations "
+        f"{_size(planned.activations)})",
     }
+    fits = planned.peak < available
+    if fits:
+        rows["expected time"] = (
+            _expected_time(preset, config, directory, planned) if there else "not measured"
+        )
     for name, value in rows.items():
         print(f"{name:>14}  {value}")
+    if not fits:
+        raise UserError(
+            f"needs about {planned.peak / GIB:.2f} GiB where there are {available / GIB:.2f}: "
+            f"{advice(config, dataset, planned, available)}"
+        )
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.0f} MiB"
+def _network(name: str, config: RunConfig) -> str:
+    if not isinstance(config, TrainConfig):
+        return config.backbone
+    kind = config.generator if name == "generator" else config.ratio_network
+    return f"{kind} of {config.backbone}" if kind in ("backbone", "encoder") else kind
+
+
+def _objective(config: RunConfig) -> str:
+    if isinstance(config, TrainConfig):
+        return f"{config.divergence}, weight {config.weight}, sigma {config.ratio_noise}"
+    assert isinstance(config, PretrainConfig)
+    return f"denoising, sigma {config.noise}"
+
+
+def _expected_time(preset: str, config: RunConfig, directory: RunDirectory, planned: Cost) -> str:
+    device = choose_device(config.device)
+    if device.type == "cpu" and planned.flops > TIMED_FLOPS:
+        return "not measured: a step takes seconds on a CPU"
+    run: Trainer | Pretrainer
+    if isinstance(config, TrainConfig):
+        run = Trainer(preset, config, directory)
+    else:
+        assert isinstance(config, PretrainConfig)
+        run = Pretrainer(preset, config, directory)
+    batches = run.batches()
+    times = []
+    for _ in range(WARMUP + TIMED):
+        start = time.perf_counter()
+        run.advance(next(batches))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[WARMUP:])
+    return f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms a step"
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= 10 * GIB else f"{count / 2**20:,.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

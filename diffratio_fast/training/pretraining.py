@@ -16,7 +16,7 @@ from diffratio_fast.command import UserError
 from diffratio_fast.config import PretrainConfig
 from diffratio_fast.data import DataSet, Scaling, model_shape
 from diffratio_fast.images import grid, png, viewable
-from diffratio_fast.networks.backbone import build_denoiser, set_dropout
+from diffratio_fast.networks.backbone import build_denoiser, set_checkpointing, set_dropout
 from diffratio_fast.networks.edm2 import EDM2Denoiser
 from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.networks.published import save_published
@@ -56,27 +56,30 @@ class PretrainState(RunState):
 
 
 def initial_state(
-    config: PretrainConfig, dataset: DataSet, device: torch.device, *, init: bool = True
+    config: PretrainConfig,
+    dataset: DataSet,
+    device: torch.device,
+    *,
+    init: bool = True,
+    planned: bool = False,
 ) -> PretrainState:
     """The state before the first step; see ``state.initial_state``."""
     options = backbone_options(config)
     try:
-        with torch.device("meta" if device.type == "meta" else "cpu"):
-            denoiser = build_denoiser(
-                model_shape(dataset), len(dataset.class_names), config.backbone, options
-            )
+        denoiser = build_denoiser(model_shape(dataset), len(dataset.class_names), config.backbone, options)
     except ValueError as error:
         raise UserError(f"denoiser {config.backbone}: {error}") from None
-    if device.type != "meta":
+    if not planned:
         networks.initialise(denoiser, config.seed, stream=0)
         if config.init is not None and init:
             _start_from(Path(config.init), denoiser, dataset)
+        place(config, denoiser, device)
     set_dropout(denoiser, config.dropout)
-    place(config, denoiser, device)
+    set_checkpointing(denoiser, config.activation_checkpointing)
     return PretrainState(
         denoiser,
         averaged_copy(denoiser),
-        make_optimizer(config, denoiser, config.lr, config.weight_decay),
+        make_optimizer(config, denoiser, config.lr, config.weight_decay, planned),
         torch.zeros(len(SUMS), dtype=torch.float64, device=device),
     )
 

@@ -6,7 +6,6 @@ their average, the optimizers and a few running sums are all there is to keep.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,7 +101,6 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
     common = {"shape": model_shape(dataset), "classes": len(dataset.class_names)}
     if config.generator == "backbone" or config.ratio_network == "encoder":
         common |= {"backbone": config.backbone, "options": backbone_options(config)}
-    bounds = dataset.scaling.bounds()
     return {
         "generator": common
         | {
@@ -110,7 +108,7 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
             "width": config.generator_width,
             "depth": config.generator_depth,
             "sigma_init": config.sigma_init,
-            "bounds": None if bounds is None else tuple(bound.tolist() for bound in bounds),
+            "bounds": dataset.scaling.bounds(),
         },
         "ratio": common
         | {
@@ -131,28 +129,25 @@ def run_dtype(config: RunConfig) -> torch.dtype:
 
 
 def place(config: RunConfig, network: nn.Module, device: torch.device) -> None:
-    """Bring a network to device, dtype, memory format and checkpointing as configured, in place."""
+    """Bring a network to device, dtype and memory format as configured, in place."""
     network.to(device, run_dtype(config))
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    set_checkpointing(network, config.activation_checkpointing)
 
 
 def initial_state(
-    config: TrainConfig, dataset: DataSet, device: torch.device, *, init: bool = True
+    config: TrainConfig, dataset: DataSet, device: torch.device, *, init: bool = True, planned: bool = False
 ) -> TrainState:
     """The state before the first step: networks drawn from the seed, or taken from ``config.init``.
 
-    On the meta device nothing is drawn or read: the state is planned only. Without ``init`` ``config.init``
-    is not read either (a checkpoint will replace the weights).
+    Without ``init`` ``config.init`` is not read (a checkpoint will replace the weights). A state that is only
+    ``planned`` is on tensors without numbers: nothing is drawn or read.
     """
     arguments = network_arguments(config, dataset)
-    planned = device.type == "meta"
     built = {}
     for role, architecture in (("generator", config.generator), ("ratio", config.ratio_network)):
         try:
-            with torch.device("meta") if planned else contextlib.nullcontext():
-                built[role] = networks.build(role, architecture, arguments[role])
+            built[role] = networks.build(role, architecture, arguments[role])
         except ValueError as error:
             kind = "ratio network" if role == "ratio" else role
             raise UserError(f"{kind} {architecture}: {error}") from None
@@ -162,14 +157,16 @@ def initial_state(
         networks.initialise(ratio, config.seed, stream=1)
         if config.init is not None and init:
             load_initial(Path(config.init), generator, ratio, dataset)
-    place(config, generator, device)
-    place(config, ratio, device)
+        for network in (generator, ratio):
+            place(config, network, device)
+    for network in (generator, ratio):
+        set_checkpointing(network, config.activation_checkpointing)
     return TrainState(
         generator,
         ratio,
         averaged_copy(generator),
-        make_optimizer(config, generator, config.generator_lr, config.generator_weight_decay),
-        make_optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay),
+        make_optimizer(config, generator, config.generator_lr, config.generator_weight_decay, planned),
+        make_optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay, planned),
         initial_means(device),
         torch.zeros(len(SUMS), dtype=torch.float64, device=device),
         None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
