@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import report
+from diffratio_fast.report.measurements import keep_measurements
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,14 @@ def calibrate_run(root: Path, device: torch.device) -> dict[str, list[Calibratio
     run = FinishedRun(root, device)
     run.require_validation()
     found = run.calibrations(candidate_sigmas(run.law))
-    run.measured(calibration={name: [row.as_dict() for row in rows] for name, rows in found.items()})
+    keep_measurements(root, calibration=plain(found))
     report.write(root)
     return found
+
+
+def plain(found: dict[str, list[Calibration]]) -> dict[str, list[dict[str, Any]]]:
+    """As data for JSON."""
+    return {name: [row.as_dict() for row in rows] for name, rows in found.items()}
 
 
 def text(found: dict[str, list[Calibration]]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffratio_fast import command
+from diffratio_fast import command, report
 from diffratio_fast.command import UserError
+from diffratio_fast.report.measurements import keep_evaluation
 
 if TYPE_CHECKING:
     from diffratio_fast.evaluation import Options
@@ -95,6 +97,12 @@ def main(argv: list[str]) -> int:
 
     result = evaluate(options)
     print(json.dumps(result, indent=1, allow_nan=False) if arguments.json else table(result))
+    run: Path = arguments.subject
+    if (run / "config.yaml").exists() and os.access(run, os.W_OK):
+        keep_evaluation(run, result)
+        report.write(run)
+        if not arguments.json:
+            print(f"{run / 'report.html'}: the report, with these figures")
     return 0
 
 
@@ -104,8 +112,8 @@ def calibrate(run: Path, device: str, *, as_json: bool) -> int:
     from diffratio_fast.devices import choose_device
 
     found = calibration.calibrate_run(run, choose_device(device))
-    rows = {name: [row.as_dict() for row in of_network] for name, of_network in found.items()}
-    print(json.dumps(rows, indent=1, allow_nan=False) if as_json else calibration.text(found))
+    as_data = calibration.plain(found)
+    print(json.dumps(as_data, indent=1, allow_nan=False) if as_json else calibration.text(found))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from diffratio_fast import command, report
 from diffratio_fast.command import UserError
+from diffratio_fast.report.measurements import keep_measurements
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
 
     from diffratio_fast import networks
-    from diffratio_fast.calibration import table
+    from diffratio_fast.calibration import plain, table
     from diffratio_fast.devices import choose_device
     from diffratio_fast.metrics.pixels import PixelMetrics
     from diffratio_fast.training.finished_run import FinishedRun
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> int:
         },
     )
     networks.save(run.directory.refitted, fitted.network, about)
-    run.measured(calibration={name: [row.as_dict() for row in found] for name, found in rows.items()})
+    keep_measurements(arguments.run, calibration=plain(rows))
     print(f"{run.directory.refitted}, {report.write(arguments.run)}: written")
     return 0
 

@@ -94,6 +94,12 @@ class VerifiedSampler(Sampler):
         ratio, about = networks.load(path, "ratio")
         if about.arguments.get("shape") != self.about.arguments.get("shape"):
             raise UserError(f"{path}: is for images of another shape than those of {run}")
+        fitted, made = (found.training.get("step") for found in (about, self.about))
+        if verifier is None and fitted != made:
+            raise UserError(
+                f"{path}: fitted to the generator of step {fitted}, but this one is of step {made}; run "
+                "`python -m diffratio_fast.refit` again"
+            )
         sigma = about.training.get("verifier", {}).get("sigma") if sigma is None else sigma
         if sigma is None:
             raise UserError(

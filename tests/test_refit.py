@@ -10,6 +10,7 @@ import torch
 from helpers import SMALL, one_error_line, run
 
 from diffratio_fast import calibration, evaluate, networks, refit, sample, train
+from diffratio_fast.command import UserError
 from diffratio_fast.metrics.calibration import Calibration, Estimate
 from diffratio_fast.verifier import SigmaCheck
 
@@ -35,7 +36,7 @@ def test_refit_leaves_a_better_network_and_its_calibration(fitted: Path) -> None
     assert about.training["refit"]["bound"] >= 0 and about.training["step"] == 9
     assert set(about.training["verifier"]) == {"sigma", "checks"}
     rows = json.loads((fitted / "measurements.json").read_text())
-    assert set(rows) == {"noise_levels", "calibration"}
+    assert set(rows) == {"noise_levels", "calibration", "evaluations"}
     assert set(rows["calibration"]) == {"online", "average", "refitted"}
     for found in rows["calibration"].values():
         assert [row["sigma"] for row in found] == sorted(row["sigma"] for row in found)
@@ -143,6 +144,26 @@ def test_no_noise_level_is_said(fitted: Path, tmp_path: Path) -> None:
     networks.save(copy / "ratio_refit.safetensors", network, about)
     line = one_error_line(run("sample", copy, "--candidates", 2, cwd=tmp_path))
     assert "--sigma" in line
+
+
+def test_a_verifier_of_an_earlier_generator_is_refused(fitted: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(fitted, tmp_path / "run")
+    network, about = networks.load(copy / "ratio_refit.safetensors", "ratio")
+    about.training["step"] = 8
+    networks.save(copy / "ratio_refit.safetensors", network, about)
+    with pytest.raises(UserError, match="of step 8, but this one is of step 9"):
+        npz(copy, tmp_path / "a.npz", "--candidates", 2, "--sigma", 0.3)
+
+
+def test_an_evaluation_goes_into_the_report(fitted: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(fitted, tmp_path / "run")
+    options = [str(copy), "--count", "80", "--metrics", "frechet", "--device", "cpu"]
+    for seeds in ("0,1", "0,1", "2"):
+        assert evaluate.main([*options, "--seeds", seeds]) == 0
+    rows = json.loads((copy / "measurements.json").read_text())["evaluations"]
+    assert [row["seeds"] for row in rows] == [[0, 1], [2]]  # the second replaced the first
+    page = (copy / "report.html").read_text()
+    assert "frechet distance" in page and "mean of 2 seeds" in page and "against digits train" in page
 
 
 def test_the_verdict_is_in_words() -> None:

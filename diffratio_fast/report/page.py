@@ -31,8 +31,8 @@ def page(run: RunFiles) -> str:
     """The whole page as HTML."""
     title = f"{run.config.get('preset', 'run')}: {run.root.resolve().name}"
     sections = [
-        _overview(run), _samples(run), _neighbours(run), _divergence(run), _by_sigma(run), _training(run),
-        _calibration(run), _noise(run), _cost(run), _configuration(run),
+        _overview(run), _evaluations(run), _samples(run), _neighbours(run), _divergence(run), _by_sigma(run),
+        _training(run), _calibration(run), _noise(run), _cost(run), _configuration(run),
     ]  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -100,6 +100,24 @@ def _overview(run: RunFiles) -> str:
         f'<p class="warning">Warning: {escape(text)}</p>' for _, text in warnings(run.measured, after=after)
     )
     return f'<p class="soft">{escape(state)}</p><div class="tiles">{cells}</div>{said}'
+
+
+def _evaluations(run: RunFiles) -> str:
+    parts = []
+    for row in run.measurements.get("evaluations") or []:
+        cells = "".join(
+            f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{number(value)}</td></tr>"
+            for name, value in row["figures"].items()
+            if value is not None
+        )
+        seeds = len(row["seeds"] or [0])
+        heading = f"{row['features']}, against {row['reference']}: {row['count']:,} images"
+        heading += f", mean of {seeds} seeds" if seeds > 1 else ""
+        parts.append(
+            f'<div class="scroll"><table><caption>{escape(heading)}</caption><tbody>{cells}</tbody></table>'
+            "</div>"
+        )
+    return _section("Evaluation", _charts(*parts))
 
 
 def _samples(run: RunFiles) -> str:

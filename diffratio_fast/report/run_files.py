@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from diffratio_fast.report.measurements import read_measurements
+
 MOST_GRIDS = 12
 MOST_BYTES = 8 * 2**20
 """Sample grids on the page: the newest, and of the others as many as fit, evenly over the run."""
@@ -58,7 +60,7 @@ def read(root: Path) -> RunFiles:
         evaluated=[line for line in lines if "images_per_second" not in line],
         measured=[line for line in lines if "sigma" in line],
         summary=_json(root / "summary.json"),
-        measurements=_json(root / "measurements.json"),
+        measurements=read_measurements(root),
         grids=_grids(root / "samples"),
         neighbours=neighbours.read_bytes() if neighbours.exists() else None,
     )

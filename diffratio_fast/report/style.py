@@ -35,7 +35,8 @@ figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; } svg { width
 i.ideal { border-top: 2px dashed var(--soft); }
 img { max-width: 100%; image-rendering: pixelated; border-radius: .3rem; display: block; }
 input[type=range] { width: 100%; max-width: 40rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums;
+.scroll { overflow-x: auto; } caption { text-align: left; font-weight: 600; white-space: normal; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums;
   font-size: .9rem; }
 th, td { text-align: right; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }

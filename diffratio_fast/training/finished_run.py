@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,6 @@ from diffratio_fast import networks, ops
 from diffratio_fast.command import UserError
 from diffratio_fast.config import TrainConfig, read_config
 from diffratio_fast.data import DataSet, open_dataset, to_model
-from diffratio_fast.files import replace_file
 from diffratio_fast.metrics.calibration import Calibration
 from diffratio_fast.objectives.augmentation import flip
 from diffratio_fast.objectives.noise_laws import parse_noise_law
@@ -104,12 +101,3 @@ class FinishedRun:
             name: calibrate(network, self.generator, real, labels, sigmas, seed=CALIBRATION_SEED)
             for name, network in found.items()
         }
-
-    def measured(self, **values: Any) -> None:
-        """Put ``values`` into measurements.json beside what else is there."""
-        path = self.directory.measurements
-        try:
-            kept = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError:
-            kept = {}
-        replace_file(path, json.dumps(kept | values, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from diffratio_fast.files import replace_file
 from diffratio_fast.networks import SavedNetwork
 from diffratio_fast.objectives.refit import Refitted
 from diffratio_fast.report.diagnosis import warnings
+from diffratio_fast.report.measurements import keep_measurements
 from diffratio_fast.training import runner
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
@@ -119,11 +119,12 @@ class Trainer(runner.Run):
 
     def _measure(self, refitted: Refitted | None) -> None:
         """What only the report shows: calibration, noise laws and the samples' nearest training images."""
-        measurements = {
-            "noise_levels": self.evaluation.noise_histograms(),
-            "calibration": self.evaluation.calibrations(refitted),
-        }
-        replace_file(self.directory.measurements, json.dumps(measurements, indent=1) + "\n")
+        keep_measurements(
+            self.directory.root,
+            noise_levels=self.evaluation.noise_histograms(),
+            calibration=self.evaluation.calibrations(refitted),
+            evaluations=[],  # what is there is of an earlier generator
+        )
         picture = self.evaluation.neighbours_png()
         if picture is not None:
             replace_file(self.directory.neighbours, picture)
