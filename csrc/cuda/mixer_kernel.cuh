@@ -9,8 +9,7 @@
 #pragma once
 
 #include "../common/divergences.h"
-#include "mixer_tiles.cuh"
-#include "noise_values.cuh"
+#include "mixer_sample.cuh"
 
 namespace diffratio::cuda {
 
@@ -22,7 +21,10 @@ constexpr uint32_t mixer_shared_bytes(Pass pass, int tokens) {
 }
 
 template <class S, Pass pass>
-class MixerBlock {
+class MixerBlock : MixerSample<S> {
+  using Base = MixerSample<S>;
+  using Base::c, Base::p, Base::e, Base::tile;
+  using Base::threads, Base::thread, Base::lane, Base::first, Base::own_row;
   static constexpr bool back = pass != Pass::forward, staged = pass == Pass::weights;
   static constexpr int stage_size = (back ? S::backward_chunk : S::forward_chunk) / 2;
   struct alignas(8) Pair {
@@ -30,7 +32,7 @@ class MixerBlock {
   };
 
  public:
-  DR_DEVICE MixerBlock(const MixerCall& call, ptx::SharedArena& arena) : c(call), p(call.packing) {
+  DR_DEVICE MixerBlock(const MixerCall& call, ptx::SharedArena& arena) : Base(call) {
     const auto activations = arena.take<BFloat16>(p.tokens * S::stride, "activations");
     tile = Activations<S>(activations);
     stages = arena.take<BFloat16>(2 * stage_size, "weights");
@@ -44,11 +46,12 @@ class MixerBlock {
     const int64_t level = static_cast<int64_t>(sample) * c.draws + draw;
     e = c.conditioning[half] + level * p.conditioning();
     fetch(0);  // meanwhile the noise
-    cut(half, sample, draw, c.sigma[level]);
+    this->cut(half, sample, draw, c.sigma[level]);
     ptx::block_sync();  // patch vectors were made by whoever came first
 
     Accumulator<S> h;
-    embed(h, operands);
+    this->embed(h);
+    if constexpr (staged) stage_patches(operands);
     ptx::warp_sync();  // before this warp's tokens take the place of their patch vectors
     for (int block = 0; block < p.depth; ++block) forward(h, block, operands);
     const float log_ratio = read_head(h);
@@ -57,13 +60,13 @@ class MixerBlock {
       const float slope = by_log_ratio(half, sample, level, log_ratio);
       if constexpr (staged) {
         // h holds the last block's output; the head's gradient is its product with the slope.
-        scale(h, slope);
+        this->scale(h, slope);
         stage_rows<S>(operands + c.staging.last, first(), h);
       }
       start_backward(h, slope);
       for (int block = p.depth - 1; block >= 0; --block) backward(h, block, operands);
       if constexpr (staged) finish_operands(h, half, level, operands);
-      if (c.image_gradient) add_image_gradient(h, sample, draw, c_in(c.sigma[level]));
+      if (c.image_gradient) this->add_image_gradient(h, sample, draw, this->c_in(c.sigma[level]));
     }
     ptx::forget_shared();
     ptx::block_sync();  // before the next sample's patch vectors and weights
@@ -94,111 +97,6 @@ class MixerBlock {
     return stages.part(number % 2 * stage_size, stage_size);
   }
 
-  // --- images --------------------------------------------------------------------------------------------------
-
-  // Patch vectors of the noised image into the tile's first columns, zeros where they are padded.
-  DR_DEVICE void cut(int half, int sample, int draw, float sigma) {
-    const float scale = c_in(sigma);
-    const int size = p.image(), side = p.across / p.patch;
-    const int64_t offset = static_cast<int64_t>(sample) * size;
-    const Key key = c.rng ? read_key(c.rng) : Key{};
-    const int64_t index = c.rng ? c.index[sample] : 0;
-    const uint32_t stream = c.streams[half] + static_cast<uint32_t>(draw);
-    for (int i = thread() * 4; i < size; i += threads() * 4) {
-      float eps[4] = {};
-      if (c.rng) four_normals(key, static_cast<uint32_t>(i / 4), index, stream, eps);
-      int x = i % p.across, y = i / p.across % p.height, channel = i / p.across / p.height;
-      int column = x % p.patch, token = y / p.patch * side + x / p.patch;
-      int start = (channel * p.patch + y % p.patch) * p.patch;
-      DR_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (i + j >= size) break;
-        const float x0 = c.type == Type::float32 ? static_cast<const float*>(c.images[half])[offset + i + j]
-                                                 : to_float(static_cast<const BFloat16*>(c.images[half])[offset + i + j]);
-        const float noised_x = c.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
-        tile.store(token, start + column, from_float<BFloat16>(noised_x));
-        if (++x == p.across) {  // a row ends among the four
-          x = 0;
-          if (++y == p.height) y = 0, ++channel;
-          column = 0, token = y / p.patch * side, start = (channel * p.patch + y % p.patch) * p.patch;
-        } else if (++column == p.patch) {
-          column = 0, ++token;
-        }
-      }
-    }
-    const BFloat16 zero{0};
-    const int spare = p.vector - p.real_vector;
-    for (int i = thread(); i < p.tokens * spare; i += threads()) tile.store(i / spare, p.real_vector + i % spare, zero);
-    for (int i = thread(); i < (p.tokens - p.real_tokens) * p.real_vector; i += threads()) {
-      tile.store(p.real_tokens + i / p.real_vector, i % p.real_vector, zero);
-    }
-  }
-
-  // h = z patch^T + position + e
-  DR_DEVICE void embed(Accumulator<S>& h, unsigned char* operands) {
-    load_accumulators(h, p.position);
-    DR_UNROLL
-    for (int n = 0; n < S::columns; ++n) {
-      const float e0 = conditioning(n * 8 + own_column(), p.real_width, 0);
-      const float e1 = conditioning(n * 8 + own_column() + 1, p.real_width, 0);
-      DR_UNROLL
-      for (int i = 0; i < S::tiles; ++i) {
-        h[i][n][0] += e0, h[i][n][1] += e1;
-        h[i][n][2] += e0, h[i][n][3] += e1;
-      }
-    }
-    for (int k = 0; k < p.vector / 16; ++k) {
-      uint32_t a[S::tiles][4];
-      load_operand<S>(a, tile, first(), k);
-      DR_UNROLL
-      for (int n = 0; n < S::width / 16; ++n) {
-        uint32_t b[4];
-        load_packed(b, p.patch_w, k * (S::width / 16) + n);
-        multiply(h, 2 * n, a, b);
-      }
-    }
-    if constexpr (staged) {
-      const int pieces = p.vector / 8;  // of a row, 16 bytes each
-      for (int i = lane(); i < S::rows * pieces; i += 32) {
-        const int row = first() + i / pieces, column = i % pieces * 8;
-        ptx::store16(operands + c.staging.z + (static_cast<int64_t>(row) * p.vector + column) * 2,
-                     tile.template load<Vector16>(row, column));
-      }
-    }
-  }
-
-  // dx = c_in unpatch(G patch), added up over draws.
-  DR_DEVICE void add_image_gradient(const Accumulator<S>& g, int sample, int draw, float scale) {
-    float* out = c.image_gradient + static_cast<int64_t>(sample) * p.image();
-    const int side = p.across / p.patch, square = p.patch * p.patch;
-    for (int n = 0; n < p.vector / 16; ++n) {
-      float d[S::tiles][2][4] = {};
-      DR_UNROLL
-      for (int k = 0; k < S::width / 16; ++k) {
-        uint32_t a[S::tiles][4], b[4];
-        DR_UNROLL
-        for (int i = 0; i < S::tiles; ++i) to_operand(a[i], g[i], k);
-        load_packed(b, p.patch_t, k * (p.vector / 16) + n);
-        multiply(d, 0, a, b);
-      }
-      DR_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int v = n * 16 + j / 2 * 8 + own_column() + j % 2;
-        if (v >= p.real_vector) continue;
-        const int channel = v / square, row = v % square / p.patch, column = v % p.patch;
-        DR_UNROLL
-        for (int i = 0; i < S::tiles * 2; ++i) {
-          const int token = own_row() + i * 8;
-          if (token >= p.real_tokens) continue;
-          const int y = token / side * p.patch + row, x = token % side * p.patch + column;
-          float* to = out + (static_cast<int64_t>(channel) * p.height + y) * p.across + x;
-          const float value = scale * d[i / 2][j / 2][i % 2 * 2 + j % 2];
-          ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread's in every draw
-        }
-      }
-    }
-  }
-
   // --- forward -------------------------------------------------------------------------------------------------
 
   DR_DEVICE void forward(Accumulator<S>& h, int block, unsigned char* operands) {
@@ -216,7 +114,7 @@ class MixerBlock {
         h[i][n][2] += lower, h[i][n][3] += lower;
       }
     }
-    mix_tokens<S>(h, mix_rows(p.mix, block), p.tokens / 16, tile);
+    mix_tokens<S>(h, this->mix_rows(p.mix, block), p.tokens / 16, tile);
 
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       const auto w = take(block * chunks() + chunk);
@@ -226,7 +124,7 @@ class MixerBlock {
         ptx::warp_sync();
       }
       Hidden<S> u;
-      start_hidden(u, block, chunk);
+      this->start_hidden(u, block, chunk);
       DR_UNROLL
       for (int k = 0; k < S::width / 16; ++k) {
         uint32_t a[S::tiles][4];
@@ -251,7 +149,7 @@ class MixerBlock {
       }
       from_hidden<S>(h, a, w, 2, 1);
     }
-    scale(h, mixer_residual);
+    this->scale(h, mixer_residual);
     ptx::warp_sync();  // before this warp's tokens are replaced in the tile
   }
 
@@ -262,7 +160,7 @@ class MixerBlock {
     for (int i = 0; i < S::tiles; ++i) {
       DR_UNROLL
       for (int n = 0; n < S::columns; ++n) {
-        const Vector16 w = accumulators(p.head, i, n);
+        const Vector16 w = this->accumulators(p.head, i, n);
         DR_UNROLL
         for (int j = 0; j < 4; ++j) sum = Scalar::fma(Scalar::as_float(w.v[j]), h[i][n][j], sum);
       }
@@ -295,8 +193,8 @@ class MixerBlock {
 
   // The gradient of the last block's sum, before its residual factor.
   DR_DEVICE void start_backward(Accumulator<S>& g, float slope) {
-    load_accumulators(g, p.head);
-    scale(g, mixer_residual * slope);
+    this->load_accumulators(g, p.head);
+    this->scale(g, mixer_residual * slope);
   }
 
   // From the gradient g of m + silu(u) down^T to that of the block before it.
@@ -311,7 +209,7 @@ class MixerBlock {
         ptx::warp_sync();
       }
       Hidden<S> ga = {}, u;
-      start_hidden(u, block, chunk);
+      this->start_hidden(u, block, chunk);
       DR_UNROLL_TWICE  // no more, for want of registers
       for (int k = 0; k < S::width / 16; ++k) {
         uint32_t a[S::tiles][4], m[S::tiles][4], b[4];
@@ -362,8 +260,8 @@ class MixerBlock {
       }
     }
     ptx::block_sync();  // everybody's tokens
-    mix_tokens<S>(g, mix_rows(p.mix_t, block), p.tokens / 16, tile);
-    if (block > 0) scale(g, mixer_residual);
+    mix_tokens<S>(g, this->mix_rows(p.mix_t, block), p.tokens / 16, tile);
+    if (block > 0) this->scale(g, mixer_residual);
   }
 
   // What is left once the gradient has reached the first block's input.
@@ -384,68 +282,21 @@ class MixerBlock {
     }
   }
 
-  // --- small things --------------------------------------------------------------------------------------------
+  // --- staging -------------------------------------------------------------------------------------------------
+
+  // This warp's patch vectors, as they are.
+  DR_DEVICE void stage_patches(unsigned char* operands) const {
+    const int pieces = p.vector / 8;  // of a row, 16 bytes each
+    for (int i = lane(); i < S::rows * pieces; i += 32) {
+      const int row = first() + i / pieces, column = i % pieces * 8;
+      ptx::store16(operands + c.staging.z + (static_cast<int64_t>(row) * p.vector + column) * 2,
+                   tile.template load<Vector16>(row, column));
+    }
+  }
 
   DR_DEVICE float* columns_of_warp() const {
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (threads() / 32) + thread() / 32;
     return c.columns + warp * (S::width + p.depth * p.hidden);
-  }
-
-  DR_DEVICE void scale(Accumulator<S>& d, float by) const {
-    DR_UNROLL
-    for (int i = 0; i < S::tiles; ++i) {
-      DR_UNROLL
-      for (int n = 0; n < S::columns; ++n) {
-        DR_UNROLL
-        for (int j = 0; j < 4; ++j) d[i][n][j] *= by;
-      }
-    }
-  }
-
-  // Number i of `count` conditioning numbers from `begin` on, zero beyond.
-  DR_DEVICE float conditioning(int i, int count, int begin) const { return i < count ? e[begin + i] : 0.0f; }
-
-  // The hidden biases of a chunk.
-  DR_DEVICE void start_hidden(Hidden<S>& u, int block, int chunk) const {
-    const int begin = p.real_width + block * p.real_hidden;
-    DR_UNROLL
-    for (int n = 0; n < S::chunk / 8; ++n) {
-      DR_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float bias = conditioning(chunk * S::chunk + n * 8 + own_column() + j, p.real_hidden, begin);
-        DR_UNROLL
-        for (int i = 0; i < S::tiles; ++i) u[i][n][j] = u[i][n][j + 2] = bias;
-      }
-    }
-  }
-
-  // This lane's part of a packed matrix in the order of accumulators.
-  DR_DEVICE Vector16 accumulators(int64_t matrix, int i, int n) const {
-    const int place = ((first() / 16 + i) * S::columns + n) * 32 + lane();
-    // Not as Cache::constant: the compiler would keep the head in registers from its first use to its second.
-    return ptx::load16(c.packed + matrix + static_cast<int64_t>(place) * 16);
-  }
-
-  DR_DEVICE void load_accumulators(Accumulator<S>& d, int64_t matrix) const {
-    DR_UNROLL
-    for (int i = 0; i < S::tiles; ++i) {
-      DR_UNROLL
-      for (int n = 0; n < S::columns; ++n) {
-        const Vector16 x = accumulators(matrix, i, n);
-        DR_UNROLL
-        for (int j = 0; j < 4; ++j) d[i][n][j] = Scalar::as_float(x.v[j]);
-      }
-    }
-  }
-
-  DR_DEVICE void load_packed(uint32_t (&b)[4], int64_t matrix, int piece) const {
-    unpack(b, ptx::load16<ptx::Cache::constant>(c.packed + matrix + static_cast<int64_t>(piece) * piece_bytes + lane() * 16));
-  }
-
-  // A block's mixing matrix, from this warp's rows on.
-  DR_DEVICE const unsigned char* mix_rows(int64_t matrix, int block) const {
-    const int steps = p.tokens / 16;
-    return c.packed + matrix + (static_cast<int64_t>(block) * steps + first() / 16) * steps * piece_bytes;
   }
 
   // m of a block, as this thread has staged it, into the thread's own part of shared memory: nobody else reads it.
@@ -476,21 +327,8 @@ class MixerBlock {
 
   DR_DEVICE int slot(int i, int k) const { return ((i * (S::width / 16) + k) * threads() + thread()) * 4; }
 
-  static DR_DEVICE int threads() { return static_cast<int>(blockDim.x); }
-  static DR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
-  static DR_DEVICE int lane() { return thread() % 32; }
-  static DR_DEVICE int first() { return thread() / 32 * S::rows; }  // of this warp's tokens
-  // Of this lane in the accumulators.
-  static DR_DEVICE int own_row() { return first() + lane() / 4; }
-  static DR_DEVICE int own_column() { return lane() % 4 * 2; }
   DR_DEVICE int chunks() const { return p.hidden / S::chunk; }
-  DR_DEVICE float c_in(float sigma) const { return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data); }
 
-  // Parameters of the kernel are in constant memory and cost no registers, of which there are none to spare.
-  const MixerCall& c;
-  const Packing& p;
-  const float* e = nullptr;  // conditioning of the unit in work
-  Activations<S> tile;
   ptx::Shared<BFloat16> stages, checkpoint;
   ptx::Shared<float> sums;
 };

@@ -1,0 +1,186 @@
+// One sample's image and what a warp needs of the packed weights: patch vectors, embedding, the way back to pixels.
+#pragma once
+
+#include "mixer_tiles.cuh"
+#include "noise_values.cuh"
+
+namespace diffratio::cuda {
+
+template <class S>
+class MixerSample {
+ protected:
+  DR_DEVICE explicit MixerSample(const MixerCall& call) : c(call), p(call.packing) {}
+
+  // Patch vectors of the noised image into the tile's first columns, zeros where they are padded.
+  DR_DEVICE void cut(int half, int sample, int draw, float sigma) const {
+    const float scale = c_in(sigma);
+    const int size = p.image(), side = p.across / p.patch;
+    const int64_t offset = static_cast<int64_t>(sample) * size;
+    const Key key = c.rng ? read_key(c.rng) : Key{};
+    const int64_t index = c.rng ? c.index[sample] : 0;
+    const uint32_t stream = c.streams[half] + static_cast<uint32_t>(draw);
+    for (int i = thread() * 4; i < size; i += threads() * 4) {
+      float eps[4] = {};
+      if (c.rng) four_normals(key, static_cast<uint32_t>(i / 4), index, stream, eps);
+      int x = i % p.across, y = i / p.across % p.height, channel = i / p.across / p.height;
+      int column = x % p.patch, token = y / p.patch * side + x / p.patch;
+      int start = (channel * p.patch + y % p.patch) * p.patch;
+      DR_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (i + j >= size) break;
+        const float x0 = c.type == Type::float32 ? static_cast<const float*>(c.images[half])[offset + i + j]
+                                                 : to_float(static_cast<const BFloat16*>(c.images[half])[offset + i + j]);
+        const float noised_x = c.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
+        tile.store(token, start + column, from_float<BFloat16>(noised_x));
+        if (++x == p.across) {  // a row ends among the four
+          x = 0;
+          if (++y == p.height) y = 0, ++channel;
+          column = 0, token = y / p.patch * side, start = (channel * p.patch + y % p.patch) * p.patch;
+        } else if (++column == p.patch) {
+          column = 0, ++token;
+        }
+      }
+    }
+    const BFloat16 zero{0};
+    const int spare = p.vector - p.real_vector;
+    for (int i = thread(); i < p.tokens * spare; i += threads()) tile.store(i / spare, p.real_vector + i % spare, zero);
+    for (int i = thread(); i < (p.tokens - p.real_tokens) * p.real_vector; i += threads()) {
+      tile.store(p.real_tokens + i / p.real_vector, i % p.real_vector, zero);
+    }
+  }
+
+  // h = z patch^T + position + e
+  DR_DEVICE void embed(Accumulator<S>& h) const {
+    load_accumulators(h, p.position);
+    DR_UNROLL
+    for (int n = 0; n < S::columns; ++n) {
+      const float e0 = conditioning(n * 8 + own_column(), p.real_width, 0);
+      const float e1 = conditioning(n * 8 + own_column() + 1, p.real_width, 0);
+      DR_UNROLL
+      for (int i = 0; i < S::tiles; ++i) {
+        h[i][n][0] += e0, h[i][n][1] += e1;
+        h[i][n][2] += e0, h[i][n][3] += e1;
+      }
+    }
+    for (int k = 0; k < p.vector / 16; ++k) {
+      uint32_t a[S::tiles][4];
+      load_operand<S>(a, tile, first(), k);
+      DR_UNROLL
+      for (int n = 0; n < S::width / 16; ++n) {
+        uint32_t b[4];
+        load_packed(b, p.patch_w, k * (S::width / 16) + n);
+        multiply(h, 2 * n, a, b);
+      }
+    }
+  }
+
+  // dx = c_in unpatch(G patch), added up over draws.
+  DR_DEVICE void add_image_gradient(const Accumulator<S>& g, int sample, int draw, float scale) const {
+    float* out = c.image_gradient + static_cast<int64_t>(sample) * p.image();
+    const int side = p.across / p.patch, square = p.patch * p.patch;
+    for (int n = 0; n < p.vector / 16; ++n) {
+      float d[S::tiles][2][4] = {};
+      DR_UNROLL
+      for (int k = 0; k < S::width / 16; ++k) {
+        uint32_t a[S::tiles][4], b[4];
+        DR_UNROLL
+        for (int i = 0; i < S::tiles; ++i) to_operand(a[i], g[i], k);
+        load_packed(b, p.patch_t, k * (p.vector / 16) + n);
+        multiply(d, 0, a, b);
+      }
+      DR_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int v = n * 16 + j / 2 * 8 + own_column() + j % 2;
+        if (v >= p.real_vector) continue;
+        const int channel = v / square, row = v % square / p.patch, column = v % p.patch;
+        DR_UNROLL
+        for (int i = 0; i < S::tiles * 2; ++i) {
+          const int token = own_row() + i * 8;
+          if (token >= p.real_tokens) continue;
+          const int y = token / side * p.patch + row, x = token % side * p.patch + column;
+          float* to = out + (static_cast<int64_t>(channel) * p.height + y) * p.across + x;
+          const float value = scale * d[i / 2][j / 2][i % 2 * 2 + j % 2];
+          ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread's in every draw
+        }
+      }
+    }
+  }
+
+  // --- parameters ----------------------------------------------------------------------------------------------
+
+  DR_DEVICE void scale(Accumulator<S>& d, float by) const {
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      DR_UNROLL
+      for (int n = 0; n < S::columns; ++n) {
+        DR_UNROLL
+        for (int j = 0; j < 4; ++j) d[i][n][j] *= by;
+      }
+    }
+  }
+
+  // Number i of `count` conditioning numbers from `begin` on, zero beyond.
+  DR_DEVICE float conditioning(int i, int count, int begin) const { return i < count ? e[begin + i] : 0.0f; }
+
+  // The hidden biases of a chunk.
+  DR_DEVICE void start_hidden(Hidden<S>& u, int block, int chunk) const {
+    const int begin = p.real_width + block * p.real_hidden;
+    DR_UNROLL
+    for (int n = 0; n < S::chunk / 8; ++n) {
+      DR_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float bias = conditioning(chunk * S::chunk + n * 8 + own_column() + j, p.real_hidden, begin);
+        DR_UNROLL
+        for (int i = 0; i < S::tiles; ++i) u[i][n][j] = u[i][n][j + 2] = bias;
+      }
+    }
+  }
+
+  // This lane's part of a packed matrix in the order of accumulators.
+  DR_DEVICE Vector16 accumulators(int64_t matrix, int i, int n) const {
+    const int place = ((first() / 16 + i) * S::columns + n) * 32 + lane();
+    // Not as Cache::constant: the compiler would keep the head in registers from its first use to its second.
+    return ptx::load16(c.packed + matrix + static_cast<int64_t>(place) * 16);
+  }
+
+  DR_DEVICE void load_accumulators(Accumulator<S>& d, int64_t matrix) const {
+    DR_UNROLL
+    for (int i = 0; i < S::tiles; ++i) {
+      DR_UNROLL
+      for (int n = 0; n < S::columns; ++n) {
+        const Vector16 x = accumulators(matrix, i, n);
+        DR_UNROLL
+        for (int j = 0; j < 4; ++j) d[i][n][j] = Scalar::as_float(x.v[j]);
+      }
+    }
+  }
+
+  DR_DEVICE void load_packed(uint32_t (&b)[4], int64_t matrix, int piece) const {
+    unpack(b, ptx::load16<ptx::Cache::constant>(c.packed + matrix + static_cast<int64_t>(piece) * piece_bytes + lane() * 16));
+  }
+
+  // A block's mixing matrix, from this warp's rows on.
+  DR_DEVICE const unsigned char* mix_rows(int64_t matrix, int block) const {
+    const int steps = p.tokens / 16;
+    return c.packed + matrix + (static_cast<int64_t>(block) * steps + first() / 16) * steps * piece_bytes;
+  }
+
+  // --- places --------------------------------------------------------------------------------------------------
+
+  static DR_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+  static DR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+  static DR_DEVICE int lane() { return thread() % 32; }
+  static DR_DEVICE int first() { return thread() / 32 * S::rows; }  // of this warp's tokens
+  // Of this lane in the accumulators.
+  static DR_DEVICE int own_row() { return first() + lane() / 4; }
+  static DR_DEVICE int own_column() { return lane() % 4 * 2; }
+  DR_DEVICE float c_in(float sigma) const { return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data); }
+
+  // Parameters of the kernel are in constant memory and cost no registers, of which there are none to spare.
+  const MixerCall& c;
+  const Packing& p;
+  const float* e = nullptr;  // conditioning of the unit in work
+  Activations<S> tile;
+};
+
+}  // namespace diffratio::cuda
