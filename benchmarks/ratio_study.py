@@ -242,7 +242,7 @@ class Study:
         self.frozen: nn.Module | None = None
 
     def config(self, axes: Shape | str, steps: int) -> TrainConfig:
-        options = PRESETS["digits"] | {"steps": steps, "seed": self.seed}
+        options = PRESETS["digits"] | {"steps": steps, "seed": self.seed, "ratio_ema_half_life_images": None}
         if self.dataset.name != "digits":  # 55,000 images do not overfit
             options |= {"generator_width": 512, "ratio_weight_decay": 0.01}
         elif isinstance(axes, Shape):
