@@ -126,14 +126,18 @@ class Evaluation:
         middles = (torch.arange(LEVELS, device=index.device, dtype=torch.float64) + 0.5) / LEVELS
         h_means = state.h_means[bins(middles)] if self.config.normalize_h else torch.ones_like(middles)
         norms, sizes = [], []
+        parts = index.split(self.config.micro_batch or len(index))  # as many as a step differentiates at once
         for level, h_mean in zip(levels, h_means, strict=True):
             sigma = level.to(fake.dtype).expand(len(labels), 1)
-            outcome = score_difference(
-                iteration.ratio, fake, sigma, labels, rng, index,
-                weight=torch.ones_like(sigma), divergence=DIVERGENCES["reverse_kl"],
-            )  # fmt: skip
-            slope = outcome.gradient.flatten(1).norm(dim=1).double()
-            h, _ = iteration.divergence.factor(outcome.log_ratio[:, 0])
+            outcomes = [
+                score_difference(
+                    iteration.ratio, fake[part], sigma[part], labels[part], rng, part,
+                    weight=torch.ones_like(sigma[part]), divergence=DIVERGENCES["reverse_kl"],
+                )
+                for part in parts
+            ]  # fmt: skip
+            slope = torch.cat([outcome.gradient.flatten(1).norm(dim=1) for outcome in outcomes]).double()
+            h, _ = iteration.divergence.factor(torch.cat([outcome.log_ratio[:, 0] for outcome in outcomes]))
             weight = iteration.weight(level, SIGMA_DATA)
             norms.append(float(slope.mean()))
             sizes.append(float((weight * h / h_mean * slope).mean()))
@@ -161,7 +165,8 @@ class Evaluation:
             patience=4,
         )
         seed = (config.seed + EVALUATION_SEED) % 2**63
-        source = self.dataset.batches("train", config.batch_size, seed=seed, start=iteration.state.step)
+        size = min(config.batch_size, config.micro_batch or config.batch_size)
+        source = self.dataset.batches("train", size, seed=seed, start=iteration.state.step)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for number, batch in enumerate(source):
