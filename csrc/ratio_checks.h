@@ -34,7 +34,7 @@ inline MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
   s.depth = weights[w_up].size(0);
   s.hidden = weights[w_up].size(1);
   const int64_t p = weights[w_patch].size(1);
-  while (s.channels * s.patch * s.patch < p) ++s.patch;
+  while (s.channels > 0 && s.channels * s.patch * s.patch < p) ++s.patch;
   TORCH_CHECK_VALUE(s.patch > 0 && s.vector() == p && s.height % s.patch == 0 && s.across % s.patch == 0 &&
                         s.height / s.patch * (s.across / s.patch) == s.tokens && s.tokens > 0 && s.width > 0 &&
                         s.depth > 0 && s.hidden > 0,

@@ -46,6 +46,15 @@ int as_int(int64_t n) {
   return static_cast<int>(n);
 }
 
+// sizes_of, of weights that are also of one type.
+MixerSizes network_of(at::TensorList weights, const at::Tensor& images) {
+  const MixerSizes sizes = sizes_of(weights, images);
+  for (const at::Tensor& weight : weights) {
+    TORCH_CHECK_TYPE(weight.scalar_type() == weights[0].scalar_type(), "weights must have one dtype");
+  }
+  return sizes;
+}
+
 at::Tensor pack(at::TensorList weights, const MixerSizes& sizes) {
   const at::Device device = weights[0].device();
   cuda::PackCall call{};
@@ -53,7 +62,6 @@ at::Tensor pack(at::TensorList weights, const MixerSizes& sizes) {
   call.type = type_of(weights[0]);
   Tensors held;
   for (int i = 0; i < diffratio::weights; ++i) {
-    TORCH_CHECK_TYPE(weights[i].scalar_type() == weights[0].scalar_type(), "weights must have one dtype");
     held.push_back(weights[i].contiguous());
     call.weight[i] = held.back().const_data_ptr();
   }
@@ -84,7 +92,8 @@ Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigm
   Call call;
   MixerCall& m = call.mixer;
   call.device = images[0].device();
-  call.sizes = sizes_of(weights, images[0]);
+  TORCH_CHECK_VALUE(call.device.is_cuda(), "images must be on the GPU, as other arguments are");
+  call.sizes = network_of(weights, images[0]);
   TORCH_CHECK_VALUE(cuda::shape_exists(call.sizes), "no kernel for ", call.sizes.tokens, " tokens of ", call.sizes.width,
                     " channels, patches of ", call.sizes.vector());
   m.packing = cuda::packing_of(call.sizes);
@@ -151,7 +160,8 @@ at::Tensor pack_weights(at::TensorList weights) {
   // Any image that these weights fit: the packed form does not depend on it.
   const int64_t tokens = weights[w_position].dim() == 2 ? weights[w_position].size(0) : 0;
   const at::Tensor image = at::empty({0, weights[w_patch].size(1), 1, tokens}, weights[w_patch].options());
-  return pack(weights, sizes_of(weights, image));
+  TORCH_CHECK_VALUE(image.is_cuda(), "weights must be on the GPU");
+  return pack(weights, network_of(weights, image));
 }
 
 at::Tensor log_ratio(at::TensorList weights, const at::Tensor& noised, const at::Tensor& sigma,

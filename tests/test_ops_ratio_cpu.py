@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
-from diffratio_fast.ops import _module, reference_ratio
+from diffratio_fast.ops import _module, ratio, reference_ratio
 from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.ratio import HAS_OPERATIONS, weight_shapes
 
@@ -225,6 +225,25 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_the_choice_of_cuda_kernels_compiles_without_graph_breaks(monkeypatch):
+    asked = []
+
+    def fit(*sizes: int) -> bool:
+        asked.append(sizes)
+        return True
+
+    monkeypatch.setattr(_module.module, "ratio_kernels_fit", fit, raising=False)
+    p = problem("colour")
+
+    def step(x: Tensor) -> Tensor:
+        sizes = ratio.checks.layout(p["weights"], x)
+        return x + 1 if ratio._kernels_fit(*sizes, 99) else x
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(p["real"]), p["real"] + 1) and torch.equal(compiled(p["fake"]), p["fake"] + 1)
+    assert asked == [(3, 16, 16, 2, 64, 64, 1, 128, 99)]
+
+
 def test_the_compiled_operations_check_too():
     p = problem("digits")
     names = ("weights", "fake", "sigma", "conditioning", "weight", "rng", "index")
@@ -233,7 +252,13 @@ def test_the_compiled_operations_check_too():
     short = [*p["weights"][:4], p["weights"][4][:, :, :3], *p["weights"][5:]]
     changes = {
         0: [[], short, [w.double() for w in p["weights"]]],
-        1: [torch.zeros(5, 1, 8, 9), torch.zeros(5, 3, 8, 8), torch.zeros(5, 64), torch.zeros(4, 1, 8, 8)],
+        1: [
+            torch.zeros(5, 0, 8, 8),
+            torch.zeros(5, 1, 8, 9),
+            torch.zeros(5, 3, 8, 8),
+            torch.zeros(5, 64),
+            torch.zeros(4, 1, 8, 8),
+        ],
         2: [torch.ones(5), torch.ones(5, 3), torch.ones(5, 0)],
         3: [torch.zeros(5, 2, 7), torch.zeros(5, 1, 320)],
         4: [torch.zeros(5)],

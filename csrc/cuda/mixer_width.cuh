@@ -12,15 +12,16 @@ struct StreamLauncher {
   template <class Kernel>
   int resident(Kernel kernel, int threads, uint32_t shared) const {
     const void* function = reinterpret_cast<const void*>(kernel);
-    int device = 0, multiprocessors = 0, blocks = 0;
+    int device = 0, multiprocessors = 0, most = 0, blocks = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (!error && shared > 48 * 1024) {
-      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    }
+    if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error || shared > static_cast<uint32_t>(most)) return 0;
+    // Always the most there is: another thread's call of the same kernel must not lower it before our launch.
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared);
     if (error) {
-      cudaGetLastError();  // no more shared memory than that: not an error of the caller's
+      cudaGetLastError();  // or a later launch would report it
       return 0;
     }
     return blocks * multiprocessors;

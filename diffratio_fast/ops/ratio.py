@@ -56,10 +56,14 @@ def _compiled(weights: Sequence[Tensor], images: Tensor) -> bool:
     return _kernels_fit(*checks.layout(weights, images), images.device.index or 0)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # of a plain function: of a cached one, torch.compile forgets it
 def _kernels_fit(*sizes_and_device: int) -> bool:
     """Whether the CUDA kernels take a network of this ``Layout`` on this device; if not, says so once."""
+    return _fit_and_say(*sizes_and_device)
+
+
+@functools.cache
+def _fit_and_say(*sizes_and_device: int) -> bool:
     fit = getattr(_module.module, "ratio_kernels_fit", None)
     if fit is not None and fit(*sizes_and_device):
         return True
@@ -67,7 +71,7 @@ def _kernels_fit(*sizes_and_device: int) -> bool:
     warnings.warn(
         f"a RatioMixer of {sizes_and_device[4]} tokens and {sizes_and_device[5]} channels runs in plain "
         f"PyTorch: the compiled module {reason}",
-        stacklevel=3,
+        stacklevel=4,
     )
     return False
 
