@@ -204,6 +204,8 @@ def _check(name: str, value: Any, *, optional: bool) -> None:
     elif name in ("channel_mult", "attn_resolutions"):
         kind = "a list of whole numbers above 0"
         right = isinstance(value, (list, tuple)) and all(_whole(item, 1) for item in value)
+        if name == "channel_mult" and right and not value:
+            kind, right = "a list of at least one whole number above 0", False
     elif name == "resample_filter":
         kind = "a list of numbers"
         right = isinstance(value, (list, tuple)) and all(_number(item) for item in value)
