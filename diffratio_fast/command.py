@@ -12,6 +12,10 @@ class UserError(Exception):
     """Bad input of any kind: the message is one line that says what is wrong and what to do."""
 
 
+class SaidElsewhere(UserError):
+    """Another process of the same run tells of the error; this one ends without a word."""
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there is something to show."""
 
@@ -36,6 +40,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run ``main(argv)`` as a process: its return value is the exit status, ``UserError`` is 2."""
     try:
         status = main(sys.argv[1:])
+    except SaidElsewhere:
+        status = 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

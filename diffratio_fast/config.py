@@ -87,9 +87,15 @@ class RunConfig(Options):
 
     batch_size: int = option(128, "images per step", "optimization", low=1)
     micro_batch: int | None = option(
-        None, "images in one pass; gradients of several passes add up to a step's (default: all)",
+        None, "images in one pass (of one process); gradients of several passes add up (default: all)",
         "optimization", low=1, free=True,
     )  # fmt: skip
+    reduce_dtype: str = option(
+        "float32",
+        "several processes: what gradients are averaged in (float32: the run's own precision)",
+        "optimization",
+        choices=("float32", "bfloat16"),
+    )
     optimizer: str = option(
         "adamw",
         "adamw or adam of PyTorch (fused), or NVIDIA apex's FusedAdam",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
 import torch
 
+from diffratio_fast import launch
 from diffratio_fast.command import UserError
 
 
 def choose_device(name: str) -> torch.device:
     """The device that ``--device`` names; one that is not there is a ``UserError``.
 
-    ``auto`` under torchrun is the GPU of this process's own.
+    ``auto`` and ``cuda`` under torchrun are the GPU of this process's own.
     """
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
-    if name == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if name == "auto" or (name == "cuda" and launch.launched() and torch.cuda.is_available()):
+        return torch.device("cuda", launch.local_process()[0] % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from diffratio_fast import launch
 from diffratio_fast.command import Parser, UserError, run
 from diffratio_fast.data.manifest import Manifest, Vae
 from diffratio_fast.data.sources import (
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int | None:
 
 def prepare(options: argparse.Namespace) -> Manifest | None:
     """Prepare a data set as the options say; None where another process has yet to finish its share."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = launch.process()
     source = load_source(options)
     source.splits = cut_splits(source.splits, options.validation, options.test, options.seed)
     shape, kind, vae, encoder = source.shape, source.kind, source.vae, None
@@ -183,7 +184,7 @@ def open_encoder(options: argparse.Namespace, source: Source) -> Any:
         raise UserError(f"--vae encodes RGB images, but the source holds {source.kind} {list(source.shape)}")
     name = options.device
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{launch.local_process()[0]}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffratio_fast import command
+from diffratio_fast import command, launch
 from diffratio_fast.config import add_options, read_config
 from diffratio_fast.options import Options
 from diffratio_fast.presets import DESCRIPTIONS
@@ -46,12 +46,22 @@ def act(
     argv: list[str], parser: command.Parser, resolve: Callable[..., Any], train: Callable[..., int]
 ) -> int:
     """Do what the command line asks for: print the plan, or ``train(preset, config, fresh=...)``."""
-    arguments = vars(parser.parse_args(argv))
-    dry_run, fresh = arguments.pop("dry_run"), arguments.pop("fresh")
-    memory = arguments.pop("plan_memory", None)
-    preset, config = resolve(arguments)
-    if memory is not None and not memory > 0:
-        raise command.UserError(f"--plan-memory must be above 0, not {memory}")
+    rank, world_size = launch.process()
+    try:
+        arguments = vars(parser.parse_args(argv))
+        dry_run, fresh = arguments.pop("dry_run"), arguments.pop("fresh")
+        memory = arguments.pop("plan_memory", None)
+        preset, config = resolve(arguments)
+        if memory is not None and not memory > 0:
+            raise command.UserError(f"--plan-memory must be above 0, not {memory}")
+        if config.batch_size % world_size:
+            raise command.UserError(
+                f"--batch-size {config.batch_size} cannot be shared out equally among {world_size} processes"
+            )
+    except command.UserError:
+        if rank:  # every process finds the same fault with its options
+            raise command.SaidElsewhere from None
+        raise
     if not dry_run:
         return train(preset, config, fresh=fresh)
     # torch is imported only once the command line is known to be good

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 
-from diffratio_fast import command
+from diffratio_fast import command, launch
 from diffratio_fast.command import UserError
 
 MAX_GRID = 10_000
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> int:
     from diffratio_fast.sample_files import Job, write_samples
     from diffratio_fast.sampling import Sampler, VerifiedSampler
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = launch.process()
     device = choose_device(arguments.device)
     sampler = (
         Sampler(arguments.run, device=device, vae=arguments.vae)

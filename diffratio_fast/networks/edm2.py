@@ -37,13 +37,19 @@ from diffratio_fast.networks.unet import (
 EDM2_CHANNELS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 
 
-def normalize(x: Tensor, dim: int | Sequence[int], eps: float = 1e-4) -> Tensor:
-    """x with vectors along ``dim`` divided by (their root mean square + eps), computed in float32."""
-    dims = [dim] if isinstance(dim, int) else list(dim)
+EPS = 1e-4
+
+
+def normalize(x: Tensor, dim: int | Sequence[int]) -> Tensor:
+    """x with vectors along ``dim`` divided by (their root mean square + EPS), computed in float32."""
+    return (x / (EPS + root_mean_square(x, [dim] if isinstance(dim, int) else dim))).to(x.dtype)
+
+
+def root_mean_square(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Of vectors along ``dims``, float32 (float64 of float64)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    length = x.numel() // norm.numel()
-    return (x / (eps + norm / math.sqrt(length))).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=list(dims), keepdim=True, dtype=dtype)
+    return norm / math.sqrt(math.prod(x.shape[dim] for dim in dims))
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -126,7 +132,10 @@ def force_normalisation(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, MPConv) and module.training:
             stored = module.weight.data
-            stored.copy_(normalize(stored, range(1, stored.ndim)))
+            # The length that ``normalize`` leaves as it is: a second pass before the next update, as of
+            # another part of the batch, finds the same weights.
+            rms = root_mean_square(stored, range(1, stored.ndim)).clamp(min=EPS)
+            stored.mul_((1 - EPS) / rms)
 
 
 class Block(ResidualBlock):

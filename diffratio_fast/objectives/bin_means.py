@@ -24,9 +24,14 @@ def bins(uniforms: Tensor) -> Tensor:
     return (uniforms * BINS).long().clamp(0, BINS - 1)
 
 
-def update_means(means: Tensor, bin_of: Tensor, h: Tensor) -> None:
-    """Move each visited bin's mean toward this step's mean of h, in place (sums are order-independent)."""
-    hot = torch.nn.functional.one_hot(bin_of.reshape(-1), BINS).to(h.dtype)
-    count = hot.sum(0)
-    mean = (hot * h.reshape(-1, 1)).sum(0) / count.clamp(min=1)
+def bin_sums(bin_of: Tensor, h: Tensor) -> Tensor:
+    """How many values of h fall in each bin, and their sum: float64 [2, BINS]."""
+    hot = torch.nn.functional.one_hot(bin_of.reshape(-1), BINS).double()
+    return torch.stack((hot.sum(0), (hot * h.reshape(-1, 1)).sum(0)))
+
+
+def update_means(means: Tensor, sums: Tensor) -> None:
+    """Move each visited bin's mean toward this step's mean of h, in place; ``sums`` are of ``bin_sums``."""
+    count, total = sums
+    mean = total / count.clamp(min=1)
     means.lerp_(torch.where(count > 0, mean.to(means.dtype), means), MOMENTUM)

@@ -19,14 +19,16 @@ from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
-from diffratio_fast.objectives.bin_means import bins, update_means
+from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, update_means
 from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDifference
 from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.noise_laws import NoiseLaw, parse_noise_law, sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
+from diffratio_fast.training.distributed import ALONE, World
 from diffratio_fast.training.ema import average_decay, ema_decay, update_average
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.optimizers import set_rate
+from diffratio_fast.training.parallel import Parallel
 from diffratio_fast.training.state import TrainState, run_dtype
 
 Batch = tuple[Tensor, Tensor]
@@ -67,15 +69,19 @@ def generator_factor(config: TrainConfig, step: int) -> float:
 class Stepper:
     """What the iterations of every kind of run share: images, precision, parts of a batch.
 
-    A step's batch is taken in parts of ``micro_batch`` images, whose gradients add up to the batch's.
+    A process takes its slice of a step's batch in parts of ``micro_batch`` images, whose gradients add up to
+    the slice's. ``index`` are its places in the whole batch: the sample indices of all random numbers.
     """
 
-    def __init__(self, config: RunConfig, scaling: Scaling, step: int, device: torch.device) -> None:
-        self.config, self.scaling, self.device = config, scaling, device
+    def __init__(
+        self, config: RunConfig, scaling: Scaling, step: int, device: torch.device, world: World
+    ) -> None:
+        self.config, self.scaling, self.device, self.world = config, scaling, device, world
         self.dtype = run_dtype(config)
-        self.index = torch.arange(config.batch_size, device=device)
-        size = config.micro_batch or config.batch_size
-        self.parts = [slice(start, start + size) for start in range(0, config.batch_size, size)]
+        local = config.batch_size // world.size
+        self.index = torch.arange(world.rank * local, (world.rank + 1) * local, device=device)
+        size = config.micro_batch or local
+        self.parts = [slice(start, start + size) for start in range(0, local, size)]
         self.rng = ops.make_rng(config.seed, step, device)
 
     def in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -115,17 +121,25 @@ class Stepper:
         return flip(x0, self.rng, index, self.config.flip_probability, substep=substep), labels, index
 
     def share(self, index: Tensor) -> float:
-        """What a part of so many samples counts for in a mean over the batch."""
-        return len(index) / self.config.batch_size
+        """What a part of so many samples counts for in a mean over this process's slice of the batch."""
+        return len(index) / len(self.index)
+
+    def is_last(self, part: slice) -> bool:
+        return part is self.parts[-1]
 
 
 class Iteration(Stepper):
-    """The pure function (state, step, batches) -> state, for one configuration on one device."""
+    """The pure function (state, step, batches) -> state, for one configuration on a device per process."""
 
     def __init__(
-        self, config: TrainConfig, scaling: Scaling, state: TrainState, device: torch.device
+        self,
+        config: TrainConfig,
+        scaling: Scaling,
+        state: TrainState,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
-        super().__init__(config, scaling, state.step, device)
+        super().__init__(config, scaling, state.step, device, world)
         self.config: TrainConfig = config
         self.state = state
         self.ratio_law, self.generator_law = noise_laws(config)
@@ -137,6 +151,9 @@ class Iteration(Stepper):
         fits = isinstance(state.ratio, RatioMixer) and config.ratio_roll_probability == 0
         self.mixer = cast(RatioMixer, state.ratio) if fits else None
         self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        # what takes part in training; evaluation calls the networks themselves
+        self.fakes_of = Parallel(state.generator, self.generator, world, config)
+        self.loss_of = Parallel(state.ratio, self._ratio_loss, world, config)
         skip = config.on_nonfinite == "skip"
         self.checks = {
             "ratio": FiniteCheck("ratio", state.ratio, skip=skip),
@@ -158,7 +175,7 @@ class Iteration(Stepper):
 
     def _fakes(self, index: Tensor, labels: Tensor, substep: int) -> Tensor:
         latents = latents_for(self.state.generator, self.rng, index, ops.Purpose.LATENT, substep=substep)
-        return self.generator(latents, labels)
+        return (self.fakes_of if torch.is_grad_enabled() else self.generator)(latents, labels)
 
     def _ratio_loss(
         self, real: Tensor, fake: Tensor, labels: Tensor, index: Tensor, substep: int
@@ -173,22 +190,24 @@ class Iteration(Stepper):
         """One update of the ratio network; the last part's fakes (with their graph, if kept) and labels."""
         state = self.state
         state.ratio_optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        values = torch.zeros(5, dtype=torch.float64, device=self.device)
         for part in self.parts:
             real, labels, index = self.part(batch, part, substep)
             with contextlib.nullcontext() if keep_graph else torch.no_grad():
                 fake = self._fakes(index, labels, substep)
             # both halves of a pair share their masks of dropout, as they share augmentation
-            with dropout_stream(state.ratio, self.rng, torch.cat((index, index)), substep=substep):
-                outcome = self._ratio_loss(real, fake, labels, index, substep)
+            with (
+                dropout_stream(state.ratio, self.rng, torch.cat((index, index)), substep=substep),
+                self.loss_of.part(last=self.is_last(part)),
+            ):
+                outcome = self.loss_of(real, fake, labels, index, substep)
                 (outcome.loss * self.share(index)).backward()
-            values = self._figures(outcome) * self.share(index)
-            loss = loss + values[0]
-            if substep == 0:
-                state.sums[:5] += values
+            values += self._figures(outcome) * self.share(index)
+        self.world.mean(values)
         if substep == 0:
+            state.sums[:5] += values
             state.sums[6] += 1
-        if self.checks["ratio"].allows(state.step, {"the ratio loss": loss}):
+        if self.checks["ratio"].allows(state.step, {"the ratio loss": values[0]}):
             state.ratio_optimizer.step()
         return fake, labels
 
@@ -234,31 +253,50 @@ class Iteration(Stepper):
         config, state = self.config, self.state
         state.ratio.requires_grad_(False)
         state.generator_optimizer.zero_grad(set_to_none=True)
-        visited: list[tuple[Tensor, Tensor]] = []
-        clamped = torch.zeros((), dtype=torch.float64, device=self.device)
-        log_ratio = torch.zeros_like(clamped)
+        # of clamped logits and of log ratios the means, and what the normalisation of h needs
+        means = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, BINS, dtype=torch.float64, device=self.device)
         for part in self.parts:
             index = self.index[part]
-            if whole is None:
-                labels = batch[1][part].to(self.device, non_blocking=True)
-                fake = self._fakes(index, labels, 0)  # the same again, now with a graph
-            else:
-                fake, labels = whole
-            outcome, bin_of = self._score_difference(fake, labels, index)
-            fake.backward(outcome.gradient.to(fake.dtype) / config.batch_size)
-            clamped += outcome.clamped.double().mean() * self.share(index)
-            log_ratio += outcome.log_ratio.double().mean() * self.share(index)
+            with self.fakes_of.part(last=self.is_last(part)):
+                if whole is None:
+                    labels = batch[1][part].to(self.device, non_blocking=True)
+                    fake = self._fakes(index, labels, 0)  # the same again, now with a graph
+                else:
+                    fake, labels = whole
+                outcome, bin_of = self._score_difference(fake, labels, index)
+                fake.backward(outcome.gradient.to(fake.dtype) / len(self.index))
+            values = outcome.clamped.double().mean(), outcome.log_ratio.double().mean()
+            means += torch.stack(values) * self.share(index)
             if bin_of is not None:
-                visited.append((bin_of, outcome.h))
+                sums += bin_sums(bin_of, outcome.h)
         state.ratio.requires_grad_(True)
-        if visited:
-            update_means(state.h_means, *(torch.cat(values) for values in zip(*visited, strict=True)))
+        clamped, log_ratio = self.world.mean(means)
+        if config.normalize_h:
+            update_means(state.h_means, self.world.sum(sums))
         if self.divergence.clamp is not None:
             state.sums[5] += clamped
         made = self.checks["generator"].allows(state.step, {"the log ratio of fakes": log_ratio})
         if made:
             state.generator_optimizer.step()
         return made
+
+    def settle(self, batch: Batch) -> None:
+        """Show DDP a backward pass of each network before the first step; the state stays as it is.
+
+        DDP lays out its buckets anew after its first pass. Were that the first step's, sums over processes
+        would be taken in another order in the first step after a restart than in a run without one.
+        """
+        state = self.state
+        state.ratio.eval()
+        state.generator.eval()
+        real, labels, index = self.part(batch, self.parts[0])
+        fake = self._fakes(index, labels, 0)
+        loss = self.loss_of(real, fake, labels, index, 0).loss
+        (loss * 0).backward()
+        fake.backward(torch.zeros_like(fake))
+        state.ratio_optimizer.zero_grad(set_to_none=True)
+        state.generator_optimizer.zero_grad(set_to_none=True)
 
     def run(self, batches: list[Batch]) -> None:
         """Advance the state by one step on ``config.ratio_steps`` batches of (records, labels)."""

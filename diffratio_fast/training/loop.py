@@ -16,6 +16,7 @@ from diffratio_fast.objectives.refit import Refitted
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.report.measurements import keep_measurements
 from diffratio_fast.training import runner
+from diffratio_fast.training.distributed import ALONE, World
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
 from diffratio_fast.training.reporting import figure
@@ -26,18 +27,28 @@ from diffratio_fast.training.state import SUMS, TrainState, initial_state, netwo
 class Trainer(runner.Run):
     """One DiffRatio run."""
 
-    def __init__(self, preset: str, config: TrainConfig, directory: RunDirectory) -> None:
-        super().__init__(preset, config, directory)
+    def __init__(
+        self,
+        preset: str,
+        config: TrainConfig,
+        directory: RunDirectory,
+        *,
+        world: World = ALONE,
+        started: bool = False,
+    ) -> None:
+        super().__init__(preset, config, directory, world=world, started=started)
         self.config: TrainConfig = config
         self.ratio_steps = config.ratio_steps
-        self.state: TrainState = initial_state(
-            config, self.dataset, self.device, init=not directory.checkpoint.exists()
-        )
-        self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device)
+        with world.together():
+            self.state: TrainState = initial_state(config, self.dataset, self.device, init=not started)
+        self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device, world)
         self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
         self.warned: set[str] = set()
         self.checks = list(self.iteration.checks.values())
         self.evaluation = Evaluation(config, self.dataset, self.iteration)
+
+    def settle(self, batch: Batch) -> None:
+        self.iteration.settle(batch)
 
     def advance(self, batches: list[Batch]) -> None:
         self.iteration.run(batches)
@@ -45,7 +56,6 @@ class Trainer(runner.Run):
     def figures(self) -> dict[str, Any]:
         state = self.state
         sums = dict(zip(SUMS, state.sums.tolist(), strict=True))
-        state.sums.zero_()
         validation, train = self.evaluation.bound("validation"), self.evaluation.bound("train")
         steps = sums.pop("steps")
         mean = {name: value / steps for name, value in sums.items()}

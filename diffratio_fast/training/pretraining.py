@@ -25,11 +25,13 @@ from diffratio_fast.objectives.denoising import denoising_errors, denoising_loss
 from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
 from diffratio_fast.presets import PRESETS
 from diffratio_fast.training import runner
+from diffratio_fast.training.distributed import ALONE, World
 from diffratio_fast.training.ema import average_decay, averaged_copy, update_average
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.initial import load_denoiser
 from diffratio_fast.training.iteration import Batch, Stepper, learning_rate_factor
 from diffratio_fast.training.optimizers import make_optimizer, set_rate
+from diffratio_fast.training.parallel import Parallel
 from diffratio_fast.training.reporting import figure
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import RunState, backbone_options, place
@@ -52,7 +54,6 @@ class PretrainState(RunState):
     denoiser: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
-    sums: Tensor
 
 
 def initial_state(
@@ -80,7 +81,7 @@ def initial_state(
         denoiser,
         averaged_copy(denoiser),
         make_optimizer(config, denoiser, config.lr, config.weight_decay, planned),
-        torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+        sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
     )
 
 
@@ -96,15 +97,28 @@ class PretrainIteration(Stepper):
     """The pure function (state, step, batch) -> state of a pre-training step."""
 
     def __init__(
-        self, config: PretrainConfig, scaling: Scaling, state: PretrainState, device: torch.device
+        self,
+        config: PretrainConfig,
+        scaling: Scaling,
+        state: PretrainState,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
-        super().__init__(config, scaling, state.step, device)
+        super().__init__(config, scaling, state.step, device, world)
         self.config: PretrainConfig = config
         self.state = state
         self.law = parse_noise_law(config.noise)
         self.denoiser = self.in_precision(state.denoiser)
         self.average = self.in_precision(state.average)
+        self.loss_of = Parallel(state.denoiser, self._loss, world, config)
         self.check = FiniteCheck("denoiser", state.denoiser, skip=config.on_nonfinite == "skip")
+
+    def settle(self, batch: Batch) -> None:
+        """See ``Iteration.settle``."""
+        self.state.denoiser.eval()
+        loss, _ = self.loss_of(*self.part(batch, self.parts[0]))
+        (loss * 0).backward()
+        self.state.optimizer.zero_grad(set_to_none=True)
 
     def run(self, batches: list[Batch]) -> None:
         """Advance the state by one step on one batch of (records, labels)."""
@@ -114,27 +128,32 @@ class PretrainIteration(Stepper):
         set_rate(state.optimizer, config.lr * learning_rate_factor(config, state.step))
         state.denoiser.train()
         state.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros_like(state.sums)
+        means = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in self.parts:
             x0, labels, index = self.part(batch, part)
-            sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0]
-            sigma = sigma.to(self.dtype)
-            with dropout_stream(state.denoiser, self.rng, index):
-                errors = denoising_errors(
-                    self.denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE
-                )
-                loss = denoising_loss(errors, self._log_variance(sigma))
+            with (
+                dropout_stream(state.denoiser, self.rng, index),
+                self.loss_of.part(last=self.is_last(part)),
+            ):
+                loss, error = self.loss_of(x0, labels, index)
                 (loss * self.share(index)).backward()
-            sums[:2] += torch.stack((loss.detach().double(), errors.detach().double().mean())) * self.share(
-                index
-            )
-        sums[2] = 1
-        state.sums += sums
-        if self.check.allows(state.step, {"the loss": sums[0]}):
+            means += torch.stack((loss.detach().double(), error)) * self.share(index)
+        self.world.mean(means)
+        state.sums[:2] += means
+        state.sums[2] += 1
+        if self.check.allows(state.step, {"the loss": means[0]}):
             state.optimizer.step()
             decay = average_decay(config, state.step, state.step)
             update_average(state.average, state.denoiser, decay)
         state.step += 1
+
+    def _loss(self, x0: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a part of a batch, and its mean error (float64, detached)."""
+        sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0].to(self.dtype)
+        errors = denoising_errors(
+            self.denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE
+        )
+        return denoising_loss(errors, self._log_variance(sigma)), errors.detach().double().mean()
 
     def _log_variance(self, sigma: Tensor) -> Tensor | None:
         denoiser = self.state.denoiser
@@ -159,20 +178,30 @@ class PretrainIteration(Stepper):
 class Pretrainer(runner.Run):
     """One pre-training run."""
 
-    def __init__(self, preset: str, config: PretrainConfig, directory: RunDirectory) -> None:
-        super().__init__(preset, config, directory)
+    def __init__(
+        self,
+        preset: str,
+        config: PretrainConfig,
+        directory: RunDirectory,
+        *,
+        world: World = ALONE,
+        started: bool = False,
+    ) -> None:
+        super().__init__(preset, config, directory, world=world, started=started)
         self.config: PretrainConfig = config
-        first = not directory.checkpoint.exists()
-        self.state: PretrainState = initial_state(config, self.dataset, self.device, init=first)
-        self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device)
+        with world.together():
+            self.state: PretrainState = initial_state(config, self.dataset, self.device, init=not started)
+        self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device, world)
         self.checks = [self.iteration.check]
+
+    def settle(self, batch: Batch) -> None:
+        self.iteration.settle(batch)
 
     def advance(self, batches: list[Batch]) -> None:
         self.iteration.run(batches)
 
     def figures(self) -> dict[str, Any]:
         loss, error, steps = self.state.sums.tolist()
-        self.state.sums.zero_()
         return {
             "loss": loss / steps,
             "error": error / steps,

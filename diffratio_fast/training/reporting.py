@@ -119,11 +119,14 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """A bar with rate, time left and the divergence on a terminal; a line now and then elsewhere."""
+    """A bar with rate, time left and the divergence on a terminal; a line now and then elsewhere.
 
-    def __init__(self, steps: int, start: int, batch_size: int) -> None:
-        self.steps, self.batch_size = steps, batch_size
-        self.terminal = sys.stderr.isatty()
+    A ``quiet`` one says nothing: of several processes one speaks.
+    """
+
+    def __init__(self, steps: int, start: int, batch_size: int, *, quiet: bool = False) -> None:
+        self.steps, self.batch_size, self.quiet = steps, batch_size, quiet
+        self.terminal = sys.stderr.isatty() and not quiet
         self._bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.terminal
         )
@@ -148,6 +151,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line of its own, above the bar."""
+        if self.quiet:
+            return
         if self.terminal:
             self._bar.write(line, file=sys.stderr)
         else:

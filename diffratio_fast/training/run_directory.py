@@ -100,9 +100,10 @@ class RunDirectory:
                 f"--config {self.config} to continue it, choose another --run-dir, or use --fresh"
             )
 
-    def write_config(self, preset: str, config: RunConfig, device: torch.device) -> None:
+    def write_config(self, preset: str, config: RunConfig, device: torch.device, processes: int = 1) -> None:
         """config.yaml: the resolved configuration and what it runs on."""
-        content = {"preset": preset, **dataclasses.asdict(config), "environment": environment(device)}
+        about = environment(device) | {"processes": processes}
+        content = {"preset": preset, **dataclasses.asdict(config), "environment": about}
         replace_file(self.config, yaml.safe_dump(content, sort_keys=False))
 
 

@@ -12,31 +12,39 @@ from typing import Any
 
 import torch
 
-from diffratio_fast import report
-from diffratio_fast.command import UserError
+from diffratio_fast import launch, report
+from diffratio_fast.command import SaidElsewhere, UserError
 from diffratio_fast.config import RunConfig
 from diffratio_fast.data import DataSet, open_dataset
 from diffratio_fast.devices import choose_device
 from diffratio_fast.files import make_directory, replace_file
+from diffratio_fast.training.distributed import ALONE, Agreement, World, joined
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.iteration import Batch
 from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import RunState, load_checkpoint, save_checkpoint
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM add their names to; a second one acts at once, as usual."""
-    received: list[str] = []
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that the numbers of ``STOP_SIGNALS`` are added to as they come.
+
+    A second signal acts at once, as usual; not so where a launcher started the process: the same request
+    often comes twice there, from the launcher and from whoever told it.
+    """
+    received: list[int] = []
     previous: dict[int, Any] = {}
 
     def note(number: int, frame: object) -> None:
-        received.append(signal.Signals(number).name)
-        for known, handler in previous.items():
-            signal.signal(known, handler)
+        received.append(number)
+        if not launch.launched():
+            for known, handler in previous.items():
+                signal.signal(known, handler)
 
-    for wanted in (signal.SIGINT, signal.SIGTERM):
+    for wanted in STOP_SIGNALS:
         previous[wanted] = signal.signal(wanted, note)
     try:
         yield received
@@ -46,31 +54,49 @@ def _stop_requests() -> Iterator[list[str]]:
 
 
 class Run:
-    """One run of any kind: its data, its state, its directory. What it trains is a subclass's matter."""
+    """One run of any kind: its data, its state, its directory. What it trains is a subclass's matter.
+
+    Each of several processes has one, and they go through the same steps. What is measured, said or written
+    is so by rank 0 alone: ``figures``, ``shown``, ``evaluate``, ``snapshot``, ``results`` are called there.
+    """
 
     ratio_steps = 1  # batches in a step
     state: RunState
     checks: list[FiniteCheck]
 
-    def __init__(self, preset: str, config: RunConfig, directory: RunDirectory) -> None:
-        self.preset, self.config, self.directory = preset, config, directory
+    def __init__(
+        self,
+        preset: str,
+        config: RunConfig,
+        directory: RunDirectory,
+        *,
+        world: World = ALONE,
+        started: bool = False,
+    ) -> None:
+        """``started``: a checkpoint will replace the first state."""
+        self.preset, self.config, self.directory, self.world = preset, config, directory, world
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
-        self.dataset: DataSet = open_dataset(
-            config.data,
-            loader=config.loader,
-            verify=config.verify,
-            device=self.device,
-            class_conditional=config.class_conditional,
-        )
+        with world.together():
+            self.dataset: DataSet = open_dataset(
+                config.data,
+                loader=config.loader,
+                verify=config.verify,
+                device=self.device,
+                class_conditional=config.class_conditional,
+            )
+
+    def settle(self, batch: Batch) -> None:
+        """What several processes do before their first step, on any batch."""
+        raise NotImplementedError
 
     def advance(self, batches: list[Batch]) -> None:
         """Make one step, on ``ratio_steps`` batches."""
         raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
-        """What a line of metrics.jsonl holds beside step, images, time and memory; resets the sums."""
+        """What a line of metrics.jsonl holds beside step, images, time and memory."""
         raise NotImplementedError
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
@@ -90,49 +116,65 @@ class Run:
         raise NotImplementedError
 
     def batches(self) -> Iterator[list[Batch]]:
-        """Batches of each step from the state's on: ``ratio_steps`` of them at a time."""
+        """This process's slices of each step's batches from the state's on: ``ratio_steps`` at a time."""
         count = self.ratio_steps
         source = self.dataset.batches(
-            "train", self.config.batch_size, seed=self.config.seed, start=self.state.step * count
+            "train",
+            self.config.batch_size,
+            seed=self.config.seed,
+            start=self.state.step * count,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
+        if self.world.size > 1:
+            self.settle(self.dataset.first("train", self.config.batch_size // self.world.size))
         while True:
             yield [next(source) for _ in range(count)]
 
     def train(self) -> str | None:
         """Run to ``config.steps``; the name of the signal that stopped it earlier, or None."""
-        config, state = self.config, self.state
-        self.log = MetricsLog(self.directory.metrics, state.step)
-        self.events = Events(self.directory.root, state.step)
-        self.progress = Progress(config.steps, state.step, config.batch_size)
+        config, state, world = self.config, self.state, self.world
+        self.progress = Progress(config.steps, state.step, config.batch_size, quiet=not world.main)
+        if world.main:
+            self.log = MetricsLog(self.directory.metrics, state.step)
+            self.events = Events(self.directory.root, state.step)
         for check in self.checks:
             check.say = self.progress.say
         self.clock = time.monotonic()
         self.logged = (state.step, state.seconds)
+        agreed = Agreement(world)
+        stop = 0  # the signal that all processes know of
         try:
-            with _stop_requests() as stop:
+            with _stop_requests() as received:
                 batches = self.batches()
                 while state.step < config.steps and not stop:
                     last = state.step + 1 == config.steps
                     self.advance(next(batches))
                     self.progress.advance()
+                    (stop,) = agreed([max(received, default=0)])
                     if last or state.step % config.log_every == 0:
                         self._log()
                     if last or state.step % config.eval_every == 0:
                         self._check_finite()
-                        self.evaluate()
-                        report.write(self.directory.root)
+                        world.on_main(self._evaluate)
                     if state.step % config.snapshot_every == 0:
                         self._check_finite()
-                        self.snapshot(f"{state.step:08d}")
+                        world.on_main(lambda: self.snapshot(f"{state.step:08d}"))
                     if last or stop or state.step % config.checkpoint_every == 0:
                         self._check_finite()
                         self._tick()
-                        save_checkpoint(self.directory.checkpoint, state)
-                return stop[0] if stop and state.step < config.steps else None
+                        world.on_main(lambda: save_checkpoint(self.directory.checkpoint, state))
+                agreed.close()
+                return signal.Signals(stop).name if stop and state.step < config.steps else None
         finally:
-            self.log.close()
-            self.events.close()
+            if world.main:
+                self.log.close()
+                self.events.close()
             self.progress.close()
+
+    def _evaluate(self) -> None:
+        self.evaluate()
+        report.write(self.directory.root)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -143,37 +185,46 @@ class Run:
         for check in self.checks:
             if message := check.message():
                 kept = self.directory.checkpoint
-                raise UserError(
+                raise self._failure(
                     f"training diverged: {message}; lower the learning rates, or skip such updates with "
                     f"--on-nonfinite skip ({kept if kept.exists() else 'no checkpoint'} holds the last good "
                     "state)"
                 )
 
+    def _failure(self, message: str) -> UserError:
+        """The error to raise for what all processes find alike: rank 0 says it."""
+        return UserError(message) if self.world.main else SaidElsewhere(message)
+
     def _log(self) -> None:
-        state, config = self.state, self.config
+        state = self.state
         self._check_finite()
         step_before, seconds_before = self.logged
         steps = state.step - step_before
-        skipped = sum(check.skipped for check in self.checks)
         if any(check.skipped >= max(steps, 10) for check in self.checks):
-            raise UserError(
+            raise self._failure(
                 f"training diverged: no update since step {step_before} was finite; lower the learning rates"
             )
         self._tick()
+        if self.world.main:
+            self._write_line(steps, seconds_before)
+        state.sums.zero_()
+        for check in self.checks:
+            check.skipped = 0
+        self.logged = (state.step, state.seconds)
+
+    def _write_line(self, steps: int, seconds_before: float) -> None:
+        state, config = self.state, self.config
         values = {
             "step": state.step,
             "images": state.step * config.batch_size,
             "seconds": state.seconds,
             "images_per_second": steps * config.batch_size / max(state.seconds - seconds_before, 1e-9),
             **self.figures(),
-            "skipped_updates": skipped,
+            "skipped_updates": sum(check.skipped for check in self.checks),
             "memory_bytes": peak_memory(self.device),
         }
-        for check in self.checks:
-            check.skipped = 0
         self.record(values)
         self.progress.metrics(values, self.shown(values))
-        self.logged = (state.step, state.seconds)
 
     def record(self, values: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, and its numbers for TensorBoard."""
@@ -208,8 +259,42 @@ class Run:
 def run(
     kind: type[Run], preset: str, config: RunConfig, root: Path, *, fresh: bool = False
 ) -> dict[str, Any] | None:
-    """Begin or continue a run in the directory ``root``; its summary, where this call finished it."""
-    directory = RunDirectory(root)
+    """Begin or continue a run in the directory ``root``; its summary, where this process finished it."""
+    device = choose_device(config.device)
+    fresh = fresh and not launch.restarts()  # a launcher that restarts the processes repeats their options
+    with joined(device) as world:
+        directory = RunDirectory(root)
+        started = world.on_main(lambda: _begin(directory, config, fresh))
+        one = kind(preset, config, directory, world=world, started=started)
+        if started:
+            load_checkpoint(directory.checkpoint, one.state)
+            finished = world.on_main(directory.finished)
+            if one.state.step >= config.steps and finished:
+                if world.main:
+                    print(
+                        f"{directory.root}: finished at step {one.state.step}; nothing to do "
+                        "(a larger --steps continues it, --fresh starts over)"
+                    )
+                return None
+        world.on_main(lambda: _open(one, fresh))
+        try:
+            if stopped := one.train():
+                if world.main:
+                    print(
+                        f"{stopped}: saved at step {one.state.step}; the same command continues", flush=True
+                    )
+                return None
+            summary = world.on_main(one.finish)
+        finally:
+            directory.close()
+        if not world.main:
+            return None
+    print(f"finished: {summary['steps']} steps in {summary['seconds']:.0f} s")
+    return summary
+
+
+def _begin(directory: RunDirectory, config: RunConfig, fresh: bool) -> bool:
+    """Whether there is a run to continue; a ``UserError`` where what is there must not be touched."""
     started = directory.checkpoint.exists() and not fresh
     if not (started or fresh) and directory.has_results():
         raise UserError(
@@ -217,28 +302,16 @@ def run(
         )
     if started:
         directory.check_same(config)
-    one = kind(preset, config, directory)
-    if started:
-        load_checkpoint(directory.checkpoint, one.state)
-        if one.state.step >= config.steps and directory.finished():
-            print(
-                f"{directory.root}: finished at step {one.state.step}; nothing to do "
-                "(a larger --steps continues it, --fresh starts over)"
-            )
-            return None
+    return started
+
+
+def _open(one: Run, fresh: bool) -> None:
+    """Take the directory for the run and note there what it is."""
+    directory, step = one.directory, one.state.step
     directory.open()
-    try:
-        if fresh:
-            directory.clear()
-        directory.summary.unlink(missing_ok=True)
-        directory.write_config(preset, config, one.device)
-        step = one.state.step
-        print(f"{directory.root}: {f'continuing at step {step}' if step else 'starting'}", flush=True)
-        if stopped := one.train():
-            print(f"{stopped}: saved at step {one.state.step}; the same command continues", flush=True)
-            return None
-        summary = one.finish()
-    finally:
-        directory.close()
-    print(f"finished: {summary['steps']} steps in {summary['seconds']:.0f} s")
-    return summary
+    if fresh:
+        directory.clear()
+    directory.summary.unlink(missing_ok=True)
+    directory.write_config(one.preset, one.config, one.device, one.world.size)
+    several = f" on {one.world.size} processes" if one.world.size > 1 else ""
+    print(f"{directory.root}: {f'continuing at step {step}' if step else 'starting'}{several}", flush=True)

@@ -43,6 +43,7 @@ class RunState:
     TENSORS: ClassVar[tuple[str, ...]]
     """Names of attributes; a network that is None is not kept."""
 
+    sums: Tensor = field(kw_only=True)
     step: int = field(default=0, kw_only=True)
     seconds: float = field(default=0.0, kw_only=True)
     best: dict[str, Any] = field(default_factory=dict, kw_only=True)
@@ -81,7 +82,6 @@ class TrainState(RunState):
     generator_optimizer: torch.optim.Optimizer
     ratio_optimizer: torch.optim.Optimizer
     h_means: Tensor
-    sums: Tensor
     ratio_average: nn.Module | None = None
 
 
@@ -168,8 +168,8 @@ def initial_state(
         make_optimizer(config, generator, config.generator_lr, config.generator_weight_decay, planned),
         make_optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay, planned),
         initial_means(device),
-        torch.zeros(len(SUMS), dtype=torch.float64, device=device),
         None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
+        sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
     )
 
 
