@@ -1,11 +1,13 @@
-"""Training steps in processes that work together, forked from one that has imported everything.
+"""Training in processes that work together, forked from one that has imported everything.
 
-Usage: ranks.py PLAN.json. The plan is a list of {"processes": N, "kind": KIND, "options": {...},
-"steps": N, "out": FILE}, KIND being "train" or "pretrain"; each entry's averaged and trained weights end up in its file.
+Usage: ranks.py PLAN.json. A plan is a list of entries, each with the number of "processes" and a file "out":
+{"kind": "train" | "pretrain", "options": {...}, "steps": N}, whose state ends up in the file, or
+{"command": [NAME, argument, ...]}, whose output ends up in FILE.0, FILE.1, ... Prints the exit statuses.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from diffratio_fast import command
 from diffratio_fast.config import PretrainConfig, TrainConfig
 from diffratio_fast.training.distributed import joined
 from diffratio_fast.training.loop import Trainer
@@ -47,6 +50,8 @@ def fork_ranks(processes: int, function: Callable[[], None]) -> list[int]:
         try:
             function()
             status = 0
+        except SystemExit as left:
+            status = int(left.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -74,13 +79,24 @@ def steps(entry: dict[str, Any]) -> None:
             save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, out)
 
 
-def main() -> int:
+def call(entry: dict[str, Any]) -> None:
+    """Run a command of the package as this process."""
+    name, *arguments = entry["command"]
+    out = os.open(f"{entry['out']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    main = importlib.import_module(f"diffratio_fast.{name}").main
+    command.run(lambda _: main(arguments))
+
+
+def main() -> None:
     torch.set_num_threads(1)
+    statuses = []
     for entry in json.loads(Path(sys.argv[1]).read_text()):
-        if any(wait_for(fork_ranks(entry["processes"], lambda entry=entry: steps(entry)))):
-            return 1
-    return 0
+        work = call if "command" in entry else steps
+        statuses.append(wait_for(fork_ranks(entry["processes"], lambda: work(entry))))  # noqa: B023
+    print(json.dumps(statuses))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

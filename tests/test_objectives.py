@@ -10,7 +10,7 @@ from diffratio_fast import ops
 from diffratio_fast.command import UserError
 from diffratio_fast.config import DIVERGENCE_NAMES, WEIGHT_NAMES
 from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
-from diffratio_fast.objectives.bin_means import BINS, bins, initial_means, update_means
+from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, initial_means, update_means
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference
 from diffratio_fast.objectives.divergences import DIVERGENCES, jensen_shannon_bound
 from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
@@ -225,7 +225,7 @@ def test_bin_means_follow_each_bin() -> None:
     bin_of = bins(uniforms)
     assert bin_of.tolist() == [[0, BINS - 1], [0, BINS // 2]]
     for _ in range(2000):
-        update_means(means, bin_of, torch.tensor([[1.0, 5.0], [3.0, 7.0]]))
+        update_means(means, bin_sums(bin_of, torch.tensor([[1.0, 5.0], [3.0, 7.0]])))
     assert float(means[0]) == pytest.approx(2, rel=1e-3)
     assert float(means[-1]) == pytest.approx(5, rel=1e-3)
     assert float(means[BINS // 2]) == pytest.approx(7, rel=1e-3)
