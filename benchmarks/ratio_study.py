@@ -9,7 +9,9 @@ Each candidate replaces the ratio network of the digits preset. Two figures, nev
 - ``held_out``: the logistic loss on the validation split of the network alone, trained for a third of that
   time against one frozen generator, which is the same for all (2 log 2 = 1.386 is knowing nothing).
 
-A line of JSON per candidate goes to ``--out``. DIRECTORY holds Fashion-MNIST's four IDX files, gzipped.
+A line of JSON per candidate goes to ``--out``. DIRECTORY holds Fashion-MNIST's four IDX files, gzipped; there,
+images are padded to 32 x 32, patches are twice as large, learning rates half as large, noise levels larger (in
+more dimensions smaller noise is told apart at once), and batches of 64.
 """
 
 from __future__ import annotations
@@ -243,19 +245,19 @@ class Study:
 
     def config(self, axes: Shape | str, steps: int) -> TrainConfig:
         options = PRESETS["digits"] | {"steps": steps, "seed": self.seed, "ratio_ema_half_life_images": None}
-        if self.dataset.name != "digits":  # 55,000 images do not overfit
-            options |= {"generator_width": 512, "ratio_weight_decay": 0.01}
-        elif isinstance(axes, Shape):
-            options |= {"ratio_weight_decay": axes.decay}
         if isinstance(axes, Shape):
-            options |= {"ratio_lr": axes.rate}
+            options |= {"ratio_weight_decay": axes.decay, "ratio_lr": axes.rate}
+        if self.dataset.name != "digits":  # 55,000 images do not overfit
+            options |= {"generator_width": 512, "ratio_weight_decay": 0.01, "batch_size": 64}
+            options |= {"ratio_noise": "loguniform(0.2, 8)", "ratio_lr": options["ratio_lr"] / 2}
         return TrainConfig(**options)
 
     def ratio(self, axes: Shape | str, config: TrainConfig) -> nn.Module:
         shape, classes = self.dataset.shape, len(self.dataset.class_names)
         network: nn.Module
         if isinstance(axes, Shape):
-            network = Candidate(shape, classes, axes)
+            patch = axes.patch if self.dataset.name == "digits" else 2 * axes.patch
+            network = Candidate(shape, classes, _vary(axes, patch=patch))
         elif axes == "mlp":
             network = MLPRatio(shape, classes, width=config.ratio_width, depth=config.ratio_depth)
         else:
@@ -274,7 +276,8 @@ class Study:
         return Iteration(config, self.dataset.scaling, state, self.device)
 
     def batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        for batch in self.dataset.batches("train", 128, seed=self.seed):
+        size = self.config("mlp", 1).batch_size
+        for batch in self.dataset.batches("train", size, seed=self.seed):
             yield [batch]
 
     def train(self, axes: Shape | str, seconds: float) -> Iteration:

@@ -6,6 +6,9 @@
 // its operand, is bf16 in `tile`. A channel product needs a warp's own tokens only; the product over tokens needs
 // all of them, so there is a barrier on either side of it. Weights arrive by asynchronous copies, a chunk of hidden
 // units at a time, one chunk ahead. The backward pass computes the hidden units once more, from m.
+//
+// Where the accumulators of all tokens would take more than half of the registers (`parts` 2), they come in two parts,
+// of which one is parked in global memory; each stage of a block does one part, then the other.
 #pragma once
 
 #include "../common/divergences.h"
@@ -16,17 +19,18 @@ namespace diffratio::cuda {
 template <class S>
 constexpr uint32_t mixer_shared_bytes(Pass pass, int tokens) {
   const uint32_t chunk = pass == Pass::forward ? S::forward_chunk : S::backward_chunk;
-  return tokens * S::stride * 2 + 2 * chunk + (pass == Pass::forward ? 0 : tokens * S::width * 2) +
-         S::most_threads / 32 * 4;
+  const uint32_t checkpoint = pass == Pass::forward || S::parts > 1 ? 0 : tokens * S::width * 2;
+  return tokens * S::stride * 2 + 2 * chunk + checkpoint + S::most_threads / 32 * 4;
 }
 
 template <class S, Pass pass>
 class MixerBlock : MixerSample<S> {
   using Base = MixerSample<S>;
-  using Base::c, Base::p, Base::e, Base::tile;
+  using Base::c, Base::p, Base::e, Base::tile, Base::part;
   using Base::threads, Base::thread, Base::lane, Base::first, Base::own_row;
   static constexpr bool back = pass != Pass::forward, staged = pass == Pass::weights;
   static constexpr int stage_size = (back ? S::backward_chunk : S::forward_chunk) / 2;
+  static constexpr int unrolled = staged && S::width * S::rows >= 4096 ? 1 : 2;  // no more, for want of registers
   struct alignas(8) Pair {
     uint32_t left, right;  // of columns 0 to 7 and 8 to 15
   };
@@ -37,7 +41,7 @@ class MixerBlock : MixerSample<S> {
     tile = Activations<S>(activations);
     stages = arena.take<BFloat16>(2 * stage_size, "weights");
     sums = arena.take<float>(S::most_threads / 32, "sums");
-    if constexpr (back) checkpoint = arena.take<BFloat16>(p.tokens * S::width, "m");
+    if constexpr (back && S::parts == 1) checkpoint = arena.take<BFloat16>(p.tokens * S::width, "m");
   }
 
   // One unit and draw, from the image to all that is asked for. `operands`: this unit's Staging, or this block's
@@ -50,9 +54,15 @@ class MixerBlock : MixerSample<S> {
     ptx::block_sync();  // patch vectors were made by whoever came first
 
     Accumulator<S> h;
-    this->embed(h);
-    if constexpr (staged) stage_patches(operands);
-    ptx::warp_sync();  // before this warp's tokens take the place of their patch vectors
+    DR_UNROLL_NOT
+    for (part = 0;; ++part) {
+      this->embed(h);
+      if constexpr (staged) stage_patches(operands);
+      ptx::warp_sync();  // before this warp's tokens take the place of their patch vectors
+      if (part + 1 == S::parts) break;
+      show(h, 0, operands);
+      park(h);
+    }
     for (int block = 0; block < p.depth; ++block) forward(h, block, operands);
     const float log_ratio = read_head(h);
     if (thread() == 0) ptx::store(c.log_ratio + static_cast<int64_t>(half) * c.batch * c.draws + level, log_ratio);
@@ -60,28 +70,79 @@ class MixerBlock : MixerSample<S> {
       const float slope = by_log_ratio(half, sample, level, log_ratio);
       if constexpr (staged) {
         // h holds the last block's output; the head's gradient is its product with the slope.
-        this->scale(h, slope);
-        stage_rows<S>(operands + c.staging.last, first(), h);
+        every_part(h, [&](int) {
+          this->scale(h, slope);
+          stage_rows<S>(operands + c.staging.last, first(), h);
+        });
       }
       start_backward(h, slope);
       for (int block = p.depth - 1; block >= 0; --block) backward(h, block, operands);
       if constexpr (staged) finish_operands(h, half, level, operands);
-      if (c.image_gradient) this->add_image_gradient(h, sample, draw, this->c_in(c.sigma[level]));
+      if (c.image_gradient) {
+        const float scale = this->c_in(c.sigma[level]);
+        every_part(h, [&](int) { this->add_image_gradient(h, sample, draw, scale); });
+      }
     }
     ptx::forget_shared();
     ptx::block_sync();  // before the next sample's patch vectors and weights
   }
 
  private:
+  // --- parts ---------------------------------------------------------------------------------------------------
+
+  // Calls visit(i) for one part after the other, the first of which is in the accumulators.
+  template <class Visit>
+  DR_DEVICE void every_part(Accumulator<S>& d, Visit visit) {
+    DR_UNROLL_NOT
+    for (int i = 0;; ++i) {
+      visit(i);
+      if (i + 1 == S::parts) break;
+      turn(d);
+    }
+  }
+
+  // Parks this part for the other.
+  DR_DEVICE void turn(Accumulator<S>& d) {
+    park(d);
+    part ^= 1;
+    const unsigned char* from = parked();
+    DR_UNROLL
+    for (int i = 0; i < S::tiles * S::columns; ++i) {
+      const Vector16 x = ptx::load16(from + int64_t{16} * i * threads());
+      DR_UNROLL
+      for (int j = 0; j < 4; ++j) d[i / S::columns][i % S::columns][j] = Scalar::as_float(x.v[j]);
+    }
+  }
+
+  // Only this thread reads it.
+  DR_DEVICE void park(const Accumulator<S>& d) const {
+    unsigned char* to = parked();
+    DR_UNROLL
+    for (int i = 0; i < S::tiles * S::columns; ++i) {
+      Vector16 x;
+      DR_UNROLL
+      for (int j = 0; j < 4; ++j) x.v[j] = Scalar::as_bits(d[i / S::columns][i % S::columns][j]);
+      ptx::store16(to + int64_t{16} * i * threads(), x);
+    }
+  }
+
+  DR_DEVICE unsigned char* parked() const {
+    const int64_t vectors = S::tiles * S::columns * threads();
+    return c.parked + 16 * ((blockIdx.x * S::parts + part) * vectors + thread());
+  }
+
   // --- weights -------------------------------------------------------------------------------------------------
 
-  // Chunks follow each other as they are used: forward from the first block on, then backward from the last.
+  // Chunks follow each other as they are used: forward from the first block on, then backward from the last; those of
+  // a block once for each part.
   DR_DEVICE void fetch(int number, ptx::Site site = DR_HERE) {
-    const int forward_steps = p.depth * chunks();
+    const int forward_steps = p.depth * S::parts * chunks();
     const bool backward = number >= forward_steps;
     const int bytes = backward ? S::backward_chunk : S::forward_chunk;
-    const int done = number - forward_steps;
-    const int64_t chunk = backward ? (p.depth - 1 - done / chunks()) * chunks() + done % chunks() : number;
+    const int step = number - forward_steps, in_block = step % chunks(), block = step / (S::parts * chunks());
+    const int64_t chunk = backward          ? (p.depth - 1 - block) * chunks() + in_block
+                          : S::parts == 1 ? number
+                                          : number / (S::parts * chunks()) * chunks() + number % chunks();
     const unsigned char* from = c.packed + (backward ? p.backward : p.forward) + chunk * bytes;
     for (int i = thread() * 16; i < bytes; i += threads() * 16) {
       ptx::copy_async(stages.address(number % 2 * stage_size + i / 2), from + i, site);
@@ -93,17 +154,31 @@ class MixerBlock : MixerSample<S> {
   DR_DEVICE ptx::Shared<BFloat16> take(int number, ptx::Site site = DR_HERE) {
     ptx::copy_wait<0>(site);
     ptx::block_sync(site);
-    if (number + 1 < (back ? 2 : 1) * p.depth * chunks()) fetch(number + 1, site);
+    if (number + 1 < (back ? 2 : 1) * p.depth * S::parts * chunks()) fetch(number + 1, site);
     return stages.part(number % 2 * stage_size, stage_size);
   }
 
   // --- forward -------------------------------------------------------------------------------------------------
 
+  // Everything from a block's h, of which the tile has all parts but this one.
   DR_DEVICE void forward(Accumulator<S>& h, int block, unsigned char* operands) {
-    const int64_t wide = int64_t{2} * p.tokens * S::width;
-    store_rows<S>(tile, first(), h);
-    if constexpr (staged) stage_rows<S>(operands + c.staging.h + block * wide, first(), h);
+    show(h, block, operands);
     ptx::block_sync();  // everybody's tokens
+    every_part(h, [&](int) { add_mixed(h, block); });
+    every_part(h, [&](int i) {
+      add_channels(h, block, i, operands);
+      if (i + 1 < S::parts && block + 1 < p.depth) show(h, block + 1, operands);
+    });
+  }
+
+  // This warp's tokens of a block's h, for all.
+  DR_DEVICE void show(const Accumulator<S>& h, int block, unsigned char* operands) {
+    store_rows<S>(tile, first(), h);
+    if constexpr (staged) stage_rows<S>(operands + c.staging.h + block * wide(), first(), h);
+  }
+
+  // m = h + mix h + mix_bias
+  DR_DEVICE void add_mixed(Accumulator<S>& h, int block) const {
     const float* bias = reinterpret_cast<const float*>(c.packed + p.mix_bias) + block * p.tokens;
     DR_UNROLL
     for (int i = 0; i < S::tiles; ++i) {
@@ -115,12 +190,17 @@ class MixerBlock : MixerSample<S> {
       }
     }
     mix_tokens<S>(h, this->mix_rows(p.mix, block), p.tokens / 16, tile);
+  }
 
+  // h = 0.7 (m + silu(m up^T + e) down^T), for part `i` in order.
+  DR_DEVICE void add_channels(Accumulator<S>& h, int block, int i, unsigned char* operands) {
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      const auto w = take(block * chunks() + chunk);
+      const auto w = take((block * S::parts + i) * chunks() + chunk);
       if (chunk == 0) {  // now that everybody has read h
         store_rows<S>(tile, first(), h);
-        if constexpr (back) stage_rows<S>(operands + c.staging.m + block * wide, first(), h);
+        if constexpr (back) {
+          stage_rows<S>(operands + c.staging.m + block * wide(), first(), h);
+        }
         ptx::warp_sync();
       }
       Hidden<S> u;
@@ -154,17 +234,19 @@ class MixerBlock : MixerSample<S> {
   }
 
   // The sum over head * h, the same in all threads.
-  DR_DEVICE float read_head(const Accumulator<S>& h) {
+  DR_DEVICE float read_head(Accumulator<S>& h) {
     float sum = 0;
-    DR_UNROLL
-    for (int i = 0; i < S::tiles; ++i) {
+    every_part(h, [&](int) {
       DR_UNROLL
-      for (int n = 0; n < S::columns; ++n) {
-        const Vector16 w = this->accumulators(p.head, i, n);
+      for (int i = 0; i < S::tiles; ++i) {
         DR_UNROLL
-        for (int j = 0; j < 4; ++j) sum = Scalar::fma(Scalar::as_float(w.v[j]), h[i][n][j], sum);
+        for (int n = 0; n < S::columns; ++n) {
+          const Vector16 w = this->accumulators(p.head, i, n);
+          DR_UNROLL
+          for (int j = 0; j < 4; ++j) sum = Scalar::fma(Scalar::as_float(w.v[j]), h[i][n][j], sum);
+        }
       }
-    }
+    });
     sum = column_sum(quad_sum(sum));
     if (lane() == 0) sums.store(thread() / 32, sum);
     ptx::block_sync();
@@ -193,24 +275,49 @@ class MixerBlock : MixerSample<S> {
 
   // The gradient of the last block's sum, before its residual factor.
   DR_DEVICE void start_backward(Accumulator<S>& g, float slope) {
-    this->load_accumulators(g, p.head);
-    this->scale(g, mixer_residual * slope);
+    DR_UNROLL_NOT
+    for (int i = 0;; ++i) {
+      this->load_accumulators(g, p.head);
+      this->scale(g, mixer_residual * slope);
+      if (i + 1 == S::parts) break;
+      park(g);
+      part ^= 1;
+    }
   }
 
   // From the gradient g of m + silu(u) down^T to that of the block before it.
   DR_DEVICE void backward(Accumulator<S>& g, int block, unsigned char* operands) {
+    every_part(g, [&](int i) { add_channels_backward(g, block, i, operands); });
+    if constexpr (S::parts == 2) {
+      turn(g);
+      ptx::block_sync();  // everybody has used the m that lie where these tokens go
+      store_rows<S>(tile, first(), g);
+    }
+    ptx::block_sync();  // everybody's tokens
+    every_part(g, [&](int) {
+      mix_tokens<S>(g, this->mix_rows(p.mix_t, block), p.tokens / 16, tile);
+      if (block > 0) this->scale(g, mixer_residual);
+    });
+  }
+
+  // gm = g + gu up, for part `i` in order.
+  DR_DEVICE void add_channels_backward(Accumulator<S>& g, int block, int i, unsigned char* operands) {
     const int64_t wide = int64_t{2} * p.tokens * S::width, hidden = int64_t{2} * p.tokens * p.hidden;
-    load_checkpoint(operands + c.staging.m + block * wide);
+    if constexpr (S::parts == 1) load_checkpoint(operands + c.staging.m + block * wide);
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      const auto w = take((2 * p.depth - 1 - block) * chunks() + chunk);
+      const auto w = take(((2 * p.depth - 1 - block) * S::parts + i) * chunks() + chunk);
       if (chunk == 0) {  // now that everybody has read what the tile held
+        if constexpr (S::parts == 2) {  // where the other part's tokens are not needed now
+          checkpoint = tile.rows((1 - part) * (p.tokens / 2), p.tokens / 2);
+          load_checkpoint(operands + c.staging.m + block * wide);
+        }
         store_rows<S>(tile, first(), g);
         if constexpr (staged) stage_rows<S>(operands + c.staging.g + block * wide, first(), g);
         ptx::warp_sync();
       }
       Hidden<S> ga = {}, u;
       this->start_hidden(u, block, chunk);
-      DR_UNROLL_TWICE  // no more, for want of registers
+      DR_UNROLL_TIMES(unrolled)
       for (int k = 0; k < S::width / 16; ++k) {
         uint32_t a[S::tiles][4], m[S::tiles][4], b[4];
         load_operand<S>(a, tile, first(), k);
@@ -246,7 +353,7 @@ class MixerBlock : MixerSample<S> {
       from_hidden<S>(g, gu, w, 3, 2);
     }
     ptx::warp_sync();  // before this warp's tokens are replaced in the tile
-    store_rows<S>(tile, first(), g);
+    if (i + 1 == S::parts) store_rows<S>(tile, first(), g);
     if constexpr (staged) {
       stage_rows<S>(operands + c.staging.gm + block * wide, first(), g);
       float* rows = reinterpret_cast<float*>(operands + c.staging.rows) + block * p.tokens;
@@ -259,23 +366,22 @@ class MixerBlock : MixerSample<S> {
         if (lane() % 4 == 0) ptx::store(rows + own_row() + i * 8, sum);
       }
     }
-    ptx::block_sync();  // everybody's tokens
-    mix_tokens<S>(g, this->mix_rows(p.mix_t, block), p.tokens / 16, tile);
-    if (block > 0) this->scale(g, mixer_residual);
   }
 
   // What is left once the gradient has reached the first block's input.
-  DR_DEVICE void finish_operands(const Accumulator<S>& g, int half, int64_t level, unsigned char* operands) {
-    stage_rows<S>(operands + c.staging.first, first(), g);
-    store_column_sums(columns_of_warp(), g);
+  DR_DEVICE void finish_operands(Accumulator<S>& g, int half, int64_t level, unsigned char* operands) {
+    every_part(g, [&](int) {
+      stage_rows<S>(operands + c.staging.first, first(), g);
+      store_column_sums(columns_of_warp(), g);
+    });
     ptx::block_sync();  // the sums of all warps
-    const int size = S::width + p.depth * p.hidden, begin = static_cast<int>(blockIdx.x) * (threads() / 32);
+    const int size = S::width + p.depth * p.hidden, warps = p.tokens / S::rows, begin = static_cast<int>(blockIdx.x) * warps;
     float* out = c.conditioning_gradient[half] + level * p.conditioning();
     for (int i = thread(); i < p.conditioning(); i += threads()) {
       const int unit = i - p.real_width;
       const int column = unit < 0 ? i : S::width + unit / p.real_hidden * p.hidden + unit % p.real_hidden;
       float sum = 0;
-      for (int warp = 0; warp < threads() / 32; ++warp) {
+      for (int warp = 0; warp < warps; ++warp) {
         sum += ptx::load(c.columns + static_cast<int64_t>(begin + warp) * size + column);
       }
       ptx::store(out + i, sum);
@@ -295,7 +401,7 @@ class MixerBlock : MixerSample<S> {
   }
 
   DR_DEVICE float* columns_of_warp() const {
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (threads() / 32) + thread() / 32;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (p.tokens / S::rows) + first() / S::rows;
     return c.columns + warp * (S::width + p.depth * p.hidden);
   }
 
@@ -326,6 +432,9 @@ class MixerBlock : MixerSample<S> {
   }
 
   DR_DEVICE int slot(int i, int k) const { return ((i * (S::width / 16) + k) * threads() + thread()) * 4; }
+
+  // Bytes of a block's part in what is staged of [depth][tokens][width].
+  DR_DEVICE int64_t wide() const { return int64_t{2} * p.tokens * S::width; }
 
   DR_DEVICE int chunks() const { return p.hidden / S::chunk; }
 

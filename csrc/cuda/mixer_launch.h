@@ -15,9 +15,16 @@ struct Launch {
   bool cooperative;
 };
 
+// Widths whose samples may come in parts.
+template <int width>
+constexpr bool may_have_parts = width > 128;
+
 // Calls visit(Shape) for the width and the tokens of a network.
 template <int width, class Visit>
 auto visit_rows(const Packing& p, Visit visit) {
+  if constexpr (may_have_parts<width>) {
+    if (p.parts == 2) return visit(Shape<width, 16, 2>());
+  }
   if constexpr (width < 256) {
     if (rows_of_warp(p.real_tokens) == 32) return visit(Shape<width, 32>());
   }
@@ -36,11 +43,12 @@ static_assert(mixer_shared_bytes<Shape<128, 32>>(Pass::weights, 256) <= shared_l
 static_assert(mixer_shared_bytes<Shape<128, 32>>(Pass::weights, 256) + product_shared_bytes <= shared_limit_90);
 static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 64) <= shared_limit_80);
 static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 128) <= shared_limit_90);
+static_assert(mixer_shared_bytes<Shape<256, 16, 2>>(Pass::weights, 256) <= shared_limit_90);
 
 // One cooperative launch is worth it where its blocks have the four warps that a tile of the products takes; 256
 // channels leave it no registers.
 template <class S>
-constexpr bool may_be_one_launch = S::width <= 128;
+constexpr bool may_be_one_launch = S::width <= 128 && S::parts == 1;
 
 template <int width, class Launcher>
 MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, Form form, const Launcher& launcher) {
@@ -48,7 +56,7 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
     using S = decltype(shape);
     const Packing& p = c.packing;
     MixerPlan plan{};
-    plan.threads = p.tokens / S::rows * 32;
+    plan.threads = p.tokens / (S::rows * S::parts) * 32;
     const int units = c.halves * c.batch;
     int resident = 0;
     if (pass == Pass::weights) {
@@ -76,6 +84,7 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
       return at;
     };
     plan.counters = take(counters_bytes);
+    plan.parked = take(plan.blocks * parked_bytes(p));
     if (pass == Pass::image) plan.operands = take(plan.blocks * checkpoint_bytes(p));
     if (pass == Pass::weights) {
       const int64_t slice = workspace_limit / c.staging.bytes;
@@ -88,7 +97,7 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
       plan.splits = static_cast<int>(splits < 1 ? 1 : splits > 8 ? 8 : splits);
       if (plan.splits > plan.slice) plan.splits = plan.slice;
       plan.operands = take(plan.slice * c.staging.bytes);
-      plan.columns = take(int64_t{4} * plan.blocks * (plan.threads / 32) * (p.width + p.depth * p.hidden));
+      plan.columns = take(int64_t{4} * plan.blocks * (p.tokens / S::rows) * (p.width + p.depth * p.hidden));
       plan.sums = take(plan.splits * sums_of(p).floats * 4);
     }
     return plan;
@@ -104,6 +113,7 @@ auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, un
     auto* counters = reinterpret_cast<uint32_t*>(workspace + plan.counters);
     c.outside = counters;
     c.operands = workspace + plan.operands;
+    c.parked = workspace + plan.parked;
     c.columns = reinterpret_cast<float*>(workspace + plan.columns);
     c.first_unit = 0;
     c.units = units;

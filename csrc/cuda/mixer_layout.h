@@ -19,6 +19,7 @@ struct Packing {
   int channels, height, across, patch;  // images
   int real_tokens, real_width, real_hidden, real_vector, depth;
   int tokens, width, hidden, vector;  // padded
+  int parts;                          // in which a block takes the tokens
 
   // fp32, in the order of accumulators: [tokens / 16][width / 8][lane][4].
   int64_t position, head;
@@ -37,6 +38,9 @@ struct Packing {
 
 // Above 128 tokens a warp has 32 of them, else 16.
 constexpr DR_HOST_DEVICE int rows_of_warp(int64_t tokens) { return tokens > 128 ? 32 : 16; }
+
+// 32 rows of 256 channels would be all registers of a warp: 16 of one half of the tokens, then 16 of the other.
+constexpr DR_HOST_DEVICE int parts_of(int width, int64_t tokens) { return width * rows_of_warp(tokens) > 4096 ? 2 : 1; }
 
 constexpr DR_HOST_DEVICE int padded_width(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
 
@@ -58,6 +62,7 @@ inline Packing packing_of(const MixerSizes& s) {
   p.width = padded_width(s.width);
   p.hidden = round_up(s.hidden, 32);
   p.vector = round_up(s.vector(), 16);
+  p.parts = parts_of(p.width, s.tokens);
   const auto take = [&](int64_t bytes) {
     const int64_t at = p.bytes;
     p.bytes += (bytes + piece_bytes - 1) / piece_bytes * piece_bytes;  // pieces begin at multiples of their size
@@ -106,6 +111,9 @@ inline Staging staging_of(const Packing& p) {
 
 // Of a block that makes image gradients: m of every block of the network (Staging begins with it too).
 DR_HOST_DEVICE int64_t checkpoint_bytes(const Packing& p) { return int64_t{2} * p.depth * p.tokens * p.width; }
+
+// Of a block that takes the tokens in parts: the fp32 accumulators of all parts.
+DR_HOST_DEVICE int64_t parked_bytes(const Packing& p) { return p.parts > 1 ? int64_t{4} * p.tokens * p.width : 0; }
 
 // Where column `i` lies in a staged row: within groups of 32 (or 16) columns first by lane of a quad, then by 8 x 8
 // tile, so that what one lane holds of a group is contiguous.
@@ -159,7 +167,8 @@ struct MixerCall {
   uint32_t* outside;                // score: [2], zero: log ratios clamped, blocks done
   float* clamped_fraction;          // score
   unsigned char* operands;  // image gradient: each block's checkpoints of m; weight gradients: Staging of each unit
-  float* columns;          // weight gradients: [blocks][warps][width + depth * hidden]
+  unsigned char* parked;   // [blocks] x parked_bytes
+  float* columns;          // weight gradients: [blocks][parts * warps][width + depth * hidden]
   int first_unit, units;   // of halves * batch, that this launch does
 };
 
@@ -192,15 +201,14 @@ struct MixerPlan {
   uint32_t shared;
   int product_blocks, slice, splits;  // weights: units staged at a time, copies of the sums
   bool one_launch;
-  int64_t counters, operands, columns, sums, bytes;
+  int64_t counters, operands, parked, columns, sums, bytes;
 };
 
 constexpr int64_t counters_bytes = 128;  // set to zero before every call
 
-// The kernels serve images that are padded to at most 256 tokens in accumulators of at most half the registers.
 inline bool shape_exists(const MixerSizes& s) {
-  return s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 && (s.width <= 128 || s.tokens <= 128) &&
-         s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 && s.depth < 1 << 16;
+  return s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 && s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 &&
+         s.depth < 1 << 16;
 }
 
 }  // namespace diffratio::cuda

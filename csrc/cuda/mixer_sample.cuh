@@ -52,10 +52,12 @@ class MixerSample {
   // h = z patch^T + position + e
   DR_DEVICE void embed(Accumulator<S>& h) const {
     load_accumulators(h, p.position);
+    int column = own_column();
+    if constexpr (S::parts > 1) ptx::hide(column);  // or 32 addresses stay in registers from part to part
     DR_UNROLL
     for (int n = 0; n < S::columns; ++n) {
-      const float e0 = conditioning(n * 8 + own_column(), p.real_width, 0);
-      const float e1 = conditioning(n * 8 + own_column() + 1, p.real_width, 0);
+      const float e0 = conditioning(n * 8 + column, p.real_width, 0);
+      const float e1 = conditioning(n * 8 + column + 1, p.real_width, 0);
       DR_UNROLL
       for (int i = 0; i < S::tiles; ++i) {
         h[i][n][0] += e0, h[i][n][1] += e1;
@@ -170,9 +172,10 @@ class MixerSample {
   static DR_DEVICE int threads() { return static_cast<int>(blockDim.x); }
   static DR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
   static DR_DEVICE int lane() { return thread() % 32; }
-  static DR_DEVICE int first() { return thread() / 32 * S::rows; }  // of this warp's tokens
+  // Of this warp's tokens in the part.
+  DR_DEVICE int first() const { return (thread() / 32 + (S::parts > 1 ? part * (threads() / 32) : 0)) * S::rows; }
   // Of this lane in the accumulators.
-  static DR_DEVICE int own_row() { return first() + lane() / 4; }
+  DR_DEVICE int own_row() const { return first() + lane() / 4; }
   static DR_DEVICE int own_column() { return lane() % 4 * 2; }
   DR_DEVICE float c_in(float sigma) const { return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data); }
 
@@ -180,6 +183,7 @@ class MixerSample {
   const MixerCall& c;
   const Packing& p;
   const float* e = nullptr;  // conditioning of the unit in work
+  int part = 0;              // of the tokens, that the accumulators hold
   Activations<S> tile;
 };
 

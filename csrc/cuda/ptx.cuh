@@ -59,6 +59,9 @@ DR_DEVICE void grid_sync(uint32_t* arrived, Site = DR_HERE) {
 // No synchronisation, and nothing at all on a GPU; on the host, using an older value afterwards is an error.
 DR_DEVICE void forget_shared() {}
 
+// The compiler computes what depends on x after here anew, instead of keeping it in registers from before.
+DR_DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
+
 // --- shuffles --------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -271,6 +274,8 @@ class SharedTile {
   DR_DEVICE SharedTile() {}
   DR_DEVICE explicit SharedTile(Shared<T> data) : data_(data) {}
   DR_DEVICE uint32_t address(int row, int column) const { return data_.address(row * stride + column); }
+  // The memory of rows, for other use.
+  DR_DEVICE Shared<T> rows(int first, int count) const { return data_.part(first * stride, count * stride); }
   template <class V = T>
   DR_DEVICE V load(int row, int column, Site site = DR_HERE) const {
     return data_.template load<V>(row * stride + column, site);

@@ -8,9 +8,9 @@ float64. Results are float32 (float64); gradients of weights have the weights' t
 ``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
 
 ``packed`` is what ``pack_weights`` made of the same weights, where that is at hand. CUDA kernels round the
-operands of matrix products to bfloat16 and sum in float32; they exist for up to 256 tokens, 256 channels
-(128 with more than 128 tokens) and 64 numbers in a patch; other networks take the reference's way on CUDA,
-which is said once in a warning.
+operands of matrix products to bfloat16 and sum in float32; they exist for up to 256 tokens, 256 channels and
+64 numbers in a patch; other networks, and those that do not fit the GPU's shared memory, take the reference's
+way on CUDA, which is said once in a warning.
 
 Wrong shapes, dtypes and devices raise ``ValueError`` or ``TypeError``, as does NaN in sigma on the CPU; on
 CUDA such a sample becomes NaN. Method: arXiv 2502.08005.

@@ -17,9 +17,14 @@ int main(int argc, char** argv) {
   };
   // Three steps of tokens a unit: an odd number, so that the next tile's first copies meet the last step's readers.
   cases.push_back(mixer("ratio_loss, 65 tokens", {tall, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::several, 3}));
+  const MixerSizes paired{1, 12, 20, 2, 60, 64, 2, 32}, largest{1, 16, 36, 2, 144, 200, 2, 24};
+  cases.push_back(mixer("score_difference, two parts",
+                        {paired, 3, 2, 1, Pass::image, Objective::score, true, Form::several, 1, Type::float32, 0, 2}));
+  cases.push_back(mixer("ratio_loss, two parts",
+                        {paired, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::several, 3, Type::float32, 0, 2}));
   const std::string command = argc > 1 ? argv[1] : "";
   if (command == "packing") {  // the bytes of packed weights, for the sizes above
-    for (const MixerSizes& s : {small, odd, tall, wide, widest}) {
+    for (const MixerSizes& s : {small, odd, tall, wide, widest, largest}) {
       std::printf("%ld %ld %ld %ld %ld %ld\n", long(s.tokens), long(s.width), long(s.depth), long(s.hidden),
                   long(s.vector()), long(cuda::packing_of(s).bytes));
     }
@@ -36,6 +41,10 @@ int main(int argc, char** argv) {
     cases.push_back(mixer("ratio_loss, bf16", {odd, 2, 1, 3, Pass::weights, Objective::logistic, true, Form::one_launch, 100, Type::bfloat16}));
     cases.push_back(mixer("score_difference, 128", {wide, 3, 1, 1, Pass::image, Objective::score, true}));
     cases.push_back(mixer("ratio_loss, 128", {wide, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::one_launch, 3}));
+    cases.push_back(mixer("log_ratio, two parts",
+                          {paired, 3, 1, 2, Pass::forward, Objective::none, true, Form::several, 1, Type::float32, 0, 2}));
+    cases.push_back(mixer("score_difference, 256 wide, two parts", {largest, 2, 1, 1, Pass::image, Objective::score, true}));
+    cases.push_back(mixer("log_ratio_backward, 256 wide, two parts", {largest, 1, 1, 1, Pass::weights, Objective::given, false}));
     cases.push_back(mixer("ratio_loss, 256", {widest, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::automatic, 3}));
   }
   if (command == "once") {  // each in one mode, for the sanitizers

@@ -1,6 +1,7 @@
 // Uses of the ratio kernels, against the CPU twin.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -9,6 +10,10 @@
 #include "../../csrc/cuda/mixer_pack.cuh"
 #include "global_memory.h"
 #include "harness.h"
+
+// So that the kernel in two parts also runs at a size that is quick.
+template <>
+inline constexpr bool diffratio::cuda::may_have_parts<64> = true;
 
 namespace mixer_cases {
 
@@ -48,6 +53,7 @@ struct Config {
   int slice = 1 << 20;     // units
   Type type = Type::float32;  // of images and weights
   int divergence = 0;
+  int parts = 1;  // at least
 };
 
 // Runs launches on the shim.
@@ -177,6 +183,7 @@ struct Problem {
     Launcher launcher{mode, g.blocks};
     MixerCall c{};
     c.packing = packing_of(g.sizes);
+    c.packing.parts = std::max(c.packing.parts, g.parts);
     c.staging = staging_of(c.packing);
     const Memory packed(c.packing.bytes);
     PackCall pack{c.packing, {}, g.type, packed.data.get()};

@@ -49,6 +49,7 @@ void barrier_arrive(int id, int threads, Site site = DR_HERE);
 void warp_sync(uint32_t lanes = all_lanes, Site site = DR_HERE);
 void grid_sync(uint32_t* arrived, Site site = DR_HERE);
 void forget_shared();
+inline void hide(int&) {}
 
 // --- shuffles --------------------------------------------------------------------------------------------------
 
