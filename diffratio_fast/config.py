@@ -50,6 +50,14 @@ class RunConfig(Options):
     eval_every: int = option(
         1000, "steps between evaluations on the validation split and sample grids", "run", low=1, free=True
     )
+    eval_images: int | None = option(
+        None,
+        "images that an evaluation generates, and looks at of each split, at most (default: 10,000 and 512; "
+        "on a CPU fewer in a short run)",
+        "run",
+        low=16,
+        free=True,
+    )
     checkpoint_every: int = option(1000, "steps between checkpoints", "run", low=1, free=True)
     snapshot_every: int = option(4000, "steps between snapshots of the average", "run", low=1, free=True)
     on_nonfinite: str = option(
@@ -136,6 +144,13 @@ class RunConfig(Options):
         above=0,
         high=0.28,
     )
+    posthoc_ema: str | None = option(
+        None,
+        "relative widths of power-function averages to keep with every snapshot (0.05,0.10), of which "
+        "python -m diffratio_fast.average makes one of any width afterwards",
+        "optimization",
+    )
+    posthoc_ema_half: bool = option(False, "keep those in float16: half the disk", "optimization", free=True)
     precision: str = option(
         "float32",
         "float32, float64, or bfloat16 autocast of the networks",
@@ -276,6 +291,14 @@ class PretrainConfig(RunConfig):
     lr: float = option(1e-3, "learning rate", "optimization", low=0)
     weight_decay: float = option(0.0, "weight decay", "optimization", low=0)
     noise: str = option("lognormal(-1.2, 1.2)", "law of sigma", "objective")
+    augment_probability: float = option(
+        0.0,
+        "of each of EDM's geometric transforms, of which the denoiser is told; above 0, every other image is "
+        "mirrored too",
+        "augmentation",
+        low=0,
+        high=1,
+    )
 
 
 def read_config(path: Path, kind: type[Options] = TrainConfig) -> dict[str, Any]:

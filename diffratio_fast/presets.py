@@ -125,6 +125,8 @@ _CIFAR10_PRETRAIN: Values = _EDM | {
     "lr": 1e-3,
     "lr_warmup_steps": 19_531,
     "dropout": 0.13,
+    "augment_probability": 0.12,
+    "flip_probability": 0.0,  # the network is told of mirrored images instead
     "ema_half_life_images": 500_000.0,
 }
 _IMAGENET64_PRETRAIN: Values = _EDM | {
@@ -143,6 +145,8 @@ _IMAGENET512_PRETRAIN: Values = _EDM | {
     "lr_decay_steps": 70_000,
     "lr_warmup_steps": 4883,
     "ema_std": 0.1,
+    "posthoc_ema": "0.05,0.1",
+    "posthoc_ema_half": True,
     "noise": "lognormal(-0.4, 1.0)",
 }
 

@@ -45,7 +45,7 @@ BACKBONE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(evaluation, "SAMPLES", 64)
+    monkeypatch.setattr(evaluation, "FEW_SAMPLES", 64)
     monkeypatch.setattr(pretraining, "GRID_COLUMNS", 1)
     threads = torch.get_num_threads()
     yield
@@ -282,7 +282,8 @@ def test_apex_where_it_is_and_where_it_is_not(tmp_path: Path, monkeypatch: pytes
 
 def test_interrupted_and_continued_pretraining_is_bit_identical(tmp_path: Path) -> None:
     def go(where: str, steps: int) -> None:
-        options = [*SHORT, "--backbone-options", TINY, "--lr-schedule", "constant", "--dropout", "0.2"]
+        options = [*SHORT, "--backbone-options", TINY, "--lr-schedule", "constant", "--dropout", "0.2",
+                   "--posthoc-ema", "0.05,0.1"]  # fmt: skip
         assert (
             pretrain.main(["digits", *options, "--steps", str(steps), "--run-dir", str(tmp_path / where)])
             == 0

@@ -103,12 +103,17 @@ class PixelMetrics:
         return frechet_distance(moments(to_pixels(self.dataset, x0)), self.moments[split])
 
     def summary(self, x0: Tensor, labels: Tensor) -> dict[str, float]:
-        """The figures of a finished run: generated x0 with their labels against the test split."""
+        """The figures of a finished run: generated x0 with their labels against the test split.
+
+        What real images get beside them is of as many images, where there are as many.
+        """
         samples = to_pixels(self.dataset, x0)
         generated = moments(samples)
         test, test_labels = self.split("test")
+        test, test_labels = test[: len(samples)], test_labels[: len(samples)]
         train = self.train[0]
         reference = self.moments["test"]
+        floor = moments(train[: len(samples)]) if len(samples) < len(train) else self.moments["train"]
         figures: dict[str, float] = {}
         if len(self.dataset.class_names) > 1:
             predict = self.classifier.predict  # type: ignore[attr-defined]
@@ -117,10 +122,10 @@ class PixelMetrics:
         return {
             "frechet_distance": frechet_distance(generated, reference),
             "frechet_distance_train": frechet_distance(generated, self.moments["train"]),
-            "frechet_distance_floor": frechet_distance(self.moments["train"], reference),
+            "frechet_distance_floor": frechet_distance(floor, reference),
             "variance_ratio": float(np.trace(generated.covariance) / np.trace(reference.covariance)),
             "nearest_train_distance": float(nearest_distance(samples, train).mean()),
             "nearest_train_distance_test": float(nearest_distance(test, train).mean()),
             **figures,
-            "samples": len(samples),
+            "evaluation_images": len(samples),
         }

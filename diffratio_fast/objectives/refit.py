@@ -39,13 +39,17 @@ FINAL_RATE = 0.05
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """How long and how fast to fit; ``patience`` is how many checks without a better bound end it."""
+    """How long and how fast to fit; ``patience`` is how many checks without a better bound end it.
+
+    ``held_out_pairs`` are behind each check, at least.
+    """
 
     steps: int = 2000
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     check_every: int = 100
     patience: int = 5
+    held_out_pairs: int = HELD_OUT_PAIRS
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def refit(
         network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
     )
     loss = fused.ratio_loss if isinstance(network, RatioMixer) else diffratio.ratio_loss
-    check = _HeldOut(generator, held_out, law, seed)
+    check = _HeldOut(generator, held_out, law, seed, options.held_out_pairs)
     levels = check.by_level(network)
     checks = [(0, float(levels.mean()))]
     best, best_step, best_levels, since = copy.deepcopy(network.state_dict()), 0, levels, 0
@@ -123,10 +127,10 @@ class _HeldOut:
 
     @torch.no_grad()
     def __init__(
-        self, generator: nn.Module, held_out: tuple[Tensor, Tensor], law: NoiseLaw, seed: int
+        self, generator: nn.Module, held_out: tuple[Tensor, Tensor], law: NoiseLaw, seed: int, pairs: int
     ) -> None:
         real, labels = held_out
-        repeats = max(1, math.ceil(HELD_OUT_PAIRS / (LEVELS * len(labels))))
+        repeats = max(1, math.ceil(pairs / (LEVELS * len(labels))))
         self.real, self.labels = real.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
         self.rng = ops.make_rng(seed, 0, real.device)
         self.index = torch.arange(len(self.labels), device=real.device)

@@ -17,7 +17,7 @@ class Purpose(enum.IntEnum):
     NOISE_GENERATOR = 5  # eps added to generated images in the generator step
     POSTERIOR = 6  # a latent from its stored mean and standard deviation
     FLIP = 7  # horizontal flips of the data
-    AUGMENTATION = 8  # augmentation of both halves of a ratio step
+    AUGMENTATION = 8  # augmentation of both halves of a ratio step; of the images of pre-training
     DATA_ORDER = 9  # the order of records
     DROPOUT = 10  # dropout masks, where they are keyed by sample
     INITIALISATION = 11  # parameters of new networks

@@ -71,7 +71,8 @@ def _overview(run: RunFiles) -> str:
     )
     tiles: list[tuple[str, Any, str]] = [
         ("Fréchet distance to test data", summary.get("frechet_distance"),
-         f"training data: {number(summary.get('frechet_distance_floor') or 0)}"),
+         f"of {summary.get('evaluation_images') or 0:,} images; training data: "
+         f"{number(summary.get('frechet_distance_floor') or 0)}"),
         ("class accuracy", summary.get("class_accuracy"),
          f"test data: {number(summary.get('class_accuracy_test') or 0)}"),
     ]  # fmt: skip

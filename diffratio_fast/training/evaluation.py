@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio_fast import networks, ops
-from diffratio_fast.config import TrainConfig
+from diffratio_fast.config import RunConfig, TrainConfig
 from diffratio_fast.data import SIGMA_DATA, DataSet
 from diffratio_fast.images import grid, png, to_uint8, viewable
 from diffratio_fast.metrics.pixels import PixelMetrics, to_pixels
@@ -24,14 +24,24 @@ from diffratio_fast.objectives.diffratio import score_difference
 from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_levels, pair_bounds
 from diffratio_fast.objectives.noise_laws import NoiseLaw
-from diffratio_fast.objectives.refit import LEVELS, UNLEARNING, RefitOptions, Refitted, refit
+from diffratio_fast.objectives.refit import (
+    HELD_OUT_PAIRS,
+    LEVELS,
+    UNLEARNING,
+    RefitOptions,
+    Refitted,
+    refit,
+)
 from diffratio_fast.training.iteration import Iteration
 from diffratio_fast.verifier import calibrate
 
 SAMPLES = 10_000
-"""Images behind a Fréchet distance."""
+"""Images behind a Fréchet distance, where nothing else is said."""
+FEW_SAMPLES, SAMPLES_SHARE = 1_000, 1 / 8
+"""A short run on a CPU generates so many images at least, or this share of what it trains on."""
 HELD_OUT = 512
 """Held-out images behind a divergence estimate, at most; of fewer, each is noised more often."""
+CALIBRATION_SAMPLES = 1024
 EVALUATION_SEED = 20_240_217
 """Seed of the images that are measured: the same for every run, so that figures compare."""
 GRID_SEED = 1
@@ -39,6 +49,18 @@ GRID_COLUMNS = 12
 GRID_ROWS = 10
 NEIGHBOURS = 5
 HISTOGRAM_BINS = 40
+
+
+def evaluation_images(config: RunConfig, device: torch.device) -> int:
+    """Images that an evaluation generates: ``config.eval_images``, or what the run's length warrants.
+
+    A U-Net on a CPU takes longer for ``SAMPLES`` images than a short run for its training. A GPU does not.
+    """
+    if config.eval_images is not None:
+        return config.eval_images
+    if device.type != "cpu":
+        return SAMPLES
+    return min(SAMPLES, max(FEW_SAMPLES, int(SAMPLES_SHARE * config.steps * config.batch_size)))
 
 
 @dataclass(frozen=True)
@@ -63,13 +85,18 @@ class Evaluation:
     iteration: Iteration
 
     @cached_property
+    def images(self) -> int:
+        """Images that are generated, where a figure needs many."""
+        return evaluation_images(self.config, self.iteration.device)
+
+    @cached_property
     def pixels(self) -> PixelMetrics | None:
         return PixelMetrics(self.dataset) if PixelMetrics.suits(self.dataset) else None
 
     @cached_property
     def _held_out(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {
-            split: self.iteration.to_device(self.dataset.first(split, HELD_OUT))
+            split: self.iteration.to_device(self.dataset.first(split, min(HELD_OUT, self.images)))
             for split in ("train", "validation")
         }
 
@@ -97,7 +124,8 @@ class Evaluation:
         state.generator.eval()
         latents = latents_for(state.generator, rng, index, ops.Purpose.SAMPLE_LATENT)
         fake = in_chunks(iteration.generator, latents, labels)
-        draws = LEVELS if every_level else min(LEVELS, math.ceil(HELD_OUT / len(labels)))
+        wanted = min(HELD_OUT, self.images)
+        draws = LEVELS if every_level else min(LEVELS, math.ceil(wanted / len(labels)))
         first = index[:, None] if draws < LEVELS else torch.zeros_like(index)[:, None]
         level = (first + torch.arange(draws, device=index.device) * LEVELS // draws) % LEVELS
         sigma = self._levels(iteration.ratio_law)[level]
@@ -163,6 +191,7 @@ class Evaluation:
             weight_decay=UNLEARNING,
             check_every=max(1, steps // 4),
             patience=4,
+            held_out_pairs=min(HELD_OUT_PAIRS, LEVELS * self.images),
         )
         seed = (config.seed + EVALUATION_SEED) % 2**63
         size = min(config.batch_size, config.micro_batch or config.batch_size)
@@ -223,7 +252,7 @@ class Evaluation:
                     labels,
                     sigmas,
                     seed=EVALUATION_SEED,
-                    fakes=1024,
+                    fakes=min(CALIBRATION_SAMPLES, self.images),
                     draws=1,
                 )
             ]
@@ -248,7 +277,7 @@ class Evaluation:
 
     def _generate(self, split: str) -> tuple[Tensor, Tensor]:
         assert self.pixels is not None
-        labels = self.pixels.labels(split, SAMPLES)
+        labels = self.pixels.labels(split, self.images)
         return networks.generate(self.iteration.state.average, labels, EVALUATION_SEED), labels
 
     def validation_distance(self) -> float | None:

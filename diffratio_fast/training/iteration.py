@@ -29,6 +29,7 @@ from diffratio_fast.training.ema import average_decay, ema_decay, update_average
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.optimizers import set_rate
 from diffratio_fast.training.parallel import Parallel
+from diffratio_fast.training.posthoc_ema import update_kept
 from diffratio_fast.training.state import TrainState, run_dtype
 
 Batch = tuple[Tensor, Tensor]
@@ -327,4 +328,5 @@ class Iteration(Stepper):
             if self._generator_step(batches[0], whole if keeps else None):
                 update = step - config.warmup_and_ramp()[0]
                 update_average(state.average, state.generator, average_decay(config, update, step))
+                update_kept(config, state.kept, state.generator, update)
         state.step += 1

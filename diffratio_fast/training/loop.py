@@ -19,6 +19,7 @@ from diffratio_fast.training import runner
 from diffratio_fast.training.distributed import ALONE, World
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
+from diffratio_fast.training.posthoc_ema import averages_by_width, stored
 from diffratio_fast.training.reporting import figure
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import SUMS, TrainState, initial_state, network_arguments
@@ -85,18 +86,26 @@ class Trainer(runner.Run):
         began = time.monotonic()
         self.picture(self.evaluation.grid_png())
         fields, self.refitted = self.evaluation.loss_by_sigma()
-        distance = self.evaluation.validation_distance()
+        distance, images = self.evaluation.validation_distance(), self.evaluation.images
         if distance is not None:
-            fields["frechet_distance_validation"] = distance
+            fields |= {"frechet_distance_validation": distance, "evaluation_images": images}
         self.record({"step": state.step, **fields, "evaluation_seconds": time.monotonic() - began})
-        said = [] if distance is None else [f"Fréchet distance to the validation split {distance:.3f}"]
+        said = []
+        if distance is not None:
+            said = [f"Fréchet distance of {images:,} images to the validation split {distance:.3f}"]
         if "divergence_refit" in fields:
             said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
         if said:
             self.progress.say(f"step {state.step:>6}: {', '.join(said)}")
         self._warn()
-        if distance is not None and (not state.best or distance < state.best["frechet_distance_validation"]):
-            state.best = {"step": state.step, "frechet_distance_validation": distance}
+        best = state.best
+        # a distance of other many images has another bias: there is no comparing them
+        if distance is not None and (
+            best.get("evaluation_images") != images or distance < best["frechet_distance_validation"]
+        ):
+            state.best = {
+                "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
+            }  # fmt: skip
             self._save_network(self.directory.snapshots / "best.safetensors", "generator", state.average)
 
     def _warn(self) -> None:
@@ -109,8 +118,19 @@ class Trainer(runner.Run):
     def snapshot(self, name: str) -> None:
         path = self.directory.snapshots / f"generator-{name}.safetensors"
         self._save_network(path, "generator", self.state.average)
+        self._keep_averages()
 
-    def _save_network(self, path: Path, role: str, network: nn.Module) -> None:
+    def _keep_averages(self) -> None:
+        """Write the averages of ``posthoc_ema`` under ``snapshots/``, once there are any."""
+        state = self.state
+        updates = state.step - self.config.warmup_and_ramp()[0]
+        if updates < 1:
+            return
+        for width, average in averages_by_width(self.config, state.kept, state.average).items():
+            path, network = self.directory.kept_average(width, state.step), stored(self.config, average)
+            self._save_network(path, "generator", network, ema_std=width, ema_updates=updates)
+
+    def _save_network(self, path: Path, role: str, network: nn.Module, **more: float) -> None:
         config = self.config
         scaling = self.dataset.scaling
         about = SavedNetwork(
@@ -123,7 +143,7 @@ class Trainer(runner.Run):
                 "scaling": vars(scaling),
                 "vae": None if (vae := self.dataset.vae) is None else vars(vae),
             },
-            training={"step": self.state.step, "images": self.state.step * config.batch_size},
+            training={"step": self.state.step, "images": self.state.step * config.batch_size} | more,
         )
         networks.save(path, network, about)
 
@@ -142,6 +162,7 @@ class Trainer(runner.Run):
     def results(self) -> dict[str, Any]:
         state, directory = self.state, self.directory
         self._save_network(directory.generator, "generator", state.average)
+        self._keep_averages()
         self._save_network(directory.ratio, "ratio", state.ratio)
         if state.ratio_average is not None:
             self._save_network(directory.ratio_average, "ratio", state.ratio_average)
@@ -168,8 +189,8 @@ def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
 def _say_summary(root: Path, summary: dict[str, Any]) -> None:
     if "frechet_distance" in summary:
         print(
-            f"  Fréchet distance to the test split {summary['frechet_distance']:.3f} "
-            f"(real training data: {summary['frechet_distance_floor']:.3f})"
+            f"  Fréchet distance of {summary['evaluation_images']:,} images to the test split "
+            f"{summary['frechet_distance']:.3f} (real training data: {summary['frechet_distance_floor']:.3f})"
         )
     if "class_accuracy" in summary:
         print(

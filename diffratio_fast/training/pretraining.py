@@ -21,7 +21,8 @@ from diffratio_fast.networks.edm2 import EDM2Denoiser
 from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
-from diffratio_fast.objectives.denoising import denoising_errors, denoising_loss, heun
+from diffratio_fast.objectives import geometric
+from diffratio_fast.objectives.denoising import DenoiserCall, denoising_errors, denoising_loss, heun
 from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
 from diffratio_fast.presets import PRESETS
 from diffratio_fast.training import runner
@@ -32,6 +33,7 @@ from diffratio_fast.training.initial import load_denoiser
 from diffratio_fast.training.iteration import Batch, Stepper, learning_rate_factor
 from diffratio_fast.training.optimizers import make_optimizer, set_rate
 from diffratio_fast.training.parallel import Parallel
+from diffratio_fast.training.posthoc_ema import averages_by_width, kept_averages, stored, update_kept
 from diffratio_fast.training.reporting import figure
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import RunState, backbone_options, place
@@ -47,13 +49,15 @@ GRID_ROWS, GRID_COLUMNS = 10, 8
 class PretrainState(RunState):
     """Denoiser, average, optimizer and counters of a run."""
 
-    NETWORKS = ("denoiser", "average")
+    NETWORKS = ("denoiser", "average", "kept")
     OPTIMIZERS = ("optimizer",)
     TENSORS = ("sums",)
 
     denoiser: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    kept: nn.ModuleList | None = None
+    """Averages of other widths, for ``average``."""
 
 
 def initial_state(
@@ -66,10 +70,16 @@ def initial_state(
 ) -> PretrainState:
     """The state before the first step; see ``state.initial_state``."""
     options = backbone_options(config)
+    if config.augment_probability:
+        if dataset.kind != "image":
+            raise UserError("--augment-probability is for images: latents cannot be turned or scaled")
+        options.setdefault("augment_dim", geometric.LABELS)
     try:
         denoiser = build_denoiser(model_shape(dataset), len(dataset.class_names), config.backbone, options)
     except ValueError as error:
         raise UserError(f"denoiser {config.backbone}: {error}") from None
+    if config.augment_probability and options["augment_dim"] != geometric.LABELS:
+        raise UserError(f"--augment-probability needs augment_dim {geometric.LABELS} of the backbone")
     if not planned:
         networks.initialise(denoiser, config.seed, stream=0)
         if config.init is not None and init:
@@ -81,6 +91,7 @@ def initial_state(
         denoiser,
         averaged_copy(denoiser),
         make_optimizer(config, denoiser, config.lr, config.weight_decay, planned),
+        kept_averages(config, denoiser),
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
     )
 
@@ -145,15 +156,26 @@ class PretrainIteration(Stepper):
             state.optimizer.step()
             decay = average_decay(config, state.step, state.step)
             update_average(state.average, state.denoiser, decay)
+            update_kept(config, state.kept, state.denoiser, state.step)
         state.step += 1
 
     def _loss(self, x0: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a part of a batch, and its mean error (float64, detached)."""
         sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0].to(self.dtype)
+        denoiser, x0 = self._augmented(x0, index)
         errors = denoising_errors(
-            self.denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE
+            denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE
         )
         return denoising_loss(errors, self._log_variance(sigma)), errors.detach().double().mean()
+
+    def _augmented(self, x0: Tensor, index: Tensor) -> tuple[DenoiserCall, Tensor]:
+        """The images after their random transforms, and the denoiser told of those."""
+        probability = self.config.augment_probability
+        if probability == 0:
+            return self.denoiser, x0
+        transform = geometric.random_transform(self.rng, index, probability)
+        told = transform.labels().to(x0.dtype)
+        return lambda x, sigma, labels: self.denoiser(x, sigma, labels, told), geometric.apply(transform, x0)
 
     def _log_variance(self, sigma: Tensor) -> Tensor | None:
         denoiser = self.state.denoiser
@@ -214,7 +236,8 @@ class Pretrainer(runner.Run):
 
     @cached_property
     def _held_out(self) -> Batch:
-        return self.iteration.to_device(self.dataset.first("validation", HELD_OUT))
+        count = min(HELD_OUT, self.config.eval_images or HELD_OUT)
+        return self.iteration.to_device(self.dataset.first("validation", count))
 
     def evaluate(self) -> None:
         state = self.state
@@ -226,20 +249,30 @@ class Pretrainer(runner.Run):
         self.picture(self._grid_png())
 
     def _grid_png(self) -> bytes:
-        classes = len(self.dataset.class_names)
-        labels = torch.arange(min(classes, GRID_ROWS), device=self.device).repeat_interleave(GRID_COLUMNS)
+        rows = min(len(self.dataset.class_names), GRID_ROWS)
+        columns = max(1, min(GRID_COLUMNS, (self.config.eval_images or HELD_OUT) // rows))
+        labels = torch.arange(rows, device=self.device).repeat_interleave(columns)
         rng = ops.make_rng(GRID_SEED, 0, self.device)
         index = torch.arange(len(labels), device=self.device)
         noise = ops.normal(rng, index, model_shape(self.dataset), ops.Purpose.SAMPLE_LATENT).to(
             self.iteration.dtype
         )
         images = heun(self.iteration.average, noise, labels)
-        return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS))
+        return png(grid(viewable(images, self.dataset.scaling), columns))
 
     def snapshot(self, name: str) -> None:
-        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors")
+        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors", self.state.average)
+        self._keep_averages()
 
-    def _save(self, path: Path) -> None:
+    def _keep_averages(self) -> None:
+        """Write the averages of ``posthoc_ema`` under ``snapshots/``."""
+        state = self.state
+        for width, average in averages_by_width(self.config, state.kept, state.average).items():
+            path = self.directory.kept_average(width, state.step)
+            network = stored(self.config, average)
+            self._save(path, network, ema_std=str(width), ema_updates=str(state.step))
+
+    def _save(self, path: Path, network: nn.Module, **more: str) -> None:
         about = {
             "data": self.dataset.name,
             "class_names": json.dumps(list(self.dataset.class_names)),
@@ -247,14 +280,15 @@ class Pretrainer(runner.Run):
             "step": str(self.state.step),
             "images": str(self.state.step * self.config.batch_size),
         }
-        average = self.state.average
-        assert isinstance(average, Denoiser)
-        save_published(path, average, about)
+        assert isinstance(network, Denoiser)
+        save_published(path, network, about | more)
 
     def results(self) -> dict[str, Any]:
-        self._save(self.directory.denoiser)
+        self._save(self.directory.denoiser, self.state.average)
+        self._keep_averages()
         return {
             "validation_error": self.iteration.validation_error(self._held_out),
+            "evaluation_images": len(self._held_out[1]),
             "best": self.state.best,
         }
 

@@ -45,6 +45,10 @@ class RunDirectory:
         self.summary = root / "summary.json"
         self._lock: IO[str] | None = None
 
+    def kept_average(self, width: float, step: int) -> Path:
+        """A snapshot of the average of that relative width (``average`` combines them)."""
+        return self.snapshots / f"ema-{width:g}-{step:08d}.safetensors"
+
     def finished(self) -> bool:
         return self.summary.exists()
 

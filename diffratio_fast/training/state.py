@@ -28,6 +28,7 @@ from diffratio_fast.objectives.bin_means import initial_means
 from diffratio_fast.training.ema import averaged_copy
 from diffratio_fast.training.initial import load_initial
 from diffratio_fast.training.optimizers import make_optimizer
+from diffratio_fast.training.posthoc_ema import kept_averages
 
 FORMAT = "diffratio_fast.checkpoint.1"
 SUMS = ("ratio_loss", "correct_real", "correct_fake", "log_ratio_real", "log_ratio_fake", "clamped", "steps")
@@ -72,7 +73,7 @@ class RunState:
 class TrainState(RunState):
     """Networks, average, optimizers and counters of a run after ``step`` generator updates."""
 
-    NETWORKS = ("generator", "ratio", "average", "ratio_average")
+    NETWORKS = ("generator", "ratio", "average", "ratio_average", "kept")
     OPTIMIZERS = ("generator_optimizer", "ratio_optimizer")
     TENSORS = ("h_means", "sums")
 
@@ -83,6 +84,8 @@ class TrainState(RunState):
     ratio_optimizer: torch.optim.Optimizer
     h_means: Tensor
     ratio_average: nn.Module | None = None
+    kept: nn.ModuleList | None = None
+    """Averages of the generator of other widths, for ``average``."""
 
 
 def backbone_options(config: RunConfig) -> dict[str, Any]:
@@ -169,6 +172,7 @@ def initial_state(
         make_optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay, planned),
         initial_means(device),
         None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
+        kept_averages(config, generator),
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
     )
 

@@ -1,0 +1,151 @@
+"""python -m diffratio_fast.average RUN --ema-std X --out FILE: an average of any width, after the run.
+
+A run with ``--posthoc-ema 0.05,0.10`` keeps power-function averages of those widths with its snapshots. Of
+them this makes, by least squares, an average of another width, as if that had been kept all along (Karras et
+al. 2024, Section 3).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffratio_fast import command
+from diffratio_fast.command import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+GOOD = 0.05
+"""Relative error of a profile above which the average is not quite that of the width named."""
+
+
+def parser() -> command.Parser:
+    result = command.Parser(
+        prog="python -m diffratio_fast.average",
+        description="Make an average of the weights of any width from those that a run with --posthoc-ema "
+        "kept. What comes out is a generator's file, for sample, evaluate and --init, or a denoiser's where "
+        "the run is of pretrain.",
+    )
+    add = result.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory")
+    add(
+        "--ema-std", type=float, required=True, metavar="X",
+        help="relative width of the average: its standard deviation as a part of the training so far",
+    )  # fmt: skip
+    add("--step", type=int, metavar="N", help="training step of a snapshot to average at (default: the last)")
+    add("--out", type=Path, required=True, metavar="FILE", help=".safetensors file to write")
+    return result
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A kept average's file: its width, the updates it has seen, and its step of the training."""
+
+    path: Path
+    std: float
+    updates: int
+    step: int
+    metadata: dict[str, str]
+
+
+def snapshots(run: Path) -> list[Snapshot]:
+    """The kept averages of a run, earliest first; a ``UserError`` where there are none or damaged ones."""
+    from safetensors import SafetensorError, safe_open
+
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory")
+    found = []
+    for path in run.glob("snapshots/ema-*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = dict(file.metadata() or {})
+            about = metadata if "architecture" in metadata else json.loads(metadata["about"])["training"]
+            std, updates, step = (about[name] for name in ("ema_std", "ema_updates", "step"))
+            found.append(Snapshot(path, float(std), int(updates), int(step), metadata))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: damaged or not a kept average ({error}); move it away") from None
+    if not found:
+        raise UserError(f"{run}: holds no averages to combine; train with --posthoc-ema 0.05,0.10")
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.std))
+
+
+def combined(chosen: list[Snapshot], weights: npt.NDArray[Any]) -> dict[str, torch.Tensor]:
+    """The sum of the files' tensors by these weights, in float64, one tensor in memory at a time.
+
+    What is the same in all of them (what is not learned) stays as it is.
+    """
+    import torch
+    from safetensors import safe_open
+
+    files = [safe_open(snapshot.path, "pt") for snapshot in chosen]
+    names = set(files[0].keys())
+    for file, snapshot in zip(files, chosen, strict=True):
+        if set(file.keys()) != names:
+            raise UserError(f"{snapshot.path}: is of another network than {chosen[0].path}")
+    result = {}
+    for name in sorted(names):
+        last = files[-1].get_tensor(name)
+        total, same = torch.zeros_like(last, dtype=torch.float64), True
+        for file, weight in zip(files, weights, strict=True):
+            tensor = file.get_tensor(name)
+            if tensor.shape != last.shape:
+                raise UserError(f"{chosen[0].path}: is of another network than {chosen[-1].path}")
+            same = same and torch.equal(tensor, last)
+            total += weight * tensor.double()
+        keep = torch.float32 if last.dtype in (torch.float16, torch.bfloat16) else last.dtype
+        result[name] = last.to(keep) if same else total.to(keep)
+    return result
+
+
+def described(last: Snapshot, std: float) -> dict[str, str]:
+    """The metadata of the file of an average of width ``std``, made as of the last snapshot."""
+    if "architecture" in last.metadata:
+        return last.metadata | {"ema_std": str(std)}
+    about = json.loads(last.metadata["about"])
+    about["training"]["ema_std"] = std
+    return last.metadata | {"about": json.dumps(about)}
+
+
+def average(run: Path, std: float, out: Path, step: int | None = None) -> float:
+    """Write the average of width ``std`` at a step of the run (by default its last); the profile's error."""
+    import safetensors.torch
+
+    from diffratio_fast.files import replace_file
+    from diffratio_fast.training.posthoc_ema import LARGEST, Profile, combination
+
+    if not 0 < std <= LARGEST:
+        raise UserError(f"--ema-std must be above 0 and at most {LARGEST}, not {std}")
+    if out.suffix != ".safetensors" or not out.parent.is_dir():
+        raise UserError(f"--out {out}: must be a .safetensors file in a directory that is there")
+    found = snapshots(run)
+    steps = sorted({snapshot.step for snapshot in found})
+    if step is not None and step not in steps:
+        raise UserError(f"{run}: kept no averages at step {step}; at {', '.join(map(str, steps))}")
+    chosen = [snapshot for snapshot in found if step is None or snapshot.step <= step]
+    profiles = [Profile(snapshot.std, snapshot.updates) for snapshot in chosen]
+    weights, error = combination(profiles, Profile(std, chosen[-1].updates))
+    content = safetensors.torch.save(combined(chosen, weights), described(chosen[-1], std))
+    replace_file(out, content)
+    print(
+        f"{out}: average of relative width {std:g} at step {chosen[-1].step:,}, from {len(chosen)} kept "
+        f"averages; its profile is matched to {error:.1%}"
+    )
+    if error > GOOD:
+        print(
+            f"warning: that is more than {GOOD:.0%}: more snapshots, or a width between those kept, would fit"
+        )
+    return error
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    average(arguments.run, arguments.ema_std, arguments.out, arguments.step)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
