@@ -24,6 +24,7 @@ from diffratio_fast.training.state import backbone_options
 
 SONG = json.dumps({"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [4]})
 EDM2 = json.dumps({"model_channels": 64, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]})
+MIXER = {"ratio_network": "mixer", "ratio_depth": 4}
 BACKBONE = {"generator": "backbone", "ratio_network": "encoder", "backbone_options": SONG}
 
 
@@ -61,9 +62,17 @@ def measured_peak(config: RunConfig, path: Path) -> int:
         {**BACKBONE, "batch_size": 64, "micro_batch": 24, "precision": "bfloat16"},
         {"backbone": "edm2:xs", "backbone_options": EDM2, "batch_size": 48},
         {"backbone_options": SONG, "batch_size": 48, "precision": "float64", "dropout": 0.1},
+        {"backbone_options": SONG, "batch_size": 48, "augment_probability": 0.1},
+        {**MIXER, "ratio_width": 128, "batch_size": 64},
+        {**MIXER, "ratio_width": 64, "batch_size": 512, "precision": "bfloat16", "noise_draws": 3},
+        {**MIXER, "ratio_width": 64, "batch_size": 256, "ratio_roll_probability": 0.5},
+        {**MIXER, "ratio_width": 64, "batch_size": 64, "precision": "float64"},
     ],
-    ids=["mlp", "backbone", "checkpointing", "bfloat16", "edm2-pretraining", "float64-pretraining"],
-)
+    ids=[
+        "mlp", "backbone", "checkpointing", "bfloat16", "edm2-pretraining", "float64-pretraining",
+        "augmented-pretraining", "mixer", "mixer-bfloat16", "mixer-composed", "mixer-float64",
+    ],
+)  # fmt: skip
 def test_the_estimate_is_what_the_allocator_counts(tmp_path: Path, options: dict[str, Any]) -> None:
     kind = TrainConfig if "generator" in options or "ratio_width" in options else PretrainConfig
     config = kind(device="cpu", **options)
@@ -95,6 +104,23 @@ def test_flops_of_a_dense_step() -> None:
     # ratio step, both halves: forward, to weights, to features but the first; then forward and back to images
     passes += 2 * 20 * (3 * (ratio + conditioning) - 64 * 24 - 32 * 64)
     passes += 2 * 10 * (2 * ratio + conditioning)
+    assert cost(config, open_dataset("digits")).flops == passes
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_flops_of_a_step_with_fused_operations(draws: int) -> None:
+    """They are seen as their definition in plain PyTorch is: a mixer's forward pass 1 + 2, 1 + 1 times."""
+    config = TrainConfig(
+        batch_size=10, generator_width=32, generator_depth=2, latent_size=16, ratio_network="mixer",
+        ratio_width=24, ratio_depth=2, noise_draws=draws,
+    )  # fmt: skip
+    generator = 16 * 32 + 32 * 32 + 32 * 64
+    tokens, patch, hidden = 16, 4, 48
+    mixer = tokens * 24 * (patch + 2 * (tokens + 2 * hidden))
+    conditioning = 32 * 64 + 64 * (24 + 2 * hidden)
+    passes = 2 * 10 * (3 * generator - 16 * 32)
+    passes += 2 * 20 * 3 * mixer + 2 * 10 * (3 * conditioning - 32 * 64)  # a pair shares its conditioning
+    passes += 2 * 10 * draws * (2 * mixer + conditioning)
     assert cost(config, open_dataset("digits")).flops == passes
 
 

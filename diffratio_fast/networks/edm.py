@@ -180,7 +180,7 @@ class SongUNet(UNet):
             elif name.endswith("_up"):
                 h = layer(h, embedding)
             elif "_block" in name:
-                h = layer(torch.cat((h, skips.pop()), dim=1), embedding)
+                h = layer(self.join(h, skips.pop()), embedding)
         assert image is not None
         return image
 
@@ -271,13 +271,7 @@ class DhariwalUNet(UNet):
             features.append(layer(x) if name.endswith("_conv") else layer(features[-1], embedding))
         return features
 
-    def decode(self, h: Tensor, features: list[Tensor], embedding: Tensor) -> Tensor:
-        skips = list(features)
-        for name, layer in self.dec.items():
-            if name.endswith("_up"):
-                h = layer(h, embedding)
-            elif "_block" in name:
-                h = layer(torch.cat((h, skips.pop()), dim=1), embedding)
+    def read(self, h: Tensor) -> Tensor:
         return self.out_conv(silu(self.out_norm(h)))
 
 

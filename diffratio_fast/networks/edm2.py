@@ -283,13 +283,10 @@ class MPUNet(UNet):
                 features.append(layer(features[-1], embedding))
         return features
 
-    def decode(self, h: Tensor, features: list[Tensor], embedding: Tensor) -> Tensor:
-        skips = list(features)
-        for name, layer in self.dec.items():
-            if name.endswith("_up"):
-                h = layer(h, embedding)
-            elif "_block" in name:
-                h = layer(mp_cat(h, skips.pop(), self.concat_balance), embedding)
+    def join(self, h: Tensor, skip: Tensor) -> Tensor:
+        return mp_cat(h, skip, self.concat_balance)
+
+    def read(self, h: Tensor) -> Tensor:
         return self.out_conv(h, gain=self.out_gain)
 
 

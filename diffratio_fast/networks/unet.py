@@ -124,6 +124,20 @@ class UNet(nn.Module):
 
     def decode(self, h: Tensor, features: list[Tensor], embedding: Tensor) -> Tensor:
         """The image [N, C, H, W] from the middle's output and what ``encode`` returned."""
+        skips = list(features)
+        for name, layer in self.dec.items():
+            if name.endswith("_up"):
+                h = layer(h, embedding)
+            elif "_block" in name:
+                h = layer(self.join(h, skips.pop()), embedding)
+        return self.read(h)
+
+    def join(self, h: Tensor, skip: Tensor) -> Tensor:
+        """A decoder block's input: its features and the encoder's, side by side."""
+        return torch.cat((h, skip), dim=1)
+
+    def read(self, h: Tensor) -> Tensor:
+        """The image from the decoder's last features."""
         raise NotImplementedError
 
     def forward(

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
 from diffratio_fast.data import DataSet
+from diffratio_fast.ops.ratio_scratch import scratch_bytes
 from diffratio_fast.training import pretraining
 from diffratio_fast.training.iteration import Iteration
 from diffratio_fast.training.state import initial_state, run_dtype
@@ -54,8 +55,10 @@ class Cost:
 class Tracker(TorchDispatchMode):
     """Follows FLOPs and the storages that operations make: bytes now and at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu", threads: int = 1) -> None:
+        """``device`` and ``threads`` decide what the fused operations take for themselves."""
         super().__init__()
+        self._device, self._threads = device, threads
         self.flops = 0
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -71,7 +74,21 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf.untyped_storage())
+        if func.namespace == "diffratio":
+            self._in_passing(func._overloadpacket.__name__, args)
         return out
+
+    def _in_passing(self, operation: str, arguments: Any) -> None:
+        """Count what a fused operation takes while it runs, with its arguments and results."""
+        if operation in ("log_ratio", "score_difference", "ratio_loss"):
+            weights, images = arguments[:2]
+        elif operation == "log_ratio_backward":
+            _, weights, images = arguments[:3]
+        else:
+            return
+        samples = len(images) * (2 if operation == "ratio_loss" else 1)
+        scratch = scratch_bytes(operation, weights, samples, device=self._device, threads=self._threads)
+        self.peak = max(self.peak, self.now + scratch)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -101,12 +118,13 @@ class _WithoutNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def cost(config: RunConfig, dataset: DataSet) -> Cost:
-    """What a step of the run costs once generator and ratio network both train; nothing is computed."""
+def cost(config: RunConfig, dataset: DataSet, device: torch.device = CPU) -> Cost:
+    """What a step of the run on ``device`` costs once all its networks train; nothing is computed."""
     size = config.micro_batch or config.batch_size
     simulated = min(config.batch_size, 2 * size)  # the parts of a batch are alike, but the first
     small = replace(config, batch_size=simulated, on_nonfinite="stop", compile=False)
-    with _default_dtype(run_dtype(config)), FakeTensorMode(), Tracker() as tracker, _WithoutNumbers():
+    following = Tracker(device.type, config.threads or torch.get_num_threads())
+    with _default_dtype(run_dtype(config)), FakeTensorMode(), following as tracker, _WithoutNumbers():
         networks, advance = _planned(small, dataset)
         state = tracker.now
         records = torch.zeros(

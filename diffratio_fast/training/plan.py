@@ -51,7 +51,7 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def advice(config: RunConfig, dataset: DataSet, needed: Cost, available: float) -> str:
+def advice(config: RunConfig, dataset: DataSet, device: torch.device, needed: Cost, available: float) -> str:
     """What to change for a run to fit into so many bytes: the least of what would do."""
     if needed.state + needed.gradients < available:
         size = config.micro_batch or config.batch_size
@@ -59,7 +59,7 @@ def advice(config: RunConfig, dataset: DataSet, needed: Cost, available: float) 
             part = size
             while part >= 1:
                 other = replace(config, micro_batch=part, activation_checkpointing=checkpointing)
-                if (found := cost(other, dataset).peak) < available:
+                if (found := cost(other, dataset, device).peak) < available:
                     words = [] if part == size else [f"--micro-batch {part}"]
                     words += ["--activation-checkpointing"] * (
                         checkpointing > config.activation_checkpointing
@@ -84,7 +84,7 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     directory = RunDirectory(root)
     device = choose_device(config.device)
     dataset, there = planned_data(preset, config)
-    planned = cost(config, dataset)
+    planned = cost(config, dataset, device)
     available = device_memory(device) if memory is None else memory * GIB
     about = environment(device)
     shape = " x ".join(str(size) for size in dataset.shape)
@@ -113,7 +113,7 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     if not fits:
         raise UserError(
             f"needs about {planned.peak / GIB:.2f} GiB where there are {available / GIB:.2f}: "
-            f"{advice(config, dataset, planned, available)}"
+            f"{advice(config, dataset, device, planned, available)}"
         )
 
 
