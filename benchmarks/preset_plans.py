@@ -1,44 +1,177 @@
-"""The table of docs/presets.md: what every preset would take, from ``diffratio_fast.training.memory``.
+"""The table of docs/presets.md: what every preset would take, and how fast those train that a CPU can train.
 
-    python -m benchmarks.preset_plans [PRESET ...]
+    python -m benchmarks.preset_plans [PRESET ...] [--measured FILE]
+    python -m benchmarks.preset_plans --measure FILE
 
-Nothing is computed: steps run on tensors without numbers. Figures are those that ``--dry-run`` prints.
+Parameters, FLOPs and memory are those that ``--dry-run`` prints; for them nothing is computed. ``--measure``
+times whole steps of the presets that are small enough, and of reduced ones, on one thread and random images,
+and writes what it found; ``--measured`` reads that into the table.
+
+Images a second are those of the process's own time on a CPU, which other work on the machine hardly changes,
+and of the clock on a GPU.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import environment
 from diffratio_fast import command
 from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
+from diffratio_fast.data import DataSet
+from diffratio_fast.devices import choose_device
+from diffratio_fast.files import replace_file
 from diffratio_fast.presets import PRESETS, PRETRAIN_PRESETS
+from diffratio_fast.training import pretraining
+from diffratio_fast.training.iteration import Batch, Iteration
 from diffratio_fast.training.memory import cost
 from diffratio_fast.training.plan import planned_data
+from diffratio_fast.training.state import initial_state
 
-HEAD = """| preset | command | parameters, M | batch (part) | GFLOPs an image | memory, GiB | of that state |
-|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "preset", "command", "parameters, M", "batch (part)", "GFLOPs an image", "memory, GiB", "of that state",
+    "images/s",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+WARMUP, TIMED = 2, 10
+LARGEST = {"cpu": 5e11, "cuda": 1e15}
+"""FLOPs of a step that is timed, at most."""
+REDUCED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cifar10-cond, reduced": (
+        "cifar10-cond",
+        {
+            "backbone_options": '{"model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1}',
+            "batch_size": 32,
+            "precision": "float32",
+        },
+    ),
+}
+"""Rows beside the presets: of which preset, with what changed."""
 
 
-def row(preset: str, config: RunConfig) -> str:
+def configurations(name: str) -> tuple[str, list[RunConfig]]:
+    """The preset behind a row, and its two configurations."""
+    preset, options = REDUCED.get(name, (name, {}))
+    return preset, [
+        PretrainConfig(**(PRETRAIN_PRESETS[preset] | options)),
+        TrainConfig(**(PRESETS[preset] | options)),
+    ]
+
+
+def command_of(config: RunConfig) -> str:
+    return "train" if isinstance(config, TrainConfig) else "pretrain"
+
+
+def row(name: str, preset: str, config: RunConfig, measured: dict[tuple[str, str], float]) -> str:
     found = cost(config, planned_data(preset, config)[0])
     parameters = " + ".join(f"{count / 1e6:.2f}" for count in found.parameters.values())
     size = f"{config.batch_size}" + (f" ({config.micro_batch})" if config.micro_batch else "")
-    name = "train" if isinstance(config, TrainConfig) else "pretrain"
+    rate = measured.get((name, command_of(config)))
     state = (found.state + found.gradients) / 2**30
     return (
-        f"| `{preset}` | `{name}` | {parameters} | {size} | {found.flops / config.batch_size / 1e9:,.2f} "
-        f"| {found.peak / 2**30:.2f} | {state:.2f} |"
+        f"| `{name}` | `{command_of(config)}` | {parameters} | {size} "
+        f"| {found.flops / config.batch_size / 1e9:,.2f} | {found.peak / 2**30:.2f} | {state:.2f} "
+        f"| {'not measured' if rate is None else f'{rate:,.3g}'} |"
     )
+
+
+def stepper(config: RunConfig, dataset: DataSet, device: torch.device) -> Callable[[], None]:
+    """A function that makes one step, after warm-up and ramp, on random images."""
+    size = (config.batch_size, *dataset.shape)
+    records = torch.randint(0, 256, size, dtype=torch.uint8)
+    if dataset.kind != "image":
+        records = torch.rand(size).half()
+    batch: Batch = records.to(device), (torch.arange(config.batch_size) % len(dataset.class_names)).to(device)
+    if isinstance(config, TrainConfig):
+        state = initial_state(config, dataset, device)
+        state.step = sum(config.warmup_and_ramp())
+        iteration = Iteration(config, dataset.scaling, state, device)
+        return lambda: iteration.run([batch] * config.ratio_steps)
+    assert isinstance(config, PretrainConfig)
+    denoising = pretraining.initial_state(config, dataset, device)
+    pretrained = pretraining.PretrainIteration(config, dataset.scaling, denoising, device)
+    return lambda: pretrained.run([batch])
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def measure(names: list[str], device: torch.device) -> list[dict[str, Any]]:
+    """A row for every configuration whose step is small enough for the device."""
+    rows = []
+    for name in names:
+        preset, configs = configurations(name)
+        for config in configs:
+            if config.precision == "bfloat16" and device.type == "cpu":
+                config = replace(config, precision="float32")
+            dataset, _ = planned_data(preset, config)
+            planned = cost(config, dataset, device)
+            if planned.flops > LARGEST[device.type]:
+                continue
+            step = stepper(config, dataset, device)
+            times = [seconds_of(step, device) for _ in range(WARMUP + TIMED)][WARMUP:]
+            low, *_, high = statistics.quantiles(times, n=5)
+            median = statistics.median(times)
+            rows.append(
+                {
+                    "preset": name, "command": command_of(config), "batch_size": config.batch_size,
+                    "precision": config.precision, "median_s": median, "q20_s": low, "q80_s": high,
+                    "images_per_s": config.batch_size / median, "flop_per_s": planned.flops / median,
+                }
+            )  # fmt: skip
+            print(f"{name} {command_of(config)}: {config.batch_size / median:,.3g} images/s", flush=True)
+    return rows
+
+
+def read_measured(path: Path) -> dict[tuple[str, str], float]:
+    """(preset, command) to images a second, as ``--measure`` wrote it."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return {(row["preset"], row["command"]): row["images_per_s"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise command.UserError(f"{path}: not what --measure wrote ({error})") from None
 
 
 def main(argv: list[str]) -> int:
     parser = command.Parser(prog="python -m benchmarks.preset_plans", description=__doc__)
     parser.add_argument("presets", nargs="*", metavar="PRESET", help="all, where none is named")
-    presets = parser.parse_args(argv).presets or list(PRESETS)
-    if unknown := sorted(set(presets) - set(PRESETS)):
-        raise command.UserError(f"no such preset: {unknown[0]}; known: {', '.join(PRESETS)}")
+    parser.add_argument("--measure", type=Path, metavar="FILE", help="time what is small enough; write JSON")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="fill the table's last column from it")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    options = parser.parse_args(argv)
+    known = [*PRESETS, *REDUCED]
+    if unknown := sorted(set(options.presets) - set(known)):
+        raise command.UserError(f"no such preset: {unknown[0]}; known: {', '.join(known)}")
+    names = options.presets or known
+    if options.measure is not None:
+        device = choose_device(options.device)
+        torch.set_num_threads(1)
+        content = {"environment": environment(device), "rows": measure(names, device)}
+        replace_file(options.measure, json.dumps(content, indent=1) + "\n")
+        return 0
+    measured = {} if options.measured is None else read_measured(options.measured)
     print(HEAD)
-    for preset in presets:
-        print(row(preset, PretrainConfig(**PRETRAIN_PRESETS[preset])), flush=True)
-        print(row(preset, TrainConfig(**PRESETS[preset])), flush=True)
+    for name in names:
+        preset, configs = configurations(name)
+        for config in configs:
+            print(row(name, preset, config, measured), flush=True)
     return 0
 
 
