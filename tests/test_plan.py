@@ -190,3 +190,30 @@ def test_what_cannot_fit_is_refused_with_advice(capsys: pytest.CaptureFixture[st
 def test_a_plan_of_nothing_that_is_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such data set"):
         train.main(["digits", "--data", str(tmp_path / "none"), "--dry-run"])
+
+
+def test_the_table_of_presets_has_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    from benchmarks import preset_plans
+
+    monkeypatch.setattr(preset_plans, "WARMUP", 1)
+    monkeypatch.setattr(preset_plans, "TIMED", 2)
+    monkeypatch.setattr(preset_plans, "LARGEST", {"cpu": 1e9})  # the denoiser of digits is above it
+    file = tmp_path / "measured.json"
+    threads = torch.get_num_threads()
+    assert preset_plans.main(["digits", "--measure", str(file)]) == 0
+    torch.set_num_threads(threads)
+    content = json.loads(file.read_text())
+    (found,) = content["rows"]
+    assert found["command"] == "train" and found["batch_size"] == 128 and content["environment"]["torch"]
+    assert found["images_per_s"] * found["median_s"] == pytest.approx(128)
+    capsys.readouterr()
+    assert preset_plans.main(["digits", "--measured", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].endswith("| not measured |") and f"| {found['images_per_s']:,.3g} |" in lines[3]
+    file.write_text("{}")
+    with pytest.raises(UserError, match="not what --measure wrote"):
+        preset_plans.main(["digits", "--measured", str(file)])
