@@ -30,11 +30,12 @@ from diffratio_fast import convert, networks, safe_pickle, snapshots
 # What it is for.
 
 
+@pytest.mark.usefixtures("code")
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
 def test_a_snapshot_becomes_the_network(
-    name: str, protocol: int, code: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "network.pkl", snapshot(name), protocol)
     for module in [key for key in sys.modules if key.startswith(("torch_utils", "dnnlib"))]:
