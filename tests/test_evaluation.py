@@ -15,13 +15,14 @@ from torch import Tensor
 from diffratio_fast import ops, train
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.data import open_dataset
+from diffratio_fast.metrics.frechet import frechet_distance, moments
 from diffratio_fast.objectives.divergences import jensen_shannon_bound
 from diffratio_fast.objectives.held_out import log_ratios, noise_levels, pair_bounds
 from diffratio_fast.objectives.noise_laws import parse_noise_law
 from diffratio_fast.objectives.refit import LEVELS
 from diffratio_fast.presets import PRESETS
 from diffratio_fast.report.diagnosis import warnings
-from diffratio_fast.training.evaluation import Evaluation
+from diffratio_fast.training.evaluation import Evaluation, evaluation_images
 from diffratio_fast.training.iteration import Iteration
 from diffratio_fast.training.reporting import Events, MetricsLog
 from diffratio_fast.training.state import initial_state
@@ -113,6 +114,32 @@ def test_refitting_finds_what_the_online_network_misses_and_changes_nothing() ->
     assert set(rows) == {"online", "average", "refitted"} and len(rows["online"]) == LEVELS
     assert rows["online"][0]["auc"] == pytest.approx(0.5)
     assert rows["refitted"][0]["auc"] > 0.9
+
+
+def test_short_runs_on_a_cpu_are_measured_on_fewer_images() -> None:
+    cuda = torch.device("cuda")
+    for steps, expected in ((50, 1000), (500, 8000), (4000, 10_000)):
+        config = TrainConfig(steps=steps, batch_size=128)
+        assert evaluation_images(config, CPU) == expected and evaluation_images(config, cuda) == 10_000
+    chosen = TrainConfig(steps=10, eval_images=50)
+    assert evaluation_images(chosen, CPU) == evaluation_images(chosen, cuda) == 50
+    tool = evaluation(eval_images=50, refit_steps=1)
+    assert {split: len(labels) for split, (_, labels) in tool._held_out.items()} == {
+        "train": 50, "validation": 50
+    }  # fmt: skip
+    drawn: list[int] = []
+    tool.iteration.state.average.register_forward_hook(lambda _, inputs, __: drawn.append(len(inputs[0])))
+    figures = tool.summary()
+    assert figures["evaluation_images"] == 50 and sum(drawn) == 256  # whole blocks are made
+    pixels = tool.pixels
+    assert pixels is not None
+    floor = frechet_distance(moments(pixels.train[0][:50]), moments(pixels.split("test")[0]))
+    assert figures["frechet_distance_floor"] == pytest.approx(floor)
+    whole = evaluation().summary()
+    assert whole["evaluation_images"] == 10_000 and whole["frechet_distance_floor"] < floor / 2
+    drawn.clear()
+    tool.calibrations(None)
+    assert sum(drawn) == 2 * 256  # once for the online network, once for its average
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:

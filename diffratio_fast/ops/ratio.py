@@ -31,6 +31,7 @@ from diffratio_fast.ops import _module, reference_ratio
 from diffratio_fast.ops import _ratio_checks as checks
 from diffratio_fast.ops._purpose import Purpose
 from diffratio_fast.ops._ratio_checks import weight_shapes
+from diffratio_fast.ops.ratio_scratch import cuda_packed_bytes
 from diffratio_fast.ops.reference_ratio import RatioLoss, ScoreDifference
 
 __all__ = [
@@ -233,17 +234,11 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _packed_like(weights: Sequence[Tensor]) -> Tensor:
-    """Of as many bytes as csrc/cuda/mixer_layout.h gives; the CPU twin has none."""
+    """The CPU twin has none."""
     first = weights[0]
     if first.device.type != "cuda":
         return first.new_empty(0, dtype=torch.uint8)
-    (width, patch), (tokens, _), (depth, hidden, _) = first.shape, weights[1].shape, weights[4].shape
-    rows = 32 if tokens > 128 else 16
-    tokens, hidden, patch = -(-tokens // rows) * rows, -(-hidden // 32) * 32, -(-patch // 16) * 16
-    width = 64 if width <= 64 else 128 if width <= 128 else 256
-    parts = [4 * tokens * width] * 2 + [4 * depth * tokens] + [2 * patch * width] * 2
-    parts += [2 * depth * tokens * tokens] * 2 + [4 * depth * hidden * width, 6 * depth * hidden * width]
-    return first.new_empty(sum(-(-part // 512) * 512 for part in parts), dtype=torch.uint8)
+    return first.new_empty(cuda_packed_bytes(weights), dtype=torch.uint8)
 
 
 def forward_flops(weights: Sequence[Sequence[int]]) -> int:

@@ -20,6 +20,16 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def cuda_packed_bytes(weights: Sequence[Tensor]) -> int:
+    """What ``pack_weights`` makes on CUDA, as csrc/cuda/mixer_layout.h lays it out."""
+    (width, patch), (tokens, _), (depth, hidden, _) = weights[0].shape, weights[1].shape, weights[4].shape
+    tokens, hidden, patch = _up(tokens, 32 if tokens > 128 else 16), _up(hidden, 32), _up(patch, 16)
+    width = 64 if width <= 64 else 128 if width <= 128 else 256
+    parts = [4 * tokens * width] * 2 + [4 * depth * tokens] + [2 * patch * width] * 2
+    parts += [2 * depth * tokens * tokens] * 2 + [4 * depth * hidden * width, 6 * depth * hidden * width]
+    return sum(_up(part, 512) for part in parts)
+
+
 def scratch_bytes(
     operation: str, weights: Sequence[Tensor], samples: int, *, device: str, threads: int
 ) -> int:
@@ -36,7 +46,7 @@ def scratch_bytes(
     wide, high = tokens * width, tokens * hidden
     matrices = depth * (tokens * tokens + 2 * width * hidden) + width * patch
     if device == "cuda":
-        packed = 4 * matrices + 8 * wide
+        packed = cuda_packed_bytes(weights)
         if not gradients:
             return packed
         staged = 2 * (tokens * patch + 2 * wide + depth * (4 * wide + 2 * high)) + 4 * depth * tokens

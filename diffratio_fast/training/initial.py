@@ -72,7 +72,7 @@ def take(path: Path, network: BackboneGenerator | EncoderRatio, denoiser: Denois
     try:
         network.take(denoiser)
     except ValueError as error:
-        data = ("img_resolution", "img_channels", "label_dim")
+        data = ("img_resolution", "img_channels", "label_dim", "augment_dim")
         options = {name: value for name, value in denoiser.config.items() if name not in data}
         raise UserError(
             f"--init {path}: another network than this run's ({error}); it is of --backbone "
