@@ -163,9 +163,7 @@ class PretrainIteration(Stepper):
         """The loss of a part of a batch, and its mean error (float64, detached)."""
         sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0].to(self.dtype)
         denoiser, x0 = self._augmented(x0, index)
-        errors = denoising_errors(
-            denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE
-        )
+        errors = denoising_errors(denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE)
         return denoising_loss(errors, self._log_variance(sigma)), errors.detach().double().mean()
 
     def _augmented(self, x0: Tensor, index: Tensor) -> tuple[DenoiserCall, Tensor]:
