@@ -154,7 +154,7 @@ def test_a_preset_has_a_plan(preset: str, capsys: pytest.CaptureFixture[str]) ->
     fits = ["--dry-run", "--device", "cpu", "--plan-memory", "80", "--batch-size", "2", "--micro-batch", "2"]
     assert (pretrain if preset == "cifar10" else train).main([preset, *fits]) == 0
     said = capsys.readouterr().out
-    assert ("denoiser  edm:ddpmpp, 55,732,739 parameters" in said) == (preset == "cifar10")
+    assert ("denoiser  edm:ddpmpp, 55,733,891 parameters" in said) == (preset == "cifar10")
     assert "FLOPs a step" in said and "memory  about" in said
     assert ("not there yet" in said) == (preset != "digits")
 
