@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
     if out is not None and out.resolve() == path.resolve():
         raise UserError(f"{out}: would overwrite the snapshot itself")
 
-    from diffratio_fast.snapshots import one_line, published_network, read_snapshot
+    from diffratio_fast.snapshots import published_network, read_snapshot
+    from diffratio_fast.untrusted import one_line
 
     content = read_snapshot(path)
     if arguments.key not in content:

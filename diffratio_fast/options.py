@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffratio_fast import untrusted
 from diffratio_fast.command import Parser, UserError
 
 GROUPS = {
@@ -90,7 +90,10 @@ def _convert(name: str, value: Any, known: tuple[type, bool]) -> Any:
     if value is None and optional:
         return None
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{name} is too large") from None
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             return float(value)
@@ -98,7 +101,7 @@ def _convert(name: str, value: Any, known: tuple[type, bool]) -> Any:
             pass
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise UserError(f"{name} must be of type {kind.__name__}, not {value!r}")
+    raise UserError(f"{name} must be of type {kind.__name__}, not {reprlib.repr(value)}")
 
 
 def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
     known = _types(kind)
     for key in values:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}")
+            raise UserError(f"{where}: unknown key {reprlib.repr(key)}")
     try:
         return {key: _convert(key, value, known[key]) for key, value in values.items()}
     except UserError as error:
@@ -116,11 +119,11 @@ def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
 def read_yaml(kind: type, path: Path) -> dict[str, Any]:
     """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are passed over."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = untrusted.read_yaml(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a YAML file ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a mapping of option names to values")
     values = {str(key): value for key, value in content.items() if key not in ("preset", "environment")}

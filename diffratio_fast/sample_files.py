@@ -21,6 +21,7 @@ import torch
 from diffratio_fast.command import UserError
 from diffratio_fast.files import lock, make_directory, replace_file, replacing
 from diffratio_fast.images import grid, png
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json, read_npz
 
 CHUNK = 256
 """Images to a chunk: what a kill may cost, and what is held in memory."""
@@ -132,7 +133,12 @@ class _Output(ABC):
 
     def stored(self) -> Iterator[Images]:
         for number in range(len(self.job.chunks)):
-            yield np.load(self._chunk(number), allow_pickle=False)
+            try:
+                yield np.load(self._chunk(number), allow_pickle=False)
+            except DAMAGE as error:
+                raise UserError(
+                    f"{self._chunk(number)}: damaged ({one_line(error)}); remove it and rerun"
+                ) from None
 
     @abstractmethod
     def finish(self, chunks: Iterator[Images]) -> None:
@@ -153,12 +159,10 @@ class _Npz(_Output):
 
     def finished(self) -> bool:
         try:
-            with np.load(self.out, allow_pickle=False) as archive:
-                labels = archive["labels"]
-                return str(archive["about"]) == _text(self.job.identity) and np.array_equal(
-                    labels, self.job.labels
-                )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            found = read_npz(self.out, {"labels", "about"})
+            same = str(found["about"]) == _text(self.job.identity)
+            return same and np.array_equal(found["labels"], self.job.labels)
+        except DAMAGE:
             return False
 
     def finish(self, chunks: Iterator[Images]) -> None:
@@ -195,9 +199,9 @@ class _Folder(_Output):
 
     def _check_same(self) -> None:
         try:
-            about = json.loads(self.about.read_text())
-            count = about.pop("count")
-        except (OSError, ValueError, KeyError, AttributeError):
+            about = parse_json(self.about.read_text())
+            count = int(about.pop("count"))
+        except DAMAGE:
             raise UserError(f"{self.about}: damaged; choose an empty folder") from None
         if about != self.job.identity:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffratio_fast.command import UserError
 from diffratio_fast.data import Scaling
 from diffratio_fast.files import sha256_of_file
 from diffratio_fast.images import to_uint8
+from diffratio_fast.untrusted import DAMAGE, one_line
 from diffratio_fast.verifier import LOWEST_SHARE, Verifier, effective_share, select
 
 
@@ -34,8 +36,11 @@ class Sampler:
         self.generator, self.about = networks.load(path, "generator")
         self.generator.to(device)
         self.sha256 = sha256_of_file(path)
-        self.scaling = Scaling(**self.about.data["scaling"])
-        self.class_names: list[str] = self.about.data["class_names"]
+        try:
+            self.scaling = Scaling.parse(self.about.data["scaling"])
+            self.class_names = [str(name) for name in self.about.data["class_names"]]
+        except DAMAGE as error:
+            raise UserError(f"{path}: damaged: its description of the data ({one_line(error)})") from None
         self._decoder = None
         if self.scaling.low is not None:
             if vae is not None:
@@ -100,8 +105,10 @@ class VerifiedSampler(Sampler):
                 f"{path}: fitted to the generator of step {fitted}, but this one is of step {made}; run "
                 "`python -m diffratio_fast.refit` again"
             )
-        sigma = about.training.get("verifier", {}).get("sigma") if sigma is None else sigma
         if sigma is None:
+            found = about.training.get("verifier")
+            sigma = found.get("sigma") if isinstance(found, dict) else None
+        if not (isinstance(sigma, float) and 0 < sigma < math.inf):
             raise UserError(
                 f"{path}: no noise level was found at which it helps; --sigma names one all the same"
             )

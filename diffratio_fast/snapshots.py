@@ -23,6 +23,7 @@ from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser, SongUNet
 from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser
 from diffratio_fast.networks.published import EDM_VARIANTS, Config
 from diffratio_fast.safe_pickle import Record
+from diffratio_fast.untrusted import one_line
 
 DEEPEST = 16  # modules within modules; the published networks have five
 
@@ -164,8 +165,3 @@ def _dictionary(state: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{key} is a {type(value).__name__}, not a dictionary")
     return value
-
-
-def one_line(text: object) -> str:
-    """A text (an error's, for example) in one line of bounded length."""
-    return " ".join(str(text).split())[:400]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from diffratio_fast import ops
 from diffratio_fast.data.sampler import batch_records
+from diffratio_fast.untrusted import DAMAGE, one_line
 
 if TYPE_CHECKING:
     from diffratio_fast.data.manifest import Vae
@@ -34,6 +36,21 @@ class Scaling:
     std: tuple[float, ...]
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def parse(cls, values: Any) -> Scaling:
+        """The scaling that a mapping of plain data describes; ``ValueError`` where it is none."""
+        try:
+            mean, std = (tuple(float(number) for number in values[name]) for name in ("mean", "std"))
+            low, high = (None if values[name] is None else float(values[name]) for name in ("low", "high"))
+        except DAMAGE as error:
+            raise ValueError(f"no scaling of data ({one_line(error)})") from None
+        finite = all(math.isfinite(number) for number in (*mean, *std, low or 0.0, high or 0.0))
+        if not (finite and mean and len(mean) == len(std) and min(std) > 0):
+            raise ValueError("scaling needs as many means as positive std, all finite")
+        if (low is None) != (high is None) or (low is not None and high is not None and not low < high):
+            raise ValueError("scaling needs bounds low < high, or none")
+        return cls(mean, std, low, high)
 
     def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = like.dtype if like.is_floating_point() else torch.float32

@@ -12,6 +12,7 @@ import torch
 from diffratio_fast.command import UserError
 from diffratio_fast.data.manifest import SD_VAE, Vae
 from diffratio_fast.files import sha256_of_file
+from diffratio_fast.untrusted import one_line, parse_json
 
 PUBLISHED = {"a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815": SD_VAE}
 """Names of published VAEs by the sha256 of their ``diffusion_pytorch_model.safetensors``."""
@@ -104,5 +105,8 @@ def to_float16(moments: np.ndarray) -> np.ndarray:
 
 
 def _sha256_of_json(path: Path) -> str:
-    content = json.dumps(json.loads(path.read_text()), sort_keys=True)
+    try:
+        content = json.dumps(parse_json(path.read_text()), sort_keys=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     return hashlib.sha256(content.encode()).hexdigest()

@@ -16,6 +16,7 @@ import xxhash
 
 from diffratio_fast.command import UserError
 from diffratio_fast.data.manifest import AGAIN, CHECKSUMS, LABELS, Manifest
+from diffratio_fast.untrusted import DAMAGE, one_line
 
 
 class Records:
@@ -108,8 +109,8 @@ def load_index(path: Path, dtype: np.dtype, records: int) -> np.ndarray:
     """Map the index file ``path``: ``dtype`` (records,); raises ``UserError`` where it is anything else."""
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
     if not isinstance(index, np.ndarray) or index.dtype != dtype or index.shape != (records,):
         raise UserError(f"{path}: not {dtype} ({records},) as the manifest says; {AGAIN}")
     return index

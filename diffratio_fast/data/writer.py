@@ -38,6 +38,7 @@ from diffratio_fast.data.manifest import (
 )
 from diffratio_fast.data.sampler import permutation
 from diffratio_fast.files import lock, make_directory, replace_file, sync_directory
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
 
 PARTIAL = "partial"
 UNREADABLE = "unreadable.txt"
@@ -166,7 +167,7 @@ def _write_missing(
         written = partial / "plan.json"
         if not written.exists():
             replace_file(written, json.dumps({"identity": identity}).encode())
-        elif json.loads(written.read_text())["identity"] != identity:
+        elif _progress(written)["identity"] != identity:
             raise UserError(
                 f"{destination}: begun with other options or another source; remove it, or rerun as before"
             )
@@ -187,7 +188,7 @@ def _write_missing(
         notes = [_note(partial, number) for number in range(len(slices))]
         if not all(_is_whole(destination, note) for note in notes):
             return None
-        _finish(destination, plan, identity, [json.loads(note.read_text()) for note in notes])
+        _finish(destination, plan, identity, [_progress(note) for note in notes])
         return _finished(destination, identity)
 
 
@@ -205,12 +206,27 @@ def _note(partial: Path, number: int) -> Path:
     return partial / f"shard-{number:05d}.json"
 
 
+def _progress(path: Path) -> dict[str, Any]:
+    """What a file of the work in progress says: the plan's identity, or a finished shard."""
+    try:
+        content = parse_json(path.read_text())
+        if "identity" not in content:
+            shard = Shard(content["file"], int(content["records"]), int(content["size"]), content["sha256"])
+            expected = f"{path.stem}.bin", len(content["labels"]), len(content["checksums"])
+            if expected != (shard.file, shard.records, shard.records):
+                raise ValueError("it contradicts itself")
+    except DAMAGE as error:
+        raise UserError(
+            f"{path}: damaged ({one_line(error)}); remove {path.parent.parent} and rerun"
+        ) from None
+    return content  # type: ignore[no-any-return]
+
+
 def _is_whole(destination: Path, note: Path) -> bool:
     """Whether a shard is noted, and there in its full size."""
-    try:
-        content = json.loads(note.read_text())
-    except FileNotFoundError:
+    if not note.exists():
         return False
+    content = _progress(note)
     shard = destination / content["file"]
     return shard.exists() and shard.stat().st_size == content["size"]
 

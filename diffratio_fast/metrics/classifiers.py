@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,11 +52,15 @@ class SupportVectors:
 
 
 class ExportedProgram:
-    """A network that ``torch.export.save`` wrote: uint8 images [b, C, H, W] to logits [b, classes], any b."""
+    """A network that ``torch.export.save`` wrote: uint8 images [b, C, H, W] to logits [b, classes], any b.
+
+    Unlike every other file, such a file is a program, and is run. Pickles in it are not.
+    """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
-            self._network = torch.export.load(path).module().to(device)
+            with _without_pickles():
+                self._network = torch.export.load(path).module().to(device)
         except Exception as error:  # torch raises whatever a file that is none leads it to
             detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
@@ -80,6 +86,21 @@ class ExportedProgram:
     def accuracy(self, measured: Measured) -> float:
         named = np.concatenate(self._named)
         return _share(named[kept_numbers(len(named))], measured)
+
+
+@contextlib.contextmanager
+def _without_pickles() -> Iterator[None]:
+    """torch.export falls back on running a file's pickles where they are not plain: here it does not."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _share(named: npt.NDArray[np.int64], measured: Measured) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from diffratio_fast.data import DataSet
 from diffratio_fast.data.sources import ImageOptions, Source, Unreadable, open_source
 from diffratio_fast.data.sources.files import UNLABELLED
 from diffratio_fast.images import records_to_uint8
+from diffratio_fast.untrusted import DAMAGE, array_header, one_line, parse_json, read_npz
 
 BATCH = 256
 LABELLED = re.compile(r"-class(\d+)\.\w+$")
@@ -122,10 +122,9 @@ class NpzImages:
             shape, dtype = self._header()
             self.labels = self._labels(shape[0] if shape else 0, "labels" if name == "images" else "arr_1")
             if "about" in names:
-                with np.load(path, allow_pickle=False) as arrays:
-                    self._about = _json_or_none(str(arrays["about"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: damaged, or no npz of images ({error})") from None
+                self._about = _json_or_none(str(read_npz(path, {"about"})["about"]))
+        except DAMAGE as error:
+            raise UserError(f"{path}: damaged, or no npz of images ({one_line(error)})") from None
         if len(shape) != 4 or 0 in shape:
             raise UserError(f"{path}: images are [N, H, W, C], not {list(shape)}")
         if dtype != np.uint8:
@@ -141,8 +140,7 @@ class NpzImages:
             return _array_header(member)
 
     def _labels(self, count: int, name: str) -> np.ndarray | None:
-        with np.load(self.path, allow_pickle=False) as archive:
-            labels = archive.get(name)
+        labels = read_npz(self.path, {name}).get(name)
         if labels is None or not np.issubdtype(labels.dtype, np.integer):
             return None
         if labels.shape != (count,):
@@ -152,8 +150,8 @@ class NpzImages:
     def _refuse_floats(self, dtype: np.dtype) -> None:
         what = f"{self.path}: images are {dtype}, not uint8; round them to 0..255"
         if np.issubdtype(dtype, np.floating):
-            with np.load(self.path, allow_pickle=False) as archive:
-                images = archive[self._name.removesuffix(".npy")]
+            name = self._name.removesuffix(".npy")
+            images = read_npz(self.path, {name})[name]
             bad = np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1))
             if len(bad):
                 what = f"{self.path}: image {bad[0]} is not finite (NaN), and {len(bad) - 1} others"
@@ -167,8 +165,8 @@ class NpzImages:
                 n = min(BATCH, self.count - start)
                 try:
                     content = member.read(n * size)
-                except (OSError, zipfile.BadZipFile) as error:
-                    raise UserError(f"{self.path}: damaged ({error})") from None
+                except DAMAGE as error:
+                    raise UserError(f"{self.path}: damaged ({one_line(error)})") from None
                 if len(content) != n * size:
                     raise UserError(f"{self.path}: cut short at image {start + len(content) // size}")
                 block = np.frombuffer(content, np.uint8).reshape(n, *self.shape[1:], self.shape[0])
@@ -176,11 +174,7 @@ class NpzImages:
 
 
 def _array_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f".npy version {version}")
-    shape, fortran, dtype = read[version](member)
+    shape, dtype, fortran = array_header(member)
     if fortran:
         raise ValueError("arrays in Fortran order are not read")
     return shape, dtype
@@ -219,6 +213,6 @@ class DataSetImages:
 
 def _json_or_none(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return None

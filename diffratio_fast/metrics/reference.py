@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffratio_fast.files import replacing, sha256_of_file
 from diffratio_fast.metrics.features import Extractor, FeatureSet, extract
 from diffratio_fast.metrics.frechet import Moments
 from diffratio_fast.metrics.images import DataSetImages, Images
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json, read_npz
 
 KEEP = 50_000
 """Features that are kept, at most, of any set of images; its moments are of all of them."""
@@ -137,10 +137,10 @@ def save_reference(path: Path, reference: Reference, extractor: Extractor) -> No
 def saved_shape(path: Path) -> tuple[int, int, int] | None:
     """(C, H, W) of the images behind saved statistics, where they say it."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            channels, height, width = json.loads(str(archive["about"]))["about"]["shape"]
+        about = read_npz(path, {"about"})["about"]
+        channels, height, width = parse_json(str(about))["about"]["shape"]
         return channels, height, width
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except DAMAGE:
         return None
 
 
@@ -151,7 +151,7 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
     """
     try:
         arrays = _read_pickle(path, extractor) if path.suffix == ".pkl" else _read_npz(path)
-        about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+        about = parse_json(str(arrays.pop("about"))) if "about" in arrays else {}
         moments = _moments(arrays, extractor)
         reference = Reference(
             {"kind": "statistics", "path": str(path)}
@@ -169,8 +169,8 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
         _check_kept(reference, extractor)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged, or no reference statistics ({error})") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged, or no reference statistics ({one_line(error)})") from None
     if not about and extractor.name not in PUBLISHED_KEYS:
         raise UserError(
             f"{path}: says nothing of its features, which are then those of the FID network; "
@@ -190,10 +190,10 @@ def _described(identity: dict[str, Any]) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        if not {"mu", "sigma"} <= set(archive.files):
-            raise ValueError("it has no mu and sigma")
-        return {name: archive[name] for name in archive.files}
+    arrays = read_npz(path)
+    if not {"mu", "sigma"} <= set(arrays):
+        raise ValueError("it has no mu and sigma")
+    return arrays
 
 
 def _read_pickle(path: Path, extractor: Extractor) -> dict[str, Any]:

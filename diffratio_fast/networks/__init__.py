@@ -26,6 +26,7 @@ from diffratio_fast.networks.layers import initialise
 from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
 from diffratio_fast.networks.published import from_published, load_published
 from diffratio_fast.networks.ratio_mixer import RatioMixer
+from diffratio_fast.untrusted import DAMAGE, check_ambition, one_line, parse_json
 
 __all__ = [
     "GENERATORS",
@@ -71,6 +72,15 @@ class SavedNetwork:
     data: dict[str, Any]
     training: dict[str, Any]
 
+    @classmethod
+    def parse(cls, text: str) -> SavedNetwork:
+        """The description in a file's metadata; ``ValueError`` or ``TypeError`` where it is none."""
+        about = cls(**parse_json(text))
+        for name, kind in cls.__annotations__.items():
+            if not isinstance(getattr(about, name), str if kind == "str" else dict):
+                raise ValueError(f"{name} is not what it should be")
+        return about
+
 
 def save(path: Path, network: nn.Module, about: SavedNetwork) -> None:
     """Write a network's weights with its description, atomically, as safetensors."""
@@ -86,21 +96,22 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
             metadata = file.metadata() or {}
             if metadata.get("format") != f"diffratio_fast.network.{FORMAT_VERSION}":
                 raise UserError(f"{path}: not a network that this version of diffratio_fast wrote")
-            about = SavedNetwork(**json.loads(metadata["about"]))
+            about = SavedNetwork.parse(metadata["about"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except (SafetensorError, *DAMAGE) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
     if about.role != role:
         raise UserError(f"{path}: holds a {about.role} network where a {role} network is needed")
     if about.architecture not in _ROLES[role]:
         raise UserError(f"{path}: unknown architecture {about.architecture!r}")
     try:
+        check_ambition(about.arguments, sum(tensor.numel() for tensor in state.values()))
         network = build(role, about.architecture, about.arguments)
         network.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: weights do not fit the network ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, *DAMAGE) as error:
+        raise UserError(f"{path}: weights do not fit the network ({one_line(error)})") from None
     return network.eval(), about
 
 

@@ -25,6 +25,7 @@ from diffratio_fast.files import replace_file
 from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser
 from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser, MPUNet
 from diffratio_fast.networks.unet import Denoiser
+from diffratio_fast.untrusted import DAMAGE, check_ambition, one_line, parse_json
 
 Config = dict[str, Any]
 
@@ -146,8 +147,8 @@ def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
         )
     try:
         network = with_state(metadata["architecture"], metadata["config"], state)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
     return network.float().eval(), metadata
 
 
@@ -163,6 +164,7 @@ def with_state(
     architecture: str, config: str | Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> Denoiser:
     """``from_published`` holding the tensors of ``state`` themselves; names and shapes must all agree."""
+    check_ambition(_as_mapping(config), sum(tensor.numel() for tensor in state.values()))
     with torch.device("meta"):  # no weights are drawn only to be replaced
         network = from_published(architecture, config)
     try:
@@ -176,8 +178,8 @@ def with_state(
 def _as_mapping(config: str | Mapping[str, Any]) -> Config:
     if isinstance(config, str):
         try:
-            config = json.loads(config)
-        except json.JSONDecodeError as error:
+            config = parse_json(config)
+        except ValueError as error:
             raise ValueError(f"the configuration is not JSON: {error}") from None
     if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
         raise ValueError(f"the configuration must map options' names to values, not {config!r}")

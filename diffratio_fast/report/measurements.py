@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffratio_fast.files import replace_file
+from diffratio_fast.untrusted import parse_json
 
 FILE = "measurements.json"
 
@@ -15,7 +16,7 @@ def read_measurements(root: Path) -> dict[str, Any]:
     """What is kept there; nothing where there is none, or it is damaged."""
     path = root / FILE
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = parse_json(path.read_text()) if path.exists() else {}
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,11 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from diffratio_fast.command import UserError
 from diffratio_fast.files import replace_file
 from diffratio_fast.report.charts import Axis, Series, bar_chart, line_chart, number
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.report.run_files import RunFiles, read
 from diffratio_fast.report.style import SCRIPT, STYLE
+from diffratio_fast.untrusted import DAMAGE, one_line
 
 STEP = Axis("step")
 SIGMA = Axis("noise level σ", log=True)
@@ -23,7 +25,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 def write(root: Path) -> Path:
     """Write ``root``/report.html from the run's other files; its path."""
     path = root / "report.html"
-    replace_file(path, page(read(root)))
+    try:
+        content = page(read(root))
+    except DAMAGE as error:
+        raise UserError(f"{root}: its figures are damaged ({one_line(error)}): no report") from error
+    replace_file(path, content)
     return path
 
 

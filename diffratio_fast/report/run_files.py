@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffratio_fast.report.measurements import read_measurements
+from diffratio_fast.untrusted import parse_json, read_yaml
 
 MOST_GRIDS = 12
 MOST_BYTES = 8 * 2**20
@@ -43,19 +41,19 @@ def read(root: Path) -> RunFiles:
     lines = []
     for text in _text(root / "metrics.jsonl").splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:  # cut off by a kill
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     neighbours = root / "neighbours.png"
     try:
-        config = yaml.safe_load(_text(root / "config.yaml")) or {}
-    except yaml.YAMLError:
+        config = read_yaml(root / "config.yaml")
+    except (OSError, ValueError):
         config = {}
     return RunFiles(
         root=root,
-        config=config,
+        config=config if isinstance(config, dict) else {},
         logged=[line for line in lines if "images_per_second" in line],
         evaluated=[line for line in lines if "images_per_second" not in line],
         measured=[line for line in lines if "sigma" in line],
@@ -67,12 +65,12 @@ def read(root: Path) -> RunFiles:
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path) or "{}")
+        found = parse_json(_text(path) or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

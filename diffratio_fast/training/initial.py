@@ -14,6 +14,7 @@ from diffratio_fast.data import DataSet, Scaling
 from diffratio_fast.networks import load_published
 from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
 from diffratio_fast.networks.unet import Denoiser
+from diffratio_fast.untrusted import parse_json
 
 DENOISER = "denoiser.safetensors"
 PUBLISHED_PIXELS = Scaling((127.5,), (63.75,), 0.0, 255.0)
@@ -47,8 +48,10 @@ def load_denoiser(source: Path, dataset: DataSet) -> Denoiser:
     denoiser, metadata = load_published(path)
     theirs = PUBLISHED_PIXELS if dataset.kind == "image" else None
     if "scaling" in metadata:
-        values = json.loads(metadata["scaling"])
-        theirs = Scaling(tuple(values["mean"]), tuple(values["std"]), values["low"], values["high"])
+        try:
+            theirs = Scaling.parse(parse_json(metadata["scaling"]))
+        except ValueError as error:
+            raise UserError(f"--init {path}: damaged ({error})") from None
     if theirs is not None and theirs != dataset.scaling:
         raise UserError(
             f"--init {path}: was trained on data of mean {list(theirs.mean)} and std {list(theirs.std)}, not "

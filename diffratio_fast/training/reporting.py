@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffratio_fast.command import UserError
 from diffratio_fast.files import replace_file
+from diffratio_fast.untrusted import DAMAGE, parse_json
 
 PLAIN_INTERVAL = 10.0
 """Seconds between lines where output is not a terminal."""
@@ -30,7 +31,7 @@ class MetricsLog:
         self.lines: list[dict[str, Any]] = []
         """Everything logged so far, as it would be read back."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             self.lines = [json.loads(line) for line in kept]
             replace_file(path, "".join(line + "\n" for line in kept))
         try:
@@ -113,8 +114,8 @@ class Events:
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return float(parse_json(line)["step"])
+    except DAMAGE:
         return math.inf  # a line cut off by a kill
 
 

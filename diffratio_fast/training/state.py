@@ -29,6 +29,7 @@ from diffratio_fast.training.ema import averaged_copy
 from diffratio_fast.training.initial import load_initial
 from diffratio_fast.training.optimizers import make_optimizer
 from diffratio_fast.training.posthoc_ema import kept_averages
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
 
 FORMAT = "diffratio_fast.checkpoint.1"
 SUMS = ("ratio_loss", "correct_real", "correct_fake", "log_ratio_real", "log_ratio_fake", "clamped", "steps")
@@ -91,8 +92,8 @@ class TrainState(RunState):
 def backbone_options(config: RunConfig) -> dict[str, Any]:
     """The options of the run's backbone; a ``UserError`` where they are no JSON object."""
     try:
-        options = json.loads(config.backbone_options)
-    except json.JSONDecodeError as error:
+        options = parse_json(config.backbone_options)
+    except ValueError as error:
         raise UserError(f"backbone_options is not JSON: {error}") from None
     if not isinstance(options, dict):
         raise UserError(f"backbone_options must be a JSON object, not {config.backbone_options}")
@@ -207,11 +208,11 @@ def load_checkpoint(path: Path, state: RunState) -> None:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{path}: not a checkpoint of this version of diffratio_fast; {advice}")
-            about = json.loads(metadata["about"])
+            about = parse_json(metadata["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         intact = _digest(tensors) == about["digest"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged ({error}); {advice}") from None
+    except (SafetensorError, *DAMAGE) as error:
+        raise UserError(f"{path}: the checkpoint is damaged ({one_line(error)}); {advice}") from None
     if not intact:
         raise UserError(f"{path}: the checkpoint is damaged (its digest does not match); {advice}")
     try:

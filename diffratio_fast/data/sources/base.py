@@ -19,6 +19,8 @@ from diffratio_fast.data.sampler import permutation
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+"""What Pillow may take a file for, whatever its name: some other formats are programs that it would run."""
 MEMBER_LIMIT = 1 << 28
 """Largest file, in bytes, that is taken for one record."""
 
@@ -79,7 +81,7 @@ def decode_image(content: bytes, options: ImageOptions, key: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise ValueError(f"pixels of mode {image.mode} do not fit 8 bits")
             pixels = image.convert("RGB" if options.channels == 3 else "L")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import zipfile
-import zlib
 from abc import abstractmethod
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +26,7 @@ from diffratio_fast.data.sources.base import (
     decode_moments,
     digest,
 )
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
 
 UNLABELLED = ("unlabelled",)
 
@@ -67,8 +66,8 @@ class FileSource(Source):
         key = self.key(index)
         try:
             content = self._content(index)
-        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise Unreadable(f"{key}: {error}") from None
+        except (RuntimeError, *DAMAGE) as error:  # zipfile wants a password by a RuntimeError
+            raise Unreadable(f"{key}: {one_line(error)}") from None
         if self.kind == "latent_moments":
             return decode_moments(content, self._decode_shape, key)
         array = decode_image(content, self._options, key)
@@ -157,8 +156,8 @@ class EdmZip(FileSource):
     def __init__(self, path: Path, options: ImageOptions) -> None:
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a readable ZIP ({error})") from None
+        except DAMAGE as error:
+            raise UserError(f"{path}: not a readable ZIP ({one_line(error)})") from None
         members = {}
         for info in self._zip.infolist():
             is_index = PurePosixPath(info.filename).name == "dataset.json"
@@ -174,10 +173,10 @@ class EdmZip(FileSource):
         if "dataset.json" not in members:
             return [None] * len(records)
         try:
-            entries = json.loads(self._zip.read("dataset.json")).get("labels")
+            entries = parse_json(self._zip.read("dataset.json")).get("labels")
             by_name = dict(entries) if entries else {}
-        except (ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: dataset.json cannot be read ({error})") from None
+        except DAMAGE as error:
+            raise UserError(f"{self.path}: dataset.json cannot be read ({one_line(error)})") from None
         missing = [n for n in records if n not in by_name] if by_name else []
         if missing:
             raise UserError(f"{self.path}: dataset.json has no label for {missing[0]} ({len(missing)} such)")
@@ -250,8 +249,10 @@ def _tar_records(tar: Path) -> list[tuple[str, tarfile.TarInfo, object]]:
                     if key in records:
                         raise UserError(f"{tar}: two records are named {key!r}")
                     records[key] = member
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{tar}: not a readable tar ({error}); unpack it if it is compressed") from None
+    except DAMAGE as error:
+        raise UserError(
+            f"{tar}: not a readable tar ({one_line(error)}); unpack it if it is compressed"
+        ) from None
     return [(f"{key}{PurePosixPath(m.name).suffix}", m, labels.get(key)) for key, m in records.items()]
 
 
@@ -259,6 +260,6 @@ def _tar_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, t
     stream = archive.extractfile(member)
     content = stream.read(1 << 20) if stream else b""
     try:
-        return int(content) if suffix == "cls" else json.loads(content).get("label")
+        return int(content) if suffix == "cls" else parse_json(content).get("label")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{tar}: {member.name!r} holds no label ({error})") from None
