@@ -67,6 +67,21 @@ class RunConfig(Options):
         choices=("stop", "skip"),
         free=True,
     )
+    hang_timeout: float = option(
+        300.0,
+        "several processes: seconds after which one that died, was stopped or hangs ends the run, by name",
+        "run",
+        above=0,
+        free=True,
+    )
+    stop_after_bad_steps: int | None = option(
+        None,
+        "stop the run after so many steps in a row whose loss or gradient was not finite, or jumped far "
+        "above its mean (noticed with the next log line; default: never)",
+        "run",
+        low=1,
+        free=True,
+    )
 
     data: str = option("digits", "data set: digits, or the directory of a prepared one", "data")
     loader: str = option(
@@ -158,6 +173,12 @@ class RunConfig(Options):
         choices=("float32", "bfloat16", "float64"),
     )
     compile: bool = option(False, "compile the networks with torch.compile", "optimization")
+    capture: bool = option(
+        False,
+        "a GPU: replay the whole step as a CUDA graph, so that nothing waits for Python (the same numbers)",
+        "optimization",
+        free=True,
+    )
     channels_last: bool = option(
         False, "keep images with their channels innermost", "optimization", free=True
     )

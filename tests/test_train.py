@@ -43,7 +43,7 @@ def same_networks(a: Path, b: Path) -> None:
 
 def log_lines(run_dir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
-    timed = {"seconds", "images_per_second", "memory_bytes", "evaluation_seconds"}
+    timed = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 

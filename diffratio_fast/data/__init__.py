@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,14 +44,14 @@ def open_dataset(
     """The data set called ``name``, or the prepared one in the directory ``name``; else a ``UserError``.
 
     ``kind``, where given, is what the records must be: ``image`` or ``latent_moments``. Without
-    ``class_conditional`` all records are of one class. The other options are those of ``ShardDataSet``, and
-    mean nothing to a data set that lives in memory.
+    ``class_conditional`` all records are of one class. The other options are those of ``ShardDataSet``; of
+    them ``device`` alone means something to a data set that lives in memory.
     """
     data: DataSet
     if name == "digits":
         from diffratio_fast.data import digits
 
-        data = digits.load()
+        data = replace(digits.load(), device=torch.device(device))
     elif Path(name).is_dir():
         from diffratio_fast.data.shards import ShardDataSet
 

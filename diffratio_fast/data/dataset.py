@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 
 from diffratio_fast import ops
 from diffratio_fast.data.sampler import batch_records
+from diffratio_fast.data.transfer import copied_ahead
 from diffratio_fast.untrusted import DAMAGE, one_line
 
 if TYPE_CHECKING:
@@ -54,10 +56,9 @@ class Scaling:
 
     def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        shape = (1, -1) + (1,) * (like.dim() - 2)
-        mean = torch.tensor(self.mean, dtype=torch.float64).reshape(shape)
-        factor = SIGMA_DATA / torch.tensor(self.std, dtype=torch.float64).reshape(shape)
-        return mean.to(like.device, dtype), factor.to(like.device, dtype)
+        if type(like) is not torch.Tensor:  # one without numbers, of a plan
+            return _affine.__wrapped__(self, like.dim(), like.device, dtype)
+        return _affine(self, like.dim(), like.device, dtype)
 
     def to_model(self, records: torch.Tensor) -> torch.Tensor:
         """Records [B, C, ...] of any dtype to x0, floating point (float32 from integers)."""
@@ -77,6 +78,17 @@ class Scaling:
         factor = (SIGMA_DATA / np.array(self.std)).astype(np.float32)
         low, high = ((np.float32(value) - mean) * factor for value in (self.low, self.high))
         return low.tolist(), high.tolist()
+
+
+@functools.lru_cache(maxsize=64)
+def _affine(
+    scaling: Scaling, dimensions: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and factor; kept, because a copy from the host each time would make it wait for a GPU."""
+    shape = (1, -1) + (1,) * (dimensions - 2)
+    mean = torch.tensor(scaling.mean, dtype=torch.float64).reshape(shape)
+    factor = SIGMA_DATA / torch.tensor(scaling.std, dtype=torch.float64).reshape(shape)
+    return mean.to(device, dtype), factor.to(device, dtype)
 
 
 class DataSet(Protocol):
@@ -118,7 +130,7 @@ class DataSet(Protocol):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Endless (records [b, C, H, W], labels int64 [b]) on the CPU, from batch number ``start``.
+        """Endless (records [b, C, H, W], labels int64 [b]), where wanted, from batch number ``start``.
 
         ``batch_size`` is global; this rank gets its slice of ``batch_size / world_size``.
         """
@@ -143,6 +155,8 @@ class InMemoryDataSet:
     splits: dict[str, tuple[torch.Tensor, torch.Tensor]]
     kind: str = "image"
     vae: Vae | None = None
+    device: torch.device | None = None
+    """The GPU that batches go to; they stay on the host where it is None, or the CPU."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -163,11 +177,16 @@ class InMemoryDataSet:
         world_size: int = 1,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         records, labels = self.splits[split]
-        for batch in itertools.count(start):
-            chosen = torch.from_numpy(
+        chosen = (
+            torch.from_numpy(
                 batch_records(seed, batch, batch_size, len(labels), rank=rank, world_size=world_size)
             )
-            yield records[chosen], labels[chosen]
+            for batch in itertools.count(start)
+        )
+        batches = ((records[rows], labels[rows]) for rows in chosen)
+        if self.device is None or self.device.type == "cpu":
+            return batches
+        return copied_ahead(batches, self.device)
 
     def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.part(split, 0, count)

@@ -19,11 +19,10 @@ import torch
 
 from diffratio_fast.data.records import Records
 from diffratio_fast.data.sampler import Order
+from diffratio_fast.data.transfer import Batch, copied_ahead
 
 PIECE_BYTES = 1 << 20
 """A batch is read in pieces of at least this size, as many at a time as there are threads."""
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def native_batches(
     source = ReadAhead(records, order, start, reading, pinned=device.type == "cuda")
     try:
         batches = _on_cpu(source, order, start)
-        yield from batches if device.type == "cpu" else _copied_ahead(batches, device)
+        yield from batches if device.type == "cpu" else copied_ahead(batches, device)
     finally:
         source.close()
 
@@ -143,29 +142,3 @@ def _on_cpu(source: ReadAhead, order: Order, start: int) -> Iterator[Batch]:
         yield torch.from_numpy(read), torch.from_numpy(np.ascontiguousarray(labels))
         del read, labels  # else this frame holds the buffer until the next turn
         batch += 1
-
-
-def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on a GPU, each copied on a side stream while the one before it is used."""
-    side = torch.cuda.Stream(device)
-    copies: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event, Batch]] = deque()
-    done = False
-    while not done or copies:
-        while not done and len(copies) < 2:
-            host = next(batches, None)
-            if host is None:
-                done = True
-                break
-            event = torch.cuda.Event()
-            with torch.cuda.stream(side):
-                copy = host[0].to(device, non_blocking=True), host[1].to(device, non_blocking=True)
-                event.record(side)
-            copies.append((*copy, event, host))
-        if copies:
-            records, labels, event, host = copies.popleft()
-            event.synchronize()  # the copy is one batch old; its pinned buffer goes back to the ring
-            del host
-            for tensor in (records, labels):
-                tensor.record_stream(torch.cuda.current_stream(device))
-            yield records, labels
-            del records, labels

@@ -219,7 +219,7 @@ def _progress(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: damaged ({one_line(error)}); remove {path.parent.parent} and rerun"
         ) from None
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def _is_whole(destination: Path, note: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +13,34 @@ SURE = 3.0
 """Standard errors that a difference must exceed."""
 SATURATED = 0.99
 """Accuracy of the ratio network at which its log ratio says little more than real or not."""
+HUGE = 15.0
+"""A mean log ratio of reals, and minus that of fakes, at which it says no more either."""
+LINES = 5
+"""Log lines in a row in which something must hold to be more than chance."""
+SECONDS = 10.0
+"""Seconds that those lines must cover: shorter measurements of time are not worth a word."""
+WAITING = 0.3
+"""Share of the time that a run may spend waiting for batches."""
+SLOW = 0.6
+"""Share of its earlier throughput below which a run has become slow."""
 
 
 def warnings(history: Sequence[dict[str, Any]], *, after: int = 0) -> list[tuple[str, str]]:
-    """(kind, sentence) for everything that the newest evaluation in ``history`` gives reason to say.
+    """(kind, sentence) for everything that the newest lines in ``history`` give reason to say.
 
     ``history`` are the lines of metrics.jsonl in order, ``after`` the step at which warm-up and ramp of the
     generator ended. A value that is None (not finite) is passed over.
     """
     evaluations = [line for line in history if "divergence_by_sigma" in line and "sigma" in line]
-    if not evaluations:
-        return []
+    logged = [line for line in history if "images_per_second" in line]
+    settled = [line for line in logged if line["step"] > after]
     checks = (
-        _gap(evaluations),
+        _bad_steps(logged),
+        _gap(evaluations) if evaluations else None,
         _rise([e for e in evaluations if e["step"] > after]),
-        _saturation(evaluations),
+        (_saturation(evaluations) if evaluations else None) or _saturated_for_long(settled),
+        _waiting(logged),
+        _slower(settled),
     )
     return [found for found in checks if found is not None]
 
@@ -85,4 +99,62 @@ def _saturation(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None
         f"{len(last['sigma'])} noise levels (up to sigma {max(levels)[0]:.2g}): a saturated ratio gives the "
         "generator little direction. Larger noise levels (--ratio-noise), a lower --ratio-lr or a larger "
         "--ratio-weight-decay help; early in a run it passes by itself."
+    )
+
+
+def _bad_steps(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    count = int(logged[-1].get("bad_steps") or 0) if logged else 0
+    if not count:
+        return None
+    steps = logged[-1]["step"] - (logged[-2]["step"] if len(logged) > 1 else 0)
+    return "spike", (
+        f"{count} of the {steps} steps up to step {logged[-1]['step']} were bad: the loss or a gradient "
+        "jumped far above its running mean. If it comes back, lower the learning rates; "
+        "--stop-after-bad-steps ends a run that does not recover."
+    )
+
+
+def _saturated_for_long(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    last = logged[-LINES:]
+    if len(last) < LINES:
+        return None
+    sure = all(_number(line, "ratio_accuracy") >= SATURATED for line in last)
+    gaps = [(_number(line, "log_ratio_real") - _number(line, "log_ratio_fake")) / 2 for line in last]
+    if not sure and not all(gap > HUGE for gap in gaps):
+        return None
+    return "saturated", (
+        f"since step {last[0]['step']} the ratio network tells real from generated almost without error "
+        f"(accuracy {_number(last[-1], 'ratio_accuracy'):.3f}, mean log ratio of reals "
+        f"{_number(last[-1], 'log_ratio_real'):.1f}, of fakes {_number(last[-1], 'log_ratio_fake'):.1f}): a "
+        "saturated ratio gives the generator little direction. Larger noise levels (--ratio-noise), a lower "
+        "--ratio-lr or a larger --ratio-weight-decay help."
+    )
+
+
+def _seconds(lines: Sequence[dict[str, Any]]) -> float:
+    return _number(lines[-1], "seconds") - _number(lines[0], "seconds") if lines else 0.0
+
+
+def _waiting(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    last = logged[-LINES:]
+    shares = [_number(line, "loader_share") for line in last]
+    if len(last) < LINES or not _seconds(last) >= SECONDS or not all(share > WAITING for share in shares):
+        return None
+    return "loader", (
+        f"the loader cannot keep up: since step {last[0]['step']} {sum(shares) / len(shares):.0%} of the "
+        "time went by waiting for batches. A faster or a local disk, or --verify never, helps."
+    )
+
+
+def _slower(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    earlier, last = logged[:-LINES], logged[-LINES:]
+    if len(earlier) < LINES or not _seconds(last) >= SECONDS:
+        return None
+    usual = statistics.median(_number(line, "images_per_second") for line in earlier)
+    fastest = max(_number(line, "images_per_second") for line in last)
+    if not fastest < SLOW * usual:
+        return None
+    return "slower", (
+        f"training has become slower: at most {fastest:,.0f} images a second since step {last[0]['step']}, "
+        f"{usual:,.0f} before. Something else may be using the machine, or the device is throttled by heat."
     )

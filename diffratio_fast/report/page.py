@@ -104,7 +104,8 @@ def _overview(run: RunFiles) -> str:
     )
     after = int(run.config.get("ratio_warmup_steps") or 0) + int(run.config.get("generator_ramp_steps") or 0)
     said = "".join(
-        f'<p class="warning">Warning: {escape(text)}</p>' for _, text in warnings(run.measured, after=after)
+        f'<p class="warning">Warning: {escape(text)}</p>'
+        for _, text in warnings([*run.logged, *run.measured], after=after)
     )
     return f'<p class="soft">{escape(state)}</p><div class="tiles">{cells}</div>{said}'
 

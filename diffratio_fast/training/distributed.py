@@ -7,7 +7,9 @@ GPUs. Rank 0 writes all files and evaluates; the others wait for it where that m
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -128,6 +130,23 @@ LOST = re.compile(
 """What PyTorch's errors say when another process is gone."""
 
 
+def lost_others(error: RuntimeError) -> bool:
+    """Whether PyTorch's error says that another process is gone."""
+    return isinstance(error, dist.DistError) or LOST.search(str(error)) is not None
+
+
+def common_store(world: World) -> dist.Store | None:
+    """The processes' common store by a connection of its own, for use by a thread beside the others.
+
+    What earlier processes of the launcher have left in it is not seen. None for a single process.
+    """
+    if world.size == 1:
+        return None
+    session = world.on_main(lambda: f"diffratio/{time.time_ns()}")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(session, dist.TCPStore(address, port, None, False, wait_for_workers=False))
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started along with this one, as a process group while the block runs."""
@@ -154,7 +173,7 @@ def joined(device: torch.device) -> Iterator[World]:
     except UserError as error:
         raise UserError(f"process {rank}: {error}" if rank else str(error)) from None
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+        if not lost_others(error):
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"process {rank} has lost the others ({reason[:200]})") from error

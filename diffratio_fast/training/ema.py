@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffratio_fast.config import RunConfig
 
@@ -55,8 +55,16 @@ def averaged_copy(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * network, parameter by parameter; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - decay)
+def update_average(average: nn.Module, network: nn.Module, weight: float | Tensor) -> None:
+    """average += weight * (network - average), parameter by parameter; buffers are copied.
+
+    ``weight`` is 1 - decay; a scalar tensor has the parameters' dtype and device.
+    """
+    averages: list[Tensor] = list(average.parameters())
+    parameters: list[Tensor] = list(network.parameters())
+    if isinstance(weight, Tensor):
+        torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
+    else:
+        torch._foreach_lerp_(averages, parameters, weight)
     for target, source in zip(average.buffers(), network.buffers(), strict=True):
         target.copy_(source)

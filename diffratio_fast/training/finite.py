@@ -21,19 +21,22 @@ class FiniteCheck:
         self.say: Callable[[str], None] = print
         self.skipped = 0  # updates since it was last set to zero
         self.gradient_norm = torch.zeros(())
+        self.latest: list[Tensor] = []
+        """Scalars of the last update, its gradient's norm after them."""
         self.step: Tensor | None = None
         self.bad: Tensor
         self.names: list[str]
 
     @torch.no_grad()
-    def allows(self, step: int, others: Mapping[str, Tensor]) -> bool:
+    def allows(self, step: Tensor, others: Mapping[str, Tensor]) -> bool:
         """Whether the update of ``step`` may be made, given the gradients and scalars ``others`` by name.
 
-        Leaves the norm of the gradient in ``gradient_norm``, on the device.
+        ``step`` is an int64 scalar on the device. Leaves the norm of the gradient in ``gradient_norm``.
         """
         pairs = [(name, p.grad) for name, p in self.network.named_parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([gradient for _, gradient in pairs]))
         self.gradient_norm = norms.norm()
+        self.latest = [*others.values(), self.gradient_norm]
         values = torch.cat([torch.stack([value.detach().to(norms) for value in others.values()]), norms])
         bad = ~values.isfinite()
         self.names = [*others, *(f"the gradient of {self.role}.{name}" for name, _ in pairs)]
@@ -41,13 +44,13 @@ class FiniteCheck:
             if not bool(bad.any()):
                 return True
             self.skipped += 1
-            self.say(f"{self._describe(step, bad)}: update skipped")
+            self.say(f"{self._describe(int(step), bad)}: update skipped")
             return False
         if self.step is None:
             self.step, self.bad = torch.full((), -1, device=bad.device), torch.zeros_like(bad)
         first = (self.step < 0) & bad.any()
-        self.bad = torch.where(first, bad, self.bad)
-        self.step = torch.where(first, step, self.step)
+        self.bad.copy_(torch.where(first, bad, self.bad))
+        self.step.copy_(torch.where(first, step, self.step))
         return True
 
     def message(self) -> str | None:

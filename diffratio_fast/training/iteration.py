@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
@@ -29,8 +29,9 @@ from diffratio_fast.training.ema import average_decay, ema_decay, update_average
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.optimizers import set_rate
 from diffratio_fast.training.parallel import Parallel
-from diffratio_fast.training.posthoc_ema import update_kept
-from diffratio_fast.training.state import TrainState, run_dtype
+from diffratio_fast.training.posthoc_ema import kept_weights, update_kept
+from diffratio_fast.training.state import WATCHED, RunState, TrainState, run_dtype
+from diffratio_fast.training.watch import Watch
 
 Batch = tuple[Tensor, Tensor]
 
@@ -74,6 +75,8 @@ class Stepper:
     the slice's. ``index`` are its places in the whole batch: the sample indices of all random numbers.
     """
 
+    state: RunState
+
     def __init__(
         self, config: RunConfig, scaling: Scaling, step: int, device: torch.device, world: World
     ) -> None:
@@ -84,6 +87,33 @@ class Stepper:
         size = config.micro_batch or local
         self.parts = [slice(start, start + size) for start in range(0, local, size)]
         self.rng = ops.make_rng(config.seed, step, device)
+        self.numbers: dict[str, Any] = {}
+
+    def begin(self) -> Hashable:
+        """Set everything of the state's step that is no tensor's content yet; what Python decides in it."""
+        raise NotImplementedError
+
+    def compute(self, batches: list[Batch], variant: Hashable) -> None:
+        """Everything else of the step, on the device alone: what ``begin`` has returned, but no other number.
+
+        Nothing here waits for the device or depends on the step by a value of Python, so that it can be
+        captured in a CUDA graph.
+        """
+        raise NotImplementedError
+
+    def run(self, batches: list[Batch]) -> None:
+        """Advance the state by one step, on as many batches of (records, labels) as the step takes."""
+        self.compute(batches, self.begin())
+        self.state.step += 1
+
+    def set(self, name: str, value: float) -> None:
+        """Set a number of the step: in memory where a graph is to read it, else as it is."""
+        if not self.config.capture:
+            self.numbers[name] = value
+            return
+        if name not in self.numbers:
+            self.numbers[name] = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.numbers[name].fill_(value)
 
     def in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """``network`` compiled, under autocast and with images in the configured memory format."""
@@ -132,6 +162,8 @@ class Stepper:
 class Iteration(Stepper):
     """The pure function (state, step, batches) -> state, for one configuration on a device per process."""
 
+    state: TrainState
+
     def __init__(
         self,
         config: TrainConfig,
@@ -160,6 +192,7 @@ class Iteration(Stepper):
             "ratio": FiniteCheck("ratio", state.ratio, skip=skip),
             "generator": FiniteCheck("generator", state.generator, skip=skip),
         }
+        self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
 
     def _augmented(self, index: Tensor, copies: int, *, substep: int, draws: int = 1) -> RatioNetwork:
         """The ratio network behind this step's random rolls, the same for all ``copies`` of a sample."""
@@ -208,7 +241,7 @@ class Iteration(Stepper):
         if substep == 0:
             state.sums[:5] += values
             state.sums[6] += 1
-        if self.checks["ratio"].allows(state.step, {"the ratio loss": values[0]}):
+        if self.checks["ratio"].allows(self.rng[1], {"the ratio loss": values[0]}):
             state.ratio_optimizer.step()
         return fake, labels
 
@@ -277,7 +310,7 @@ class Iteration(Stepper):
             update_means(state.h_means, self.world.sum(sums))
         if self.divergence.clamp is not None:
             state.sums[5] += clamped
-        made = self.checks["generator"].allows(state.step, {"the log ratio of fakes": log_ratio})
+        made = self.checks["generator"].allows(self.rng[1], {"the log ratio of fakes": log_ratio})
         if made:
             state.generator_optimizer.step()
         return made
@@ -299,8 +332,8 @@ class Iteration(Stepper):
         state.ratio_optimizer.zero_grad(set_to_none=True)
         state.generator_optimizer.zero_grad(set_to_none=True)
 
-    def run(self, batches: list[Batch]) -> None:
-        """Advance the state by one step on ``config.ratio_steps`` batches of (records, labels)."""
+    def begin(self) -> bool:
+        """Whether the generator trains in this step."""
         config, state = self.config, self.state
         step = state.step
         self.rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU
@@ -308,7 +341,20 @@ class Iteration(Stepper):
         set_rate(state.ratio_optimizer, config.ratio_lr * factor)
         generator_share = generator_factor(config, step)
         set_rate(state.generator_optimizer, config.generator_lr * factor * generator_share)
-        trains = generator_share > 0
+        if state.ratio_average is not None and config.ratio_ema_half_life_images is not None:
+            decay = ema_decay(
+                step, config.batch_size, config.ratio_ema_half_life_images, config.ema_rampup_ratio
+            )
+            self.set("ratio_average", 1 - decay)
+        update = step - config.warmup_and_ramp()[0]
+        if update >= 0:
+            self.set("average", 1 - average_decay(config, update, step))
+            for name, weight in kept_weights(config, update).items():
+                self.set(name, weight)
+        return generator_share > 0
+
+    def compute(self, batches: list[Batch], variant: Hashable) -> None:
+        state, trains = self.state, bool(variant)
         state.ratio.train()
         state.generator.train()
 
@@ -318,15 +364,12 @@ class Iteration(Stepper):
         whole = self._ratio_step(batches[0], 0, keeps)
         for substep, batch in enumerate(batches[1:], 1):
             self._ratio_step(batch, substep, False)
-        if state.ratio_average is not None and config.ratio_ema_half_life_images is not None:
-            decay = ema_decay(
-                step, config.batch_size, config.ratio_ema_half_life_images, config.ema_rampup_ratio
-            )
-            update_average(state.ratio_average, state.ratio, decay)
+        if state.ratio_average is not None:
+            update_average(state.ratio_average, state.ratio, self.numbers["ratio_average"])
         if trains:
             state.ratio.eval()
             if self._generator_step(batches[0], whole if keeps else None):
-                update = step - config.warmup_and_ramp()[0]
-                update_average(state.average, state.generator, average_decay(config, update, step))
-                update_kept(config, state.kept, state.generator, update)
-        state.step += 1
+                update_average(state.average, state.generator, self.numbers["average"])
+                update_kept(self.config, state.kept, state.generator, self.numbers)
+        ratio, generator = self.checks["ratio"], self.checks["generator"]
+        self.watch.note([*ratio.latest, generator.gradient_norm] if trains else ratio.latest)

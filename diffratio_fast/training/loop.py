@@ -13,9 +13,9 @@ from diffratio_fast.config import TrainConfig
 from diffratio_fast.files import replace_file
 from diffratio_fast.networks import SavedNetwork
 from diffratio_fast.objectives.refit import Refitted
-from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.report.measurements import keep_measurements
 from diffratio_fast.training import runner
+from diffratio_fast.training.capture import stepping
 from diffratio_fast.training.distributed import ALONE, World
 from diffratio_fast.training.evaluation import Evaluation
 from diffratio_fast.training.iteration import Batch, Iteration
@@ -44,15 +44,13 @@ class Trainer(runner.Run):
             self.state: TrainState = initial_state(config, self.dataset, self.device, init=not started)
         self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device, world)
         self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
-        self.warned: set[str] = set()
-        self.checks = list(self.iteration.checks.values())
+        self.checks, self.watch = list(self.iteration.checks.values()), self.iteration.watch
+        self.settled = sum(config.warmup_and_ramp())
+        self.step = stepping(config, self.iteration)
         self.evaluation = Evaluation(config, self.dataset, self.iteration)
 
     def settle(self, batch: Batch) -> None:
         self.iteration.settle(batch)
-
-    def advance(self, batches: list[Batch]) -> None:
-        self.iteration.run(batches)
 
     def figures(self) -> dict[str, Any]:
         state = self.state
@@ -71,8 +69,8 @@ class Trainer(runner.Run):
             "divergence_train_by_sigma": train.by_level,
             "clamped_fraction": mean["clamped"],
             "gradient_norm": float(self.iteration.checks["generator"].gradient_norm),
-            "generator_lr": state.generator_optimizer.param_groups[0]["lr"],
-            "ratio_lr": state.ratio_optimizer.param_groups[0]["lr"],
+            "generator_lr": float(state.generator_optimizer.param_groups[0]["lr"]),
+            "ratio_lr": float(state.ratio_optimizer.param_groups[0]["lr"]),
         }
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
@@ -97,7 +95,6 @@ class Trainer(runner.Run):
             said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
         if said:
             self.progress.say(f"step {state.step:>6}: {', '.join(said)}")
-        self._warn()
         best = state.best
         # a distance of other many images has another bias: there is no comparing them
         if distance is not None and (
@@ -107,13 +104,6 @@ class Trainer(runner.Run):
                 "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
             }  # fmt: skip
             self._save_network(self.directory.snapshots / "best.safetensors", "generator", state.average)
-
-    def _warn(self) -> None:
-        """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
-        found = dict(warnings(self.log.lines, after=sum(self.config.warmup_and_ramp())))
-        for kind in found.keys() - self.warned:
-            self.progress.say(f"warning: {found[kind]}")
-        self.warned = set(found)
 
     def snapshot(self, name: str) -> None:
         path = self.directory.snapshots / f"generator-{name}.safetensors"

@@ -122,7 +122,7 @@ def cost(config: RunConfig, dataset: DataSet, device: torch.device = CPU) -> Cos
     """What a step of the run on ``device`` costs once all its networks train; nothing is computed."""
     size = config.micro_batch or config.batch_size
     simulated = min(config.batch_size, 2 * size)  # the parts of a batch are alike, but the first
-    small = replace(config, batch_size=simulated, on_nonfinite="stop", compile=False)
+    small = replace(config, batch_size=simulated, on_nonfinite="stop", compile=False, capture=False)
     following = Tracker(device.type, config.threads or torch.get_num_threads())
     with _default_dtype(run_dtype(config)), FakeTensorMode(), following as tracker, _WithoutNumbers():
         networks, advance = _planned(small, dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ def make_optimizer(
     if config.optimizer == "apex":
         return _apex()(parameters, **settings, adam_w_mode=True)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    if config.capture:  # a graph reads the rate from memory
+        settings["lr"] = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
+        settings["capturable"] = True
     return kind(parameters, **settings, fused=True)
 
 
@@ -39,8 +43,13 @@ def _apex() -> Any:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, rounded to float32: what a kernel that reads it from memory takes."""
+    rounded = struct.unpack("f", struct.pack("f", rate))[0]
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rounded)
+        else:
+            group["lr"] = rounded
 
 
 class PlannedAdam(torch.optim.Optimizer):

@@ -9,12 +9,12 @@ the integral of p over that step, so time is counted in updates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig
@@ -85,11 +85,18 @@ def kept_averages(config: RunConfig, network: nn.Module) -> nn.ModuleList | None
     return nn.ModuleList([averaged_copy(network) for _ in others]) if others else None
 
 
-def update_kept(config: RunConfig, kept: nn.ModuleList | None, network: nn.Module, update: int) -> None:
-    """What an update (from 0) adds to the averages of ``kept_averages``."""
+def kept_weights(config: RunConfig, update: int) -> dict[str, float]:
+    """By name what the network counts for in each of ``kept_averages`` at an update (from 0)."""
+    return {f"kept {width}": 1 - power_decay(update, width) for width in _others(config)}
+
+
+def update_kept(
+    config: RunConfig, kept: nn.ModuleList | None, network: nn.Module, weights: Mapping[str, float | Tensor]
+) -> None:
+    """Add the network to the averages of ``kept_averages``, by the ``weights`` of ``kept_weights``."""
     if kept is not None:
         for width, average in zip(_others(config), kept, strict=True):
-            update_average(average, network, power_decay(update, width))
+            update_average(average, network, weights[f"kept {width}"])
 
 
 def averages_by_width(

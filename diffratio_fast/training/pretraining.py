@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffratio_fast.objectives.denoising import DenoiserCall, denoising_errors, 
 from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
 from diffratio_fast.presets import PRESETS
 from diffratio_fast.training import runner
+from diffratio_fast.training.capture import stepping
 from diffratio_fast.training.distributed import ALONE, World
 from diffratio_fast.training.ema import average_decay, averaged_copy, update_average
 from diffratio_fast.training.finite import FiniteCheck
@@ -33,12 +35,27 @@ from diffratio_fast.training.initial import load_denoiser
 from diffratio_fast.training.iteration import Batch, Stepper, learning_rate_factor
 from diffratio_fast.training.optimizers import make_optimizer, set_rate
 from diffratio_fast.training.parallel import Parallel
-from diffratio_fast.training.posthoc_ema import averages_by_width, kept_averages, stored, update_kept
+from diffratio_fast.training.posthoc_ema import (
+    averages_by_width,
+    kept_averages,
+    kept_weights,
+    stored,
+    update_kept,
+)
 from diffratio_fast.training.reporting import figure
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import RunState, backbone_options, place
+from diffratio_fast.training.watch import (
+    LOSS_JUMP,
+    NORM_JUMP,
+    Watch,
+    Watched,
+    initial_bad_steps,
+    initial_statistics,
+)
 
 SUMS = ("loss", "error", "steps")
+WATCHED = (Watched("loss", LOSS_JUMP), Watched("gradient", NORM_JUMP))
 HELD_OUT = 512
 """Validation images behind a validation loss, at most."""
 GRID_SEED = 1
@@ -51,7 +68,7 @@ class PretrainState(RunState):
 
     NETWORKS = ("denoiser", "average", "kept")
     OPTIMIZERS = ("optimizer",)
-    TENSORS = ("sums",)
+    TENSORS = ("sums", "statistics", "bad_steps")
 
     denoiser: nn.Module
     average: nn.Module
@@ -93,6 +110,8 @@ def initial_state(
         make_optimizer(config, denoiser, config.lr, config.weight_decay, planned),
         kept_averages(config, denoiser),
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+        statistics=initial_statistics(len(WATCHED), device),
+        bad_steps=initial_bad_steps(device),
     )
 
 
@@ -106,6 +125,8 @@ def _start_from(source: Path, denoiser: Denoiser, dataset: DataSet) -> None:
 
 class PretrainIteration(Stepper):
     """The pure function (state, step, batch) -> state of a pre-training step."""
+
+    state: PretrainState
 
     def __init__(
         self,
@@ -123,6 +144,7 @@ class PretrainIteration(Stepper):
         self.average = self.in_precision(state.average)
         self.loss_of = Parallel(state.denoiser, self._loss, world, config)
         self.check = FiniteCheck("denoiser", state.denoiser, skip=config.on_nonfinite == "skip")
+        self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
 
     def settle(self, batch: Batch) -> None:
         """See ``Iteration.settle``."""
@@ -131,12 +153,17 @@ class PretrainIteration(Stepper):
         (loss * 0).backward()
         self.state.optimizer.zero_grad(set_to_none=True)
 
-    def run(self, batches: list[Batch]) -> None:
-        """Advance the state by one step on one batch of (records, labels)."""
-        config, state = self.config, self.state
+    def begin(self) -> None:
+        config, step = self.config, self.state.step
+        self.rng[1].fill_(step)
+        set_rate(self.state.optimizer, config.lr * learning_rate_factor(config, step))
+        self.set("average", 1 - average_decay(config, step, step))
+        for name, weight in kept_weights(config, step).items():
+            self.set(name, weight)
+
+    def compute(self, batches: list[Batch], variant: Hashable) -> None:
+        state = self.state
         (batch,) = batches
-        self.rng[1].fill_(state.step)
-        set_rate(state.optimizer, config.lr * learning_rate_factor(config, state.step))
         state.denoiser.train()
         state.optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -152,12 +179,12 @@ class PretrainIteration(Stepper):
         self.world.mean(means)
         state.sums[:2] += means
         state.sums[2] += 1
-        if self.check.allows(state.step, {"the loss": means[0]}):
+        allowed = self.check.allows(self.rng[1], {"the loss": means[0]})
+        self.watch.note(self.check.latest)
+        if allowed:
             state.optimizer.step()
-            decay = average_decay(config, state.step, state.step)
-            update_average(state.average, state.denoiser, decay)
-            update_kept(config, state.kept, state.denoiser, state.step)
-        state.step += 1
+            update_average(state.average, state.denoiser, self.numbers["average"])
+            update_kept(self.config, state.kept, state.denoiser, self.numbers)
 
     def _loss(self, x0: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a part of a batch, and its mean error (float64, detached)."""
@@ -212,13 +239,11 @@ class Pretrainer(runner.Run):
         with world.together():
             self.state: PretrainState = initial_state(config, self.dataset, self.device, init=not started)
         self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device, world)
-        self.checks = [self.iteration.check]
+        self.checks, self.watch = [self.iteration.check], self.iteration.watch
+        self.step = stepping(config, self.iteration)
 
     def settle(self, batch: Batch) -> None:
         self.iteration.settle(batch)
-
-    def advance(self, batches: list[Batch]) -> None:
-        self.iteration.run(batches)
 
     def figures(self) -> dict[str, Any]:
         loss, error, steps = self.state.sums.tolist()
@@ -226,7 +251,7 @@ class Pretrainer(runner.Run):
             "loss": loss / steps,
             "error": error / steps,
             "gradient_norm": float(self.iteration.check.gradient_norm),
-            "lr": self.state.optimizer.param_groups[0]["lr"],
+            "lr": float(self.state.optimizer.param_groups[0]["lr"]),
         }
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:

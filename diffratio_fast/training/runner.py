@@ -18,12 +18,16 @@ from diffratio_fast.config import RunConfig
 from diffratio_fast.data import DataSet, open_dataset
 from diffratio_fast.devices import choose_device
 from diffratio_fast.files import make_directory, replace_file
-from diffratio_fast.training.distributed import ALONE, Agreement, World, joined
+from diffratio_fast.report.diagnosis import warnings
+from diffratio_fast.training.capture import Step, check_capture
+from diffratio_fast.training.distributed import ALONE, Agreement, World, common_store, joined, lost_others
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.iteration import Batch
+from diffratio_fast.training.pulse import Pulse
 from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
 from diffratio_fast.training.run_directory import RunDirectory
 from diffratio_fast.training.state import RunState, load_checkpoint, save_checkpoint
+from diffratio_fast.training.watch import BadSteps, Watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -61,8 +65,11 @@ class Run:
     """
 
     ratio_steps = 1  # batches in a step
+    settled = 0  # the step from which figures are those of ordinary training
     state: RunState
     checks: list[FiniteCheck]
+    watch: Watch
+    step: Step
 
     def __init__(
         self,
@@ -79,6 +86,7 @@ class Run:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
         with world.together():
+            check_capture(config, self.device, world.size)
             self.dataset: DataSet = open_dataset(
                 config.data,
                 loader=config.loader,
@@ -93,7 +101,7 @@ class Run:
 
     def advance(self, batches: list[Batch]) -> None:
         """Make one step, on ``ratio_steps`` batches."""
-        raise NotImplementedError
+        self.step.run(batches)
 
     def figures(self) -> dict[str, Any]:
         """What a line of metrics.jsonl holds beside step, images, time and memory."""
@@ -143,15 +151,24 @@ class Run:
         self.clock = time.monotonic()
         self.logged = (state.step, state.seconds)
         agreed = Agreement(world)
+        pulse = self.pulse = Pulse(
+            self.progress.say, limit=config.hang_timeout, rank=world.rank, size=world.size,
+            store=common_store(world),
+        )  # fmt: skip
         stop = 0  # the signal that all processes know of
+        self.waited = 0.0  # seconds for batches since the last log line
+        self.warned: set[str] = set()
         try:
-            with _stop_requests() as received:
+            with _stop_requests() as received, pulse.beating(), self._naming_the_lost():
                 batches = self.batches()
                 while state.step < config.steps and not stop:
                     last = state.step + 1 == config.steps
-                    self.advance(next(batches))
+                    batch = self._next(batches)
+                    pulse.phase("step")
+                    self.advance(batch)
                     self.progress.advance()
                     (stop,) = agreed([max(received, default=0)])
+                    pulse.phase("report", free=True)  # an evaluation, or what goes to disk, may take any time
                     if last or state.step % config.log_every == 0:
                         self._log()
                     if last or state.step % config.eval_every == 0:
@@ -174,7 +191,33 @@ class Run:
 
     def _evaluate(self) -> None:
         self.evaluate()
+        self._warn()
         report.write(self.directory.root)
+
+    @contextlib.contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Where a connection to the other processes breaks, the error says which of them has died."""
+        try:
+            yield
+        except RuntimeError as error:
+            missing = self.pulse.missing() if self.world.size > 1 and lost_others(error) else None
+            if missing is None:
+                raise
+            raise UserError(f"{missing}; ending") from error
+
+    def _next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
+        self.pulse.phase("data")
+        began = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - began
+        return batch
+
+    def _warn(self) -> None:
+        """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
+        found = dict(warnings(self.log.lines, after=self.settled))
+        for kind in found.keys() - self.warned:
+            self.progress.say(f"warning: {found[kind]}")
+        self.warned = set(found)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -205,26 +248,37 @@ class Run:
                 f"training diverged: no update since step {step_before} was finite; lower the learning rates"
             )
         self._tick()
+        bad = self.watch.take()
         if self.world.main:
-            self._write_line(steps, seconds_before)
+            self._write_line(steps, max(state.seconds - seconds_before, 1e-9), bad)
         state.sums.zero_()
         for check in self.checks:
             check.skipped = 0
-        self.logged = (state.step, state.seconds)
+        self.logged, self.waited = (state.step, state.seconds), 0.0
+        limit = self.config.stop_after_bad_steps
+        if limit is not None and bad.longest >= limit:
+            raise self._failure(
+                f"training stopped: {bad.longest} steps in a row up to about step {state.step} were bad (a "
+                "loss or gradient was not finite, or jumped far above its mean); lower the learning rates, "
+                f"or go on from {self.directory.checkpoint} with a larger --stop-after-bad-steps"
+            )
 
-    def _write_line(self, steps: int, seconds_before: float) -> None:
+    def _write_line(self, steps: int, seconds: float, bad: BadSteps) -> None:
         state, config = self.state, self.config
         values = {
             "step": state.step,
             "images": state.step * config.batch_size,
             "seconds": state.seconds,
-            "images_per_second": steps * config.batch_size / max(state.seconds - seconds_before, 1e-9),
+            "images_per_second": steps * config.batch_size / seconds,
+            "loader_share": min(self.waited / seconds, 1.0),
             **self.figures(),
+            "bad_steps": bad.number,
             "skipped_updates": sum(check.skipped for check in self.checks),
             "memory_bytes": peak_memory(self.device),
         }
         self.record(values)
         self.progress.metrics(values, self.shown(values))
+        self._warn()
 
     def record(self, values: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, and its numbers for TensorBoard."""

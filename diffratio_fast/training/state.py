@@ -29,11 +29,17 @@ from diffratio_fast.training.ema import averaged_copy
 from diffratio_fast.training.initial import load_initial
 from diffratio_fast.training.optimizers import make_optimizer
 from diffratio_fast.training.posthoc_ema import kept_averages
+from diffratio_fast.training.watch import LOSS_JUMP, NORM_JUMP, Watched, initial_bad_steps, initial_statistics
 from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
 
 FORMAT = "diffratio_fast.checkpoint.1"
 SUMS = ("ratio_loss", "correct_real", "correct_fake", "log_ratio_real", "log_ratio_fake", "clamped", "steps")
 """Sums over the steps since the last log line; a float64 tensor, read only when a line is written."""
+WATCHED = (
+    Watched("ratio loss", LOSS_JUMP),
+    Watched("ratio network's gradient", NORM_JUMP),
+    Watched("generator's gradient", NORM_JUMP),
+)
 
 
 @dataclass
@@ -46,6 +52,8 @@ class RunState:
     """Names of attributes; a network that is None is not kept."""
 
     sums: Tensor = field(kw_only=True)
+    statistics: Tensor = field(kw_only=True)
+    bad_steps: Tensor = field(kw_only=True)
     step: int = field(default=0, kw_only=True)
     seconds: float = field(default=0.0, kw_only=True)
     best: dict[str, Any] = field(default_factory=dict, kw_only=True)
@@ -76,7 +84,7 @@ class TrainState(RunState):
 
     NETWORKS = ("generator", "ratio", "average", "ratio_average", "kept")
     OPTIMIZERS = ("generator_optimizer", "ratio_optimizer")
-    TENSORS = ("h_means", "sums")
+    TENSORS = ("h_means", "sums", "statistics", "bad_steps")
 
     generator: nn.Module
     ratio: nn.Module
@@ -175,6 +183,8 @@ def initial_state(
         None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
         kept_averages(config, generator),
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+        statistics=initial_statistics(len(WATCHED), device),
+        bad_steps=initial_bad_steps(device),
     )
 
 

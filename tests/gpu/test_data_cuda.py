@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data_cases import prepared
 
+from diffratio_fast.data import open_dataset
 from diffratio_fast.data.shards import ShardDataSet
 
 pytestmark = pytest.mark.requires_cuda
@@ -33,3 +34,10 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, loader: str) ->
         del records, labels
     for (a, a_labels), (b, b_labels) in zip(kept, expected, strict=True):
         assert torch.equal(a.cpu(), b) and torch.equal(a_labels.cpu(), b_labels)
+
+
+def test_a_data_set_in_memory_goes_to_the_gpu_too() -> None:
+    expected = list(islice(open_dataset("digits").batches("train", 16, seed=0), 20))
+    found = list(islice(open_dataset("digits", device="cuda").batches("train", 16, seed=0), 20))
+    for (a, a_labels), (b, b_labels) in zip(found, expected, strict=True):
+        assert a.is_cuda and torch.equal(a.cpu(), b) and torch.equal(a_labels.cpu(), b_labels)

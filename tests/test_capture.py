@@ -1,0 +1,222 @@
+"""A step that is captured: the same numbers, from device operations alone.
+
+A CUDA graph repeats operations on the same memory. ``Tape`` does that on the CPU: it records every operation
+that PyTorch dispatches, with the tensors it was given, and repeats them without running any Python of the
+training step. What depends on the step by a value of Python stays what it was when it was recorded, and what
+the host would read from the device is refused.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, one_error_line, run
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffratio_fast.command import UserError
+from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
+from diffratio_fast.data import DataSet, open_dataset
+from diffratio_fast.training import pretraining
+from diffratio_fast.training.capture import WARMUP, Captured, check_capture
+from diffratio_fast.training.iteration import Iteration, Stepper
+from diffratio_fast.training.state import RunState, initial_state
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense, aten.item, aten.equal, aten.nonzero, aten.is_nonzero, aten._unique2,
+    aten.masked_select, aten.lift_fresh, aten.allclose,
+}  # fmt: skip
+"""What makes the host wait for the device, or brings the host's numbers there."""
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Tape(TorchDispatchMode):
+    """Records operations while it is entered. Like a capture, recording leaves every tensor as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert func._overloadpacket not in READS, f"{func} in a captured step"
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func._schema.is_mutable:
+            for tensor in inputs:
+                if storage(tensor) not in self.made and id(tensor) not in self.kept:
+                    self.kept[id(tensor)] = tensor, tensor.clone()
+        out = func(*args, **kwargs)
+        known = {storage(tensor) for tensor in inputs}
+        fresh = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage(leaf) not in known]
+        self.made |= {storage(tensor) for tensor in fresh}
+        if fresh or func._schema.is_mutable:  # a view stays one
+            self.operations.append((func, args, kwargs, fresh))
+        return out
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with torch.no_grad():
+            for tensor, before in reversed(self.kept.values()):  # views of one storage may overlap
+                tensor.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, fresh in self.operations:
+            inputs = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            out = func(*args, **kwargs)
+            made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and storage(x) not in inputs]
+            for target, source in zip(fresh, made, strict=True):
+                target.copy_(source)
+
+
+class Recorder:
+    """``Tape`` in the place of CUDA graphs."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+        self.replayed = 0
+
+    def ordinary(self, function: Callable[[], None]) -> None:
+        function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        with Tape() as tape:
+            function()
+        self.tapes.append(tape)
+
+        def replay() -> None:
+            self.replayed += 1
+            tape.replay()
+
+        return replay
+
+
+class NothingIsWrong(TorchFunctionMode):
+    """Answers the questions that are asked on the CPU alone: is a label out of range, a noise level NaN?"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and inspect.stack()[1].function in ("class_vectors", "level"):
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def stepper_of(config: RunConfig, dataset: DataSet) -> Stepper:
+    if isinstance(config, TrainConfig):
+        return Iteration(config, dataset.scaling, initial_state(config, dataset, CPU), CPU)
+    assert isinstance(config, PretrainConfig)
+    state = pretraining.initial_state(config, dataset, CPU)
+    return pretraining.PretrainIteration(config, dataset.scaling, state, CPU)
+
+
+def trained(config: RunConfig, steps: int, recorder: Recorder | None) -> RunState:
+    """The state after so many steps, ordinary ones or, with a recorder, captured ones."""
+    dataset = open_dataset(config.data)
+    stepper = stepper_of(config, dataset)
+    step = stepper if recorder is None else Captured(stepper, recorder)
+    per_step = config.ratio_steps if isinstance(config, TrainConfig) else 1
+    source = dataset.batches("train", config.batch_size, seed=config.seed)
+    with NothingIsWrong():
+        for _ in range(steps):
+            step.run([next(source) for _ in range(per_step)])
+    return stepper.state
+
+
+UNET = '{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}'
+SMALL_NETWORKS: dict[str, Any] = {
+    "batch_size": 8, "generator_width": 16, "ratio_width": 16, "latent_size": 8, "precision": "float64",
+}  # fmt: skip
+CASES: dict[str, RunConfig] = {
+    "plain": TrainConfig(**SMALL_NETWORKS),
+    "warm-up, ramp, schedule": TrainConfig(
+        **SMALL_NETWORKS, ratio_warmup_steps=5, generator_ramp_steps=4, lr_schedule="cosine", steps=30,
+        lr_warmup_steps=3,
+    ),
+    "parts, several ratio steps": TrainConfig(
+        **SMALL_NETWORKS, micro_batch=4, ratio_steps=2, ratio_ema_half_life_images=500.0,
+    ),
+    "augmentation": TrainConfig(
+        **SMALL_NETWORKS, flip_probability=0.5, ratio_roll_probability=0.5, noise_draws=2, ema_std=0.1,
+    ),
+    "divergences that are clamped": TrainConfig(
+        **SMALL_NETWORKS, divergence="jeffreys", weight="dmd", optimizer="adam",
+    ),
+    "mixer": TrainConfig(**SMALL_NETWORKS | {"precision": "float32"}, ratio_network="mixer", ratio_depth=2),
+    "U-Net": TrainConfig(
+        **SMALL_NETWORKS, generator="backbone", ratio_network="encoder", backbone_options=UNET,
+        ratio_dropout=0.1,
+    ),
+    "denoiser": PretrainConfig(
+        batch_size=8, backbone_options=UNET, precision="float64", dropout=0.1, lr_schedule="linear", steps=30,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_give_the_same_numbers(case: str) -> None:
+    config = CASES[case]
+    steps = 12
+    ordinary = dict(trained(config, steps, None).tensors())
+    recorder = Recorder()
+    captured = trained(type(config)(**{**vars(config), "capture": True}), steps, recorder)
+    variants = 2 if isinstance(config, TrainConfig) and config.ratio_warmup_steps else 1
+    assert len(recorder.tapes) == variants
+    assert recorder.replayed == steps - WARMUP * variants
+    assert captured.step == steps
+    exact = config.precision == "float32"
+    moved = 0
+    for name, tensor in captured.tensors():
+        expected = ordinary[name]
+        tolerance = 1e-6 if exact else 1e-12
+        torch.testing.assert_close(tensor, expected, rtol=tolerance, atol=tolerance, msg=name)
+        moved += not torch.equal(expected, torch.zeros_like(expected))
+    assert moved > 10
+
+
+def test_the_tape_repeats_what_python_decided() -> None:
+    """The tool itself: a value of Python is frozen, one in memory is not, and a read is refused."""
+    step, memory, total = [1.0], torch.tensor(1.0), torch.zeros(())
+    recorder = Recorder()
+    replay = recorder.record(lambda: total.add_(memory * step[0]))  # type: ignore[arg-type, return-value]
+    assert total == 0
+    step[0] = 10.0
+    memory.fill_(100.0)
+    replay()
+    assert total == 100.0
+    with pytest.raises(AssertionError, match="captured step"):
+        recorder.record(lambda: memory.item())  # type: ignore[arg-type, return-value]
+    with pytest.raises(AssertionError, match="captured step"):
+        recorder.record(lambda: torch.tensor([1.0]) + memory)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "the device is cpu"),
+        ({"on_nonfinite": "skip"}, "--on-nonfinite skip"),
+        ({"optimizer": "apex"}, "--optimizer adamw"),
+    ],
+)
+def test_what_cannot_be_captured_is_said(options: dict[str, Any], says: str) -> None:
+    device = torch.device("cuda" if options else "cpu")
+    with pytest.raises(UserError, match=says):
+        check_capture(TrainConfig(capture=True, **options), device)
+    check_capture(TrainConfig(**options), device)
+    with pytest.raises(UserError, match="one process"):
+        check_capture(TrainConfig(capture=True), torch.device("cuda"), processes=2)
+
+
+def test_capture_on_a_cpu_leaves_nothing_behind(tmp_path: Path) -> None:
+    line = one_error_line(run("train", *SMALL, "--capture", "--run-dir", "run", cwd=tmp_path))
+    assert "--capture" in line and list(tmp_path.iterdir()) == []
