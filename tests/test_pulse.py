@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import SMALL, command
 
 from diffratio_fast.training import pulse
 from diffratio_fast.training.pulse import STATUS, Pulse
@@ -175,3 +176,44 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
     with Pulse(print, limit=1.0).beating():
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+# ------------------------------------------------------------------------------- processes that train
+
+
+def ranks(where: Path, *options: str) -> list[subprocess.Popen[str]]:
+    """Two processes of one run, as a launcher would start them; both are past their first checkpoint."""
+    started = []
+    port = free_port()
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        arguments = [*SMALL, "--steps", "100000", "--run-dir", "run", *options]
+        started.append(
+            subprocess.Popen(
+                command("train", *arguments), cwd=where, env=environment, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    log, deadline = where / "run" / "metrics.jsonl", time.monotonic() + 240
+    while not (log.exists() and '"step": 8,' in log.read_text()):
+        assert all(process.poll() is None for process in started) and time.monotonic() < deadline
+        time.sleep(0.02)
+    return started
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
+def test_a_run_names_the_process_that_is_gone(sent: signal.Signals, tmp_path: Path) -> None:
+    first, second = ranks(tmp_path, "--hang-timeout", "5")
+    try:
+        second.send_signal(sent)
+        _, said = first.communicate(timeout=240)
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and f"process 1 (pid {second.pid} on" in lines[0], said
+        assert "has died" in lines[0] and first.returncode in (2, STATUS)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()

@@ -13,7 +13,14 @@ from diffratio_fast import train
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.training import loop
 from diffratio_fast.training.watch import (
-    DEVIATIONS, HORIZON, LEARNING, BadSteps, Watch, Watched, initial_bad_steps, initial_statistics,
+    DEVIATIONS,
+    HORIZON,
+    LEARNING,
+    BadSteps,
+    Watch,
+    Watched,
+    initial_bad_steps,
+    initial_statistics,
 )  # fmt: skip
 
 CPU = torch.device("cpu")

@@ -1,0 +1,327 @@
+"""A model of step time and memory against GPUs, batch and model size, and its check on this machine.
+
+    python -m benchmarks.scaling_model [--preset NAME] [--gpus 8,16,...] [--json FILE]
+    python -m benchmarks.scaling_model --measure [--json FILE]
+
+FLOPs, gradients and memory are those of the plan (``diffratio_fast.training.memory``, a step on tensors
+without numbers); the rest is arithmetic on the figures of ``Machine``, which are assumptions until somebody
+measures them. ``--measure`` fits the two constants of this machine's CPU (rate and overhead of a step) on two
+batch sizes and predicts the others; on two processes it adds the average of gradients. docs/scaling.md
+explains the formulas.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffratio_fast import command
+from diffratio_fast.command import UserError
+
+GIB = 2**30
+COUNTS = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU and its connections, as assumed: H200, eight to a node, 400 Gb/s between nodes for each."""
+
+    flops: float = 989e12
+    """dense bfloat16 operations a second, by the data sheet"""
+    utilisation: float = 0.35
+    """share of them that a U-Net's training step reaches"""
+    memory: float = 141e9
+    per_node: int = 8
+    inside: float = 350e9
+    """bytes a second that a GPU can send to another of its node (NVLink, of 450 by the data sheet)"""
+    between: float = 45e9
+    """bytes a second that it can send to another node (of 50)"""
+    latency: float = 20e-6
+    """seconds of one message of a ring"""
+    host: float = 40e9
+    """bytes a second from the GPU to the host's memory"""
+    disk: float = 2e9
+    """bytes a second from a process to the file system"""
+    overhead: float = 0.01
+    """seconds of a step that do not shrink with the batch (launches, optimizer)"""
+    hidden: float = 0.5
+    """share of the computing behind which the exchange of gradients can hide: most of the backward passes"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step of a run costs, from the plan: totals of the batch, bytes of one copy of the networks."""
+
+    batch: int
+    flops: float
+    state: float
+    gradients: float
+    record_bytes: int
+    peaks: dict[int, float]
+    """Peak bytes by images in one pass."""
+
+
+def ring(size: float, count: int, machine: Machine, *, passes: int = 2) -> float:
+    """Seconds of a ring over ``count`` GPUs: each sends (count - 1) / count of ``size`` in each pass.
+
+    All-reduce is two passes (reduce-scatter and all-gather); the slowest link of the ring decides.
+    """
+    if count == 1:
+        return 0.0
+    speed = machine.inside if count <= machine.per_node else machine.between
+    return passes * ((count - 1) / count * size / speed + (count - 1) * machine.latency)
+
+
+def largest_pass(work: Work, local: int, free: float) -> int | None:
+    """Images of the largest planned pass that fits into ``free`` bytes; None where none does."""
+    fitting = [images for images, peak in work.peaks.items() if images <= local and peak <= free]
+    return max(fitting, default=None)
+
+
+def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[str, Any] | None:
+    """Step time and memory of ``count`` GPUs; None where a GPU would have no image or too little memory.
+
+    Unsharded (DDP) every GPU holds the whole state. Sharded (FSDP2) it holds 1 / count of it, and one copy of
+    the weights is gathered for the forward and again for the backward passes.
+    """
+    if work.batch % count:
+        return None
+    local = work.batch // count
+    spared = (work.state + work.gradients) * (1 - 1 / count) if sharded else 0.0
+    images = largest_pass(work, local, machine.memory * 0.92 + spared)
+    if images is None:
+        return None
+    computing = work.flops / count / (machine.flops * machine.utilisation)
+    exchange = ring(work.gradients, count, machine)
+    if sharded:  # reduce-scatter of gradients, all-gather of weights in forward and in backward passes
+        passes = -(-local // images)
+        exchange = ring(work.gradients, count, machine, passes=1)
+        exchange += passes * 2 * ring(work.gradients, count, machine, passes=1)
+    exposed = max(0.0, exchange - machine.hidden * computing)
+    seconds = computing + exposed + machine.overhead
+    return {
+        "gpus": count,
+        "way": "fsdp" if sharded else "ddp",
+        "local_batch": local,
+        "images_in_a_pass": images,
+        "computing_s": computing,
+        "exchange_s": exchange,
+        "step_s": seconds,
+        "images_per_second": work.batch / seconds,
+        "efficiency": (work.flops / (machine.flops * machine.utilisation) / count) / seconds,
+        "memory_bytes": work.peaks[images] - spared,
+        "loader_bytes_per_second_and_node": work.batch * work.record_bytes / seconds
+        / max(1, math.ceil(count / machine.per_node)),
+        "save_stall_s": work.state / (count if sharded else 1) / machine.host,
+        "save_write_s": work.state / (count if sharded else 1) / machine.disk,
+    }  # fmt: skip
+
+
+def work_of(preset: str, counts: tuple[int, ...]) -> tuple[Work, int]:
+    """What the preset's step costs, and its number of steps."""
+    from diffratio_fast.config import TrainConfig
+    from diffratio_fast.presets import PRESETS
+    from diffratio_fast.training.memory import cost
+    from diffratio_fast.training.plan import planned_data
+
+    if preset not in PRESETS:
+        raise UserError(f"no such preset: {preset}; known: {', '.join(PRESETS)}")
+    config = TrainConfig(**PRESETS[preset])
+    data = planned_data(preset, config)[0]
+    element = 1 if data.kind == "image" else 2
+    passes = {2**i for i in range(9)} & set(range(1, config.batch_size + 1))
+    peaks: dict[int, float] = {}
+    for images in sorted(passes):
+        # twice the pass, so that the plan has gradients that wait for others; a batch of its own counts none
+        found = cost(replace(config, batch_size=2 * images, micro_batch=images), data)
+        peaks[images] = found.peak
+        state, gradients, flops = found.state, found.gradients, found.flops / (2 * images)
+        if found.peak > 4 * Machine.memory:
+            break
+    return Work(
+        config.batch_size, flops * config.batch_size, state, gradients, math.prod(data.shape) * element, peaks
+    ), config.steps
+
+
+def table(rows: list[dict[str, Any]], steps: int) -> str:
+    """Markdown, a row for each number of GPUs and way."""
+    lines = [
+        "| GPUs | way | images on each (in a pass) | computing, ms | exchange, ms | step, ms | images/s "
+        "| efficiency | memory, GB | loader, MB/s a node | days |",
+        "|" + "---|" * 11,
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['gpus']} | {row['way']} | {row['local_batch']} ({row['images_in_a_pass']}) "
+            f"| {row['computing_s'] * 1e3:.0f} | {row['exchange_s'] * 1e3:.0f} | {row['step_s'] * 1e3:.0f} "
+            f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {row['memory_bytes'] / 1e9:.1f} "
+            f"| {row['loader_bytes_per_second_and_node'] / 1e6:,.0f} | {row['step_s'] * steps / 86400:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- on this machine
+
+TINY: dict[str, Any] = {
+    "generator": "backbone", "ratio_network": "encoder", "threads": 1, "device": "cpu",
+    "backbone_options": json.dumps(
+        {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
+    ),
+}  # fmt: skip
+FITTED, PREDICTED = (8, 64), (16, 32, 128)
+TIMED = 7
+RANK = """
+import json, sys
+from pathlib import Path
+from benchmarks.scaling_model import timed_step
+print(json.dumps(timed_step(int(sys.argv[1]))))
+"""
+
+
+def timed_step(batch: int) -> float | None:
+    """Median seconds of a step of the tiny U-Net, on all processes of a launcher; rank 0 alone has it."""
+    import torch
+
+    from diffratio_fast.config import TrainConfig
+    from diffratio_fast.training.distributed import joined
+    from diffratio_fast.training.loop import Trainer
+    from diffratio_fast.training.run_directory import RunDirectory
+
+    config = TrainConfig(**TINY, batch_size=batch)
+    with joined(torch.device("cpu")) as world, tempfile.TemporaryDirectory() as folder:
+        run = Trainer("digits", config, RunDirectory(Path(folder)), world=world)
+        batches = run.batches()
+        times = []
+        for _ in range(2 + TIMED):
+            began = time.perf_counter()
+            run.advance(next(batches))
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[2:]) if world.main else None
+
+
+def timed_on_two(batch: int) -> float:
+    """The same on two processes, each with half of the batch."""
+    command_line = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python",
+        sys.executable, "-c", RANK, str(batch),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command_line, capture_output=True, text=True, env=environment, check=False)
+    found = [line for line in result.stdout.splitlines() if line not in ("", "null")]
+    if result.returncode or not found:
+        raise UserError(f"two processes: {(result.stderr.splitlines() or ['no answer'])[-1][:200]}")
+    return float(json.loads(found[-1]))
+
+
+def averaging(size: float) -> float:
+    """Seconds in which two processes of this machine average ``size`` bytes of gradients (Gloo), measured."""
+    script = (
+        "import sys, time, torch, torch.distributed as d\n"
+        "d.init_process_group('gloo')\n"
+        "t = torch.zeros(int(float(sys.argv[1])) // 4)\n"
+        "times = []\n"
+        "for _ in range(20):\n"
+        "    d.barrier(); b = time.perf_counter(); d.all_reduce(t); times.append(time.perf_counter() - b)\n"
+        "if d.get_rank() == 0: print(sorted(times)[10])\n"
+        "d.destroy_process_group()\n"
+    )
+    line = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python",
+        sys.executable, "-c", script, str(size),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+    return float(result.stdout.split()[-1])
+
+
+def measure() -> dict[str, Any]:
+    """Predicted and measured step times on this machine's CPU, one and two processes."""
+    import torch
+
+    from benchmarks.harness import environment
+    from diffratio_fast.config import TrainConfig
+    from diffratio_fast.data import open_dataset
+    from diffratio_fast.training.memory import cost
+
+    planned = cost(TrainConfig(**TINY, batch_size=64), open_dataset("digits"))
+    per_image = planned.flops / 64
+    seconds = {batch: timed_step(batch) for batch in (*FITTED, *PREDICTED)}
+    low, high = FITTED
+    rate = (high - low) * per_image / (seconds[high] - seconds[low])  # type: ignore[operator]
+    overhead = seconds[low] - low * per_image / rate  # type: ignore[operator]
+    averaged = averaging(planned.gradients)
+    rows = [
+        {"processes": 1, "batch": batch, "predicted_s": overhead + batch * per_image / rate,
+         "measured_s": seconds[batch], "fitted": batch in FITTED}
+        for batch in sorted(seconds)
+    ]  # fmt: skip
+    for batch in (32, 128):
+        predicted = overhead + batch / 2 * per_image / rate + averaged
+        rows.append({"processes": 2, "batch": batch, "predicted_s": predicted,
+                     "measured_s": timed_on_two(batch), "fitted": False})  # fmt: skip
+    return {
+        "environment": environment(torch.device("cpu")),
+        "flops_per_image": per_image,
+        "gradient_bytes": planned.gradients,
+        "rate_flops": rate,
+        "overhead_s": overhead,
+        "averaging_s": averaged,
+        "rows": rows,
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = command.Parser(
+        prog="python -m benchmarks.scaling_model", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--preset", default="imagenet512-xs", metavar="NAME", help="what is trained")
+    parser.add_argument("--gpus", default=",".join(map(str, COUNTS)), metavar="LIST", help="numbers of GPUs")
+    parser.add_argument("--batch", type=int, metavar="N", help="images in a step (default: the preset's)")
+    parser.add_argument("--measure", action="store_true", help="instead: check the model on this machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    arguments = parser.parse_args(argv)
+    words = arguments.gpus.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--gpus {arguments.gpus}: whole numbers are asked for, with commas between")
+    result: dict[str, Any]
+    if arguments.measure:
+        result = measure()
+        for row in result["rows"]:
+            how = "fitted" if row["fitted"] else f"{row['predicted_s'] / row['measured_s'] - 1:+.0%}"
+            print(
+                f"{row['processes']} processes, batch {row['batch']:>3}: predicted "
+                f"{row['predicted_s'] * 1e3:7.1f} ms, measured {row['measured_s'] * 1e3:7.1f} ms ({how})"
+            )
+    else:
+        counts = tuple(int(word) for word in words)
+        work, steps = work_of(arguments.preset, counts)
+        if arguments.batch is not None:
+            scale = arguments.batch / work.batch
+            work = replace(work, batch=arguments.batch, flops=work.flops * scale)
+        machine = Machine()
+        found = [predict(work, count, machine, sharded=way) for count in counts for way in (False, True)]
+        rows = [row for row in found if row is not None]
+        print(
+            f"{arguments.preset}: {work.flops / work.batch / 1e9:,.0f} GFLOPs an image, gradients "
+            f"{work.gradients / 1e9:.2f} GB, state {work.state / 1e9:.2f} GB, {steps:,} steps of {work.batch}"
+        )
+        print(table(rows, steps))
+        result = {"machine": asdict(machine), "preset": arguments.preset, "steps": steps, "rows": rows}
+    if arguments.json is not None:
+        from diffratio_fast.files import replace_file
+
+        replace_file(arguments.json, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
