@@ -22,12 +22,18 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command
 from diffratio_fast.command import UserError
 
+if TYPE_CHECKING:
+    from diffratio_fast.config import RunConfig
+    from diffratio_fast.data import DataSet
+
 GIB = 2**30
+PLANNED = (2, 4)
+"""Images in a pass of the plans from which memory is extrapolated."""
 COUNTS = (8, 16, 32, 64, 128, 256)
 
 
@@ -66,8 +72,12 @@ class Work:
     state: float
     gradients: float
     record_bytes: int
-    peaks: dict[int, float]
-    """Peak bytes by images in one pass."""
+    fixed: float
+    per_image: float
+    """Peak bytes of a pass: ``fixed`` (state, gradients and more) and so many for each image in it."""
+
+    def peak(self, images: int) -> float:
+        return self.fixed + images * self.per_image
 
 
 def ring(size: float, count: int, machine: Machine, *, passes: int = 2) -> float:
@@ -81,10 +91,10 @@ def ring(size: float, count: int, machine: Machine, *, passes: int = 2) -> float
     return passes * ((count - 1) / count * size / speed + (count - 1) * machine.latency)
 
 
-def largest_pass(work: Work, local: int, free: float) -> int | None:
-    """Images of the largest planned pass that fits into ``free`` bytes; None where none does."""
-    fitting = [images for images, peak in work.peaks.items() if images <= local and peak <= free]
-    return max(fitting, default=None)
+def largest_pass(work: Work, local: int, available: float) -> int | None:
+    """The largest power of two of images, or ``local``, whose pass takes no more; None where none does."""
+    sizes = [images for images in (local, *(2**i for i in range(local.bit_length()))) if images <= local]
+    return max((images for images in sizes if work.peak(images) <= available), default=None)
 
 
 def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[str, Any] | None:
@@ -118,7 +128,7 @@ def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[
         "step_s": seconds,
         "images_per_second": work.batch / seconds,
         "efficiency": (work.flops / (machine.flops * machine.utilisation) / count) / seconds,
-        "memory_bytes": work.peaks[images] - spared,
+        "memory_bytes": work.peak(images) - spared,
         "loader_bytes_per_second_and_node": work.batch * work.record_bytes / seconds
         / max(1, math.ceil(count / machine.per_node)),
         "save_stall_s": work.state / (count if sharded else 1) / machine.host,
@@ -126,30 +136,23 @@ def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[
     }  # fmt: skip
 
 
-def work_of(preset: str, counts: tuple[int, ...]) -> tuple[Work, int]:
-    """What the preset's step costs, and its number of steps."""
-    from diffratio_fast.config import TrainConfig
-    from diffratio_fast.presets import PRESETS
+def work_of(config: RunConfig, data: DataSet) -> Work:
+    """What a step of the run costs, from plans of two sizes of a pass: memory is linear in its images."""
     from diffratio_fast.training.memory import cost
-    from diffratio_fast.training.plan import planned_data
 
-    if preset not in PRESETS:
-        raise UserError(f"no such preset: {preset}; known: {', '.join(PRESETS)}")
-    config = TrainConfig(**PRESETS[preset])
-    data = planned_data(preset, config)[0]
+    low, high = PLANNED
+    few, many = (cost(replace(config, batch_size=2 * n, micro_batch=n), data) for n in PLANNED)
+    per_image = (many.peak - few.peak) / (high - low)
     element = 1 if data.kind == "image" else 2
-    passes = {2**i for i in range(9)} & set(range(1, config.batch_size + 1))
-    peaks: dict[int, float] = {}
-    for images in sorted(passes):
-        # twice the pass, so that the plan has gradients that wait for others; a batch of its own counts none
-        found = cost(replace(config, batch_size=2 * images, micro_batch=images), data)
-        peaks[images] = found.peak
-        state, gradients, flops = found.state, found.gradients, found.flops / (2 * images)
-        if found.peak > 4 * Machine.memory:
-            break
     return Work(
-        config.batch_size, flops * config.batch_size, state, gradients, math.prod(data.shape) * element, peaks
-    ), config.steps
+        batch=config.batch_size,
+        flops=many.flops / (2 * high) * config.batch_size,
+        state=many.state,
+        gradients=many.gradients,
+        record_bytes=math.prod(data.shape) * element,
+        fixed=few.peak - low * per_image,
+        per_image=per_image,
+    )
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> str:
@@ -302,11 +305,17 @@ def main(argv: list[str]) -> int:
                 f"{row['predicted_s'] * 1e3:7.1f} ms, measured {row['measured_s'] * 1e3:7.1f} ms ({how})"
             )
     else:
-        counts = tuple(int(word) for word in words)
-        work, steps = work_of(arguments.preset, counts)
+        from diffratio_fast.config import TrainConfig
+        from diffratio_fast.presets import PRESETS
+        from diffratio_fast.training.plan import planned_data
+
+        if arguments.preset not in PRESETS:
+            raise UserError(f"no such preset: {arguments.preset}; known: {', '.join(PRESETS)}")
+        config = TrainConfig(**PRESETS[arguments.preset])
         if arguments.batch is not None:
-            scale = arguments.batch / work.batch
-            work = replace(work, batch=arguments.batch, flops=work.flops * scale)
+            config = replace(config, batch_size=arguments.batch)
+        steps, counts = config.steps, [int(word) for word in words]
+        work = work_of(config, planned_data(arguments.preset, config)[0])
         machine = Machine()
         found = [predict(work, count, machine, sharded=way) for count in counts for way in (False, True)]
         rows = [row for row in found if row is not None]

@@ -1,0 +1,66 @@
+"""The scaling model: its formulas in closed cases, and its memory against plans of other sizes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.scaling_model import TINY, Machine, Work, largest_pass, predict, ring, table, work_of
+from diffratio_fast.config import TrainConfig
+from diffratio_fast.data import open_dataset
+from diffratio_fast.training.memory import cost
+
+MACHINE = Machine(
+    flops=1e12, utilisation=0.5, memory=10e9, per_node=8, inside=1e9, between=1e8, latency=0.0, overhead=0.1,
+    hidden=0.0,
+)  # fmt: skip
+WORK = Work(batch=64, flops=64e12, state=4e9, gradients=1e9, record_bytes=100, fixed=6e9, per_image=1e8)
+
+
+def test_a_ring_sends_almost_twice_the_gradients_over_its_slowest_link() -> None:
+    assert ring(1e9, 1, MACHINE) == 0
+    assert ring(1e9, 2, MACHINE) == pytest.approx(2 * 0.5)
+    assert ring(1e9, 8, MACHINE) == pytest.approx(2 * 7 / 8)
+    assert ring(1e9, 16, MACHINE) == pytest.approx(2 * 15 / 16 * 10)
+    assert ring(0, 5, replace(MACHINE, latency=0.01)) == pytest.approx(2 * 4 * 0.01)
+
+
+def test_predictions_by_hand() -> None:
+    row = predict(WORK, 8, MACHINE, sharded=False)
+    assert row is not None
+    assert row["local_batch"] == row["images_in_a_pass"] == 8
+    assert row["computing_s"] == pytest.approx(64e12 / 8 / 0.5e12)
+    assert row["exchange_s"] == pytest.approx(2 * 7 / 8)
+    assert row["step_s"] == pytest.approx(16 + 1.75 + 0.1)
+    assert row["memory_bytes"] == pytest.approx(6e9 + 8 * 1e8)
+    assert row["efficiency"] == pytest.approx(16 / 17.85)
+    assert row["save_write_s"] == pytest.approx(4e9 / MACHINE.disk)
+
+    sharded = predict(WORK, 8, MACHINE, sharded=True)
+    assert sharded is not None
+    assert sharded["memory_bytes"] == pytest.approx(6.8e9 - 5e9 * 7 / 8)
+    assert sharded["exchange_s"] == pytest.approx(3 * 7 / 8)  # gradients once, weights twice
+
+    hidden = predict(WORK, 8, replace(MACHINE, hidden=0.5), sharded=False)
+    assert hidden is not None and hidden["step_s"] == pytest.approx(16.1)
+    assert predict(WORK, 128, MACHINE, sharded=False) is None  # fewer images than GPUs
+    assert predict(replace(WORK, fixed=20e9), 8, MACHINE, sharded=False) is None
+    assert largest_pass(WORK, 48, 6e9 + 40e8) == 32
+    assert largest_pass(WORK, 48, 6e9 + 48e8) == 48
+
+
+def test_the_table_has_a_row_for_each() -> None:
+    rows = [row for count in (8, 16) if (row := predict(WORK, count, MACHINE, sharded=False)) is not None]
+    lines = table(rows, steps=86400).splitlines()
+    assert len(lines) == 2 + len(rows) and lines[2].startswith("| 8 | ddp | 8 (8) | 16000 | 1750 | 17850 |")
+    assert json.dumps(rows)
+
+
+def test_memory_is_linear_in_the_images_of_a_pass() -> None:
+    config = TrainConfig(**TINY, batch_size=64)
+    data = open_dataset("digits")
+    work = work_of(config, data)
+    for images in (8, 32):
+        planned = cost(replace(config, batch_size=2 * images, micro_batch=images), data)
+        assert work.peak(images) == pytest.approx(planned.peak, rel=0.02)
+        assert work.flops / 64 == pytest.approx(planned.flops / (2 * images), rel=0.01)
