@@ -154,3 +154,12 @@ def test_where_there_is_nothing_to_combine(tmp_path: Path) -> None:
     for widths in ("x", "", "0.1,0", "0.05,0.4"):
         with pytest.raises(UserError, match="posthoc_ema must be relative widths"):
             pretrain.main(["digits", *SHORT, "--posthoc-ema", widths, "--run-dir", str(tmp_path / "r")])
+
+
+@pytest.mark.parametrize("std", [0.04, 0.07, 0.13, 0.2])
+def test_sixteen_snapshots_match_profiles_to_three_per_cent(std: float) -> None:
+    """As docs/presets.md says; with one width alone they do not."""
+    times = range(1000, 16_001, 1000)
+    _, both = combination([Profile(width, t) for t in times for width in (0.05, 0.10)], Profile(std, 16_000))
+    _, one = combination([Profile(0.10, t) for t in times], Profile(std, 16_000))
+    assert both < 0.03 < one
