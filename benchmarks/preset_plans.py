@@ -131,8 +131,9 @@ def measure(names: list[str], device: torch.device) -> list[dict[str, Any]]:
             median = statistics.median(times)
             rows.append(
                 {
-                    "preset": name, "command": command_of(config), "batch_size": config.batch_size,
-                    "precision": config.precision, "median_s": median, "q20_s": low, "q80_s": high,
+                    "benchmark": "presets", "op": command_of(config), "shape": name,
+                    "batch_size": config.batch_size, "dtype": config.precision, "provider": "eager",
+                    "pass": "full", "median_s": median, "q20_s": low, "q80_s": high,
                     "images_per_s": config.batch_size / median, "flop_per_s": planned.flops / median,
                 }
             )  # fmt: skip
@@ -144,7 +145,7 @@ def read_measured(path: Path) -> dict[tuple[str, str], float]:
     """(preset, command) to images a second, as ``--measure`` wrote it."""
     try:
         rows = json.loads(path.read_text())["rows"]
-        return {(row["preset"], row["command"]): row["images_per_s"] for row in rows}
+        return {(row["shape"], row["op"]): row["images_per_s"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise command.UserError(f"{path}: not what --measure wrote ({error})") from None
 

@@ -207,7 +207,7 @@ def test_the_table_of_presets_has_what_was_measured(
     torch.set_num_threads(threads)
     content = json.loads(file.read_text())
     (found,) = content["rows"]
-    assert found["command"] == "train" and found["batch_size"] == 128 and content["environment"]["torch"]
+    assert found["op"] == "train" and found["batch_size"] == 128 and content["environment"]["torch"]
     assert found["images_per_s"] * found["median_s"] == pytest.approx(128)
     capsys.readouterr()
     assert preset_plans.main(["digits", "--measured", str(file)]) == 0
