@@ -9,9 +9,9 @@ Each candidate replaces the ratio network of the digits preset. Two figures, nev
 - ``held_out``: the logistic loss on the validation split of the network alone, trained for a third of that
   time against one frozen generator, which is the same for all (2 log 2 = 1.386 is knowing nothing).
 
-A line of JSON per candidate goes to ``--out``. DIRECTORY holds Fashion-MNIST's four IDX files, gzipped; there,
-images are padded to 32 x 32, patches are twice as large, learning rates half as large, noise levels larger (in
-more dimensions smaller noise is told apart at once), and batches of 64.
+A line of JSON per candidate goes to ``--out``. DIRECTORY holds Fashion-MNIST's four IDX files, gzipped;
+there, images are padded to 32 x 32, patches are twice as large, learning rates half as large, noise levels
+larger (in more dimensions smaller noise is told apart at once), and batches of 64.
 """
 
 from __future__ import annotations
