@@ -79,8 +79,14 @@ def row(name: str, preset: str, config: RunConfig, measured: dict[tuple[str, str
     return (
         f"| `{name}` | `{command_of(config)}` | {parameters} | {size} "
         f"| {found.flops / config.batch_size / 1e9:,.2f} | {found.peak / 2**30:.2f} | {state:.2f} "
-        f"| {'not measured' if rate is None else f'{rate:,.3g}'} |"
+        f"| {images_per_second(rate)} |"
     )
+
+
+def images_per_second(rate: float | None) -> str:
+    if rate is None:
+        return "not measured"
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def stepper(config: RunConfig, dataset: DataSet, device: torch.device) -> Callable[[], None]:
