@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffratio_fast.command import UserError
 from diffratio_fast.options import GROUPS, Options, add_options, changed_fields, option, read_yaml
 
 __all__ = [
@@ -26,6 +27,7 @@ DIVERGENCE_NAMES = (
     "squared_hellinger",
     "jeffreys",
 )
+OBJECTIVE_NAMES = ("diffratio", "vsd")
 WEIGHT_NAMES = ("uniform", "sigma", "sigma2", "bounded", "dmd")
 INIT_WARMUP_STEPS = 500
 """Steps of the ratio network's warm-up, and then of the generator's ramp, where --init gives a generator."""
@@ -191,7 +193,11 @@ class RunConfig(Options):
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Everything that decides a DiffRatio run."""
+    """Everything that decides the training of a one-step generator.
+
+    With the objective "vsd" the student stands in the ratio network's place: the options ``ratio_lr``,
+    ``ratio_weight_decay``, ``ratio_noise``, ``ratio_steps`` and ``ratio_warmup_steps`` are its own.
+    """
 
     refit_steps: int = option(
         200,
@@ -202,6 +208,17 @@ class TrainConfig(RunConfig):
         free=True,
     )
 
+    init_networks: str = option(
+        "both",
+        "which networks start from --init",
+        "networks",
+        choices=("both", "generator", "ratio"),
+    )
+    teacher: str | None = option(
+        None,
+        "vsd: the frozen denoiser, a run of pretrain or converted weights (default: what --init names)",
+        "networks",
+    )
     generator: str = option(
         "mlp",
         "generator: mlp, or backbone: a denoising U-Net at one noise level",
@@ -251,6 +268,16 @@ class TrainConfig(RunConfig):
         above=0,
     )
 
+    objective: str = option(
+        "diffratio",
+        "how the generator learns: from a ratio network, or (vsd) from a teacher and a student denoiser, of "
+        "--backbone; options of the ratio network are then the student's",
+        "objective",
+        choices=OBJECTIVE_NAMES,
+    )
+    vsd_normalize: bool = option(
+        False, "vsd: divide an image's gradient by its distance to the teacher's, as DMD does", "objective"
+    )
     divergence: str = option(
         "reverse_kl", "divergence that the generator descends", "objective", choices=DIVERGENCE_NAMES
     )
@@ -278,6 +305,12 @@ class TrainConfig(RunConfig):
         "objective",
         low=0,
     )
+    ratio_gradient_penalty: float = option(
+        0.0,
+        "weight of a penalty on the ratio network's slope, (sigma |grad l|)^2 by a finite difference",
+        "objective",
+        low=0,
+    )
     normalize_h: bool = option(
         False, "divide the divergence's factor h by its running mean per noise-level bin", "objective"
     )
@@ -298,6 +331,30 @@ class TrainConfig(RunConfig):
         for name in ("ratio_warmup_steps", "generator_ramp_steps"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, 0 if self.init is None else INIT_WARMUP_STEPS)
+        if self.objective == "vsd":
+            self._check_vsd()
+        elif self.teacher is not None or self.vsd_normalize:
+            raise UserError(
+                f"{'teacher' if self.teacher else 'vsd_normalize'} is an option of --objective vsd alone"
+            )
+
+    def _check_vsd(self) -> None:
+        """Refuse what score distillation does not know."""
+        if self.teacher is None and self.init is None:
+            raise UserError("--objective vsd needs a denoiser to learn from: --teacher RUN, or --init RUN")
+        plain = {
+            "divergence": "reverse_kl",
+            "normalize_h": False,
+            "ratio_roll_probability": 0.0,
+            "ratio_gradient_penalty": 0.0,
+            "ratio_ema_half_life_images": None,
+        }
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"--objective vsd knows {name} {'none' if value is None else value} alone, not "
+                    f"{getattr(self, name)}"
+                )
 
     def warmup_and_ramp(self) -> tuple[int, int]:
         """Steps of the ratio network's warm-up and of the generator's ramp after it."""

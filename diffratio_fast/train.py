@@ -6,7 +6,7 @@ from typing import Any
 
 from diffratio_fast import command
 from diffratio_fast.config import TrainConfig
-from diffratio_fast.presets import DEFAULT, PRESETS, RATIO_NETWORKS
+from diffratio_fast.presets import DEFAULT, PRESETS, RATIO_NETWORKS, VSD
 from diffratio_fast.run_command import act, chosen_options, run_parser
 
 
@@ -19,7 +19,10 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
     """The preset's name and the configuration: defaults, then preset, then --config, then options."""
     preset, chosen = chosen_options(arguments, PRESETS, TrainConfig)
     network = chosen.get("ratio_network", PRESETS[preset].get("ratio_network", "mlp"))
-    return preset, TrainConfig(**(PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {}) | chosen))
+    values = PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {})
+    if chosen.get("objective") == "vsd":
+        values = values | VSD[preset]
+    return preset, TrainConfig(**(values | chosen))
 
 
 def start(preset: str, config: TrainConfig, *, fresh: bool) -> int:

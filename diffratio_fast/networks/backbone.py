@@ -14,7 +14,7 @@ from diffratio_fast.networks.edm2 import EDM2Denoiser, MPConv, force_normalisati
 from diffratio_fast.networks.edm_layers import GroupNorm
 from diffratio_fast.networks.layers import Dropout, Linear, Weight
 from diffratio_fast.networks.published import from_published, resolved
-from diffratio_fast.networks.unet import Denoiser, ResidualBlock, at_least_float32
+from diffratio_fast.networks.unet import Denoiser, ResidualBlock, UNet, at_least_float32
 
 POOLS = ("linear", "attention")
 HEADS = 4
@@ -89,10 +89,6 @@ class BackboneGenerator(nn.Module):
         x = self.denoiser(self.sigma_init * latents, sigma, labels)
         return torch.clamp(x, self.low, self.high) if self.bounded else x
 
-    def take(self, source: Denoiser) -> None:
-        """Copy a denoiser's weights; ``ValueError`` where it is another network than this one's."""
-        _take(self.denoiser, source)
-
 
 class EncoderRatio(nn.Module):
     """Log ratio [N] of noised images [N, C, R, R] from the encoder half of a published U-Net.
@@ -117,6 +113,8 @@ class EncoderRatio(nn.Module):
         self.middle = middle
         self.denoiser = build_denoiser(shape, classes, backbone, options)
         drop_uncertainty(self.denoiser)
+        if not isinstance(self.denoiser.backbone, UNet):
+            raise ValueError(f"the backbone {backbone} has no encoder half")
         self.denoiser.backbone.remove_decoder(keep_middle=middle)
         set_dropout(self.denoiser, dropout)
         channels, side, embedding = self.denoiser.backbone.deepest
@@ -128,10 +126,6 @@ class EncoderRatio(nn.Module):
         with torch.autocast(noised.device.type, enabled=False):
             dtype = next(self.head.parameters()).dtype
             return self.head(maps[-1].to(dtype), embedding.to(dtype))
-
-    def take(self, source: Denoiser) -> None:
-        """Copy the encoder half of a denoiser's weights; ``ValueError`` where it is another network."""
-        _take(self.denoiser, source)
 
 
 class EncoderHead(nn.Module):
@@ -214,7 +208,8 @@ def drop_uncertainty(denoiser: Denoiser) -> None:
             delattr(denoiser, name)
 
 
-def _take(target: Denoiser, source: Denoiser) -> None:
+def copy_weights(target: Denoiser, source: Denoiser) -> None:
+    """Copy a denoiser's weights, or the part of them that ``target`` kept; else a ``ValueError``."""
     ours, theirs = (resolved(network.architecture, network.config) for network in (target, source))
     if differing := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         name = differing[0]

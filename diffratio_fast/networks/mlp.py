@@ -1,4 +1,4 @@
-"""A generator and a ratio network for small images, made of dense layers: the default run's networks."""
+"""Networks for small images, made of dense layers: generator, ratio network, denoiser."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffratio_fast.networks.layers import Embedding, FourierFeatures, Linear
+from diffratio_fast.networks.unet import Denoiser
 
 
 class MLPGenerator(nn.Module):
@@ -87,3 +88,51 @@ class MLPRatio(nn.Module):
         for block, bias in zip(self.blocks, biases, strict=True):
             h = h + silu(block(h) + bias)
         return self.last(h).squeeze(1)
+
+
+class DenseNet(nn.Module):
+    """F of ``MLPDenoiser``: scaled images [N, C, R, R], c_noise [N] and class vectors to the same shape."""
+
+    CONDITION = 64
+
+    def __init__(self, pixels: int, classes: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.fourier = FourierFeatures(16, low=0.25, high=4.0)
+        self.noise = Linear(self.fourier.size, self.CONDITION)
+        self.embed = Linear(classes, self.CONDITION, gain=math.sqrt(classes), bias=False) if classes else None
+        self.biases = Linear(self.CONDITION, width * depth)
+        self.first = Linear(pixels, width, gain=2.0)
+        self.blocks = nn.ModuleList(Linear(width, width) for _ in range(depth))
+        self.last = Linear(width, pixels, gain=0.0)
+
+    def forward(
+        self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
+        if augment is not None:
+            raise ValueError("the dense denoiser takes no augment labels")
+        condition = self.noise(self.fourier(4 * c_noise))  # c_noise is log sigma / 4
+        if self.embed is not None and classes is not None:
+            condition = condition + self.embed(classes)
+        biases = self.biases(silu(condition)).chunk(len(self.blocks), dim=1)
+        h = self.first(x.flatten(1))
+        for block, bias in zip(self.blocks, biases, strict=True):
+            h = h + silu(block(h) + bias)
+        return self.last(h).reshape(x.shape)
+
+
+class MLPDenoiser(Denoiser):
+    """A denoiser of dense layers with EDM's preconditioning, built as ``MLPRatio`` is."""
+
+    backbone_name = "model"
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        sigma_data: float = 0.5,
+        width: int = 256,
+        depth: int = 4,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, label_dim, sigma_data)
+        self.model = DenseNet(img_channels * img_resolution**2, label_dim, width, depth)

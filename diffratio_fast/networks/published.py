@@ -4,7 +4,7 @@ An architecture is "family:variant". Families: "edm" (variants ddpmpp, ncsnpp, a
 l, xl, xxl). A configuration holds the published constructor's options, by their names. A variant supplies the
 options that define it where the configuration leaves them out; everything else takes the published default.
 Any other variant is a mere label, and the configuration must then say "model_type" (edm) or "model_channels"
-(edm2) itself.
+(edm2) itself. Beside the published ones there is "mlp", the house's own denoiser for small images.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from diffratio_fast.command import UserError
 from diffratio_fast.files import replace_file
 from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser
 from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser, MPUNet
+from diffratio_fast.networks.mlp import MLPDenoiser
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.untrusted import DAMAGE, check_ambition, one_line, parse_json
 
@@ -53,7 +54,7 @@ EDM2_VARIANTS: dict[str, Config] = {name: {"model_channels": width} for name, wi
 _LEAST = {  # whole numbers, and the least of each
     "img_resolution": 1, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 1,
     "channel_mult_emb": 1, "channel_mult_noise": 1, "num_blocks": 1, "channels_per_head": 1,
-    "logvar_channels": 1,
+    "logvar_channels": 1, "width": 1, "depth": 1,
 }  # fmt: skip
 _OPTIONAL = {"channel_mult_emb", "channel_mult_noise", "clip_act"}  # None is a value for these, in EDM2
 _FRACTIONS = {"dropout", "label_dropout", "label_balance", "concat_balance", "res_balance", "attn_balance"}
@@ -84,8 +85,10 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
         if not defaults and "model_channels" not in options:
             raise _unknown(architecture, EDM2_VARIANTS, "model_channels")
         network_class, backbone = EDM2Denoiser, MPUNet
+    elif architecture == "mlp":
+        defaults, network_class, backbone = {}, MLPDenoiser, MLPDenoiser
     else:
-        raise ValueError(f"unknown architecture {architecture!r}: the families are edm and edm2")
+        raise ValueError(f"unknown architecture {architecture!r}: the families are edm and edm2, and mlp")
     known = _parameters(network_class) | _parameters(backbone)
     known -= {"in_channels", "out_channels", "model_kwargs", "unet_kwargs"}
     if unknown := sorted(set(options) - known):
@@ -105,10 +108,12 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
 def resolved(architecture: str, config: str | Mapping[str, Any]) -> Config:
     """All options, defaults included, that decide a network in eval mode without augment labels."""
     family, _, variant = architecture.partition(":")
-    defaults = (EDM_VARIANTS if family == "edm" else EDM2_VARIANTS).get(variant, {})
-    given = {**defaults, **_as_mapping(config)}
-    network = EDMDenoiser if family == "edm" else EDM2Denoiser
-    backbone = EDM_MODELS[given.get("model_type", "DhariwalUNet")] if family == "edm" else MPUNet
+    variants = {"edm": EDM_VARIANTS, "edm2": EDM2_VARIANTS}.get(family, {})
+    given = {**variants.get(variant, {}), **_as_mapping(config)}
+    network: type[Denoiser] = {"edm": EDMDenoiser, "edm2": EDM2Denoiser, "mlp": MLPDenoiser}[family]
+    backbone = {
+        "edm": EDM_MODELS[given.get("model_type", "DhariwalUNet")], "edm2": MPUNet, "mlp": MLPDenoiser
+    }[family]  # fmt: skip
     options = {"family": family}
     for constructor in (backbone, network):
         for name, parameter in inspect.signature(constructor).parameters.items():

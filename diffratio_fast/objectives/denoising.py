@@ -26,13 +26,15 @@ def denoising_errors(
     rng: Tensor,
     index: Tensor,
     purpose: ops.Purpose,
+    *,
+    substep: int = 0,
 ) -> Tensor:
     """lambda(sigma) |D(x0 + sigma eps; sigma, c) - x0|^2, a mean over pixels, float32 or float64 [B].
 
     x0 [B, C, H, W], sigma [B], labels int64 [B]. lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
     makes the error 1 at every noise level for a network that puts out zero (EDM, Table 1).
     """
-    noised = ops.add_noise(x0, sigma, rng, index, purpose)
+    noised = ops.add_noise(x0, sigma, rng, index, purpose, substep=substep)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     return weight * (denoiser(noised, sigma, labels) - x0).square().flatten(1).mean(1)
 

@@ -17,6 +17,9 @@ from torch.nn.functional import softplus
 from diffratio_fast import ops
 from diffratio_fast.objectives.divergences import Divergence
 
+PENALTY_STEP = 0.1
+"""The finite difference of the slope's penalty, in units of sigma."""
+
 RatioNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -67,17 +70,47 @@ def ratio_loss(
     index: Tensor,
     *,
     substep: int = 0,
+    gradient_penalty: float = 0.0,
 ) -> RatioLoss:
     """Logistic loss mean softplus(-l_real) + mean softplus(l_fake), differentiable in the network's weights.
 
     ``real`` and ``fake`` [B, C, H, W] are clean images, ``sigma`` [B]; the optimum is the log ratio of
-    p_data,sigma to p_gen,sigma given the label.
+    p_data,sigma to p_gen,sigma given the label. ``gradient_penalty`` is the weight of ``slope_penalty``.
     """
-    real_half, fake_half = log_ratio_pair(
-        ratio, real, fake.detach(), sigma, labels, rng, index, substep=substep
-    )
+    fake = fake.detach()
+    real_half, fake_half = log_ratio_pair(ratio, real, fake, sigma, labels, rng, index, substep=substep)
     loss = softplus(-real_half).mean() + softplus(fake_half).mean()
+    if gradient_penalty:
+        halves = (real_half, fake_half)
+        penalty = slope_penalty(ratio, real, fake, halves, sigma, labels, rng, index, substep=substep)
+        loss = loss + gradient_penalty * penalty
     return RatioLoss(loss, real_half.detach(), fake_half.detach())
+
+
+def slope_penalty(
+    ratio: RatioNetwork,
+    real: Tensor,
+    fake: Tensor,
+    log_ratio: tuple[Tensor, Tensor],
+    sigma: Tensor,
+    labels: Tensor,
+    rng: Tensor,
+    index: Tensor,
+    *,
+    substep: int = 0,
+) -> Tensor:
+    """Mean of (l(x_sigma) - l(x_sigma + s sigma n))^2 / s^2 over both halves, n unit normal: a scalar.
+
+    For small s = ``PENALTY_STEP`` this is the mean of (sigma |grad l|)^2, without a second derivative in
+    the backward pass. ``log_ratio`` are the halves' l of the same noise, from ``log_ratio_pair``.
+    """
+    noised = ops.add_noise(
+        (real, fake), sigma, rng, index, (ops.Purpose.NOISE_REAL, ops.Purpose.NOISE_FAKE), substep=substep
+    )
+    purposes = (ops.Purpose.PENALTY_REAL, ops.Purpose.PENALTY_FAKE)
+    moved = ops.add_noise(noised.chunk(2), PENALTY_STEP * sigma, rng, index, purposes, substep=substep)
+    after = ratio(moved, torch.cat((sigma, sigma)), torch.cat((labels, labels)))
+    return ((after - torch.cat(log_ratio)) / PENALTY_STEP).square().mean()
 
 
 def score_difference(

@@ -29,3 +29,5 @@ class Purpose(enum.IntEnum):
     VERIFIER_CHOICE = 17  # the uniform that draws one of the candidates
     DENOISING_SIGMA = 18  # the noise level of a pre-training step
     DENOISING_NOISE = 19  # eps added to real images in pre-training
+    PENALTY_REAL = 20  # the direction in which a real image's slope is penalised
+    PENALTY_FAKE = 21  # the same of a generated one

@@ -103,6 +103,25 @@ class Evaluation:
     def _levels(self, law: NoiseLaw) -> Tensor:
         return noise_levels(law, LEVELS).to(self.iteration.device)
 
+    def _passes(self, index: Tensor) -> tuple[Tensor, ...]:
+        """Indices in parts of as many as a step differentiates at once."""
+        return index.split(self.config.micro_batch or len(index))
+
+    def running(self, mean: dict[str, float]) -> dict[str, Any]:
+        """What a log line tells of the online network, from the means since the last one."""
+        validation, train = self.bound("validation"), self.bound("train")
+        return {
+            "ratio_loss": mean["ratio_loss"],
+            "ratio_accuracy": (mean["correct_real"] + mean["correct_fake"]) / 2,
+            "log_ratio_real": mean["log_ratio_real"],
+            "log_ratio_fake": mean["log_ratio_fake"],
+            "divergence": validation.value,
+            "divergence_train": train.value,
+            "divergence_by_sigma": validation.by_level,
+            "divergence_train_by_sigma": train.by_level,
+            "clamped_fraction": mean["clamped"],
+        }
+
     def _random(self, count: int) -> tuple[Tensor, Tensor]:
         device = self.iteration.device
         rng = ops.make_rng(self.config.seed, self.iteration.state.step, device)
@@ -154,7 +173,6 @@ class Evaluation:
         middles = (torch.arange(LEVELS, device=index.device, dtype=torch.float64) + 0.5) / LEVELS
         h_means = state.h_means[bins(middles)] if self.config.normalize_h else torch.ones_like(middles)
         norms, sizes = [], []
-        parts = index.split(self.config.micro_batch or len(index))  # as many as a step differentiates at once
         for level, h_mean in zip(levels, h_means, strict=True):
             sigma = level.to(fake.dtype).expand(len(labels), 1)
             outcomes = [
@@ -162,7 +180,7 @@ class Evaluation:
                     iteration.ratio, fake[part], sigma[part], labels[part], rng, part,
                     weight=torch.ones_like(sigma[part]), divergence=DIVERGENCES["reverse_kl"],
                 )
-                for part in parts
+                for part in self._passes(index)
             ]  # fmt: skip
             slope = torch.cat([outcome.gradient.flatten(1).norm(dim=1) for outcome in outcomes]).double()
             h, _ = iteration.divergence.factor(torch.cat([outcome.log_ratio[:, 0] for outcome in outcomes]))

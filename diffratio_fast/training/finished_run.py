@@ -31,10 +31,16 @@ class FinishedRun:
         self.directory, self.device = RunDirectory(root), device
         if not root.is_dir():
             raise UserError(f"{root}: no such run directory")
-        for path in (self.directory.generator, self.directory.ratio, self.directory.config):
+        if not self.directory.config.exists():
+            raise UserError(f"{root}: holds no config.yaml; finish its training first")
+        self.config = TrainConfig(**read_config(self.directory.config))
+        if self.config.objective != "diffratio":
+            raise UserError(
+                f"{root}: is a run of --objective {self.config.objective}, without a ratio network"
+            )
+        for path in (self.directory.generator, self.directory.ratio):
             if not path.exists():
                 raise UserError(f"{root}: holds no {path.name}; finish its training first")
-        self.config = TrainConfig(**read_config(self.directory.config))
         self.law = parse_noise_law(self.config.ratio_noise)
         self.generator, _ = self._load(self.directory.generator, "generator")
         self.ratio, self.about_ratio = self._load(self.directory.ratio, "ratio")

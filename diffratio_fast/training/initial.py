@@ -12,7 +12,7 @@ from diffratio_fast import networks
 from diffratio_fast.command import UserError
 from diffratio_fast.data import DataSet, Scaling
 from diffratio_fast.networks import load_published
-from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
+from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio, copy_weights
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.untrusted import parse_json
 
@@ -21,8 +21,10 @@ PUBLISHED_PIXELS = Scaling((127.5,), (63.75,), 0.0, 255.0)
 """What published weights take pixels to be scaled by: to [-1, 1]."""
 
 
-def load_initial(source: Path, generator: nn.Module, ratio: nn.Module, dataset: DataSet) -> None:
-    """Copy initial weights into a run's networks, in place; what does not fit is a ``UserError``.
+def load_initial(
+    source: Path, generator: nn.Module | None, ratio: nn.Module | None, dataset: DataSet
+) -> None:
+    """Copy initial weights into the networks that are given, in place; what does not fit is a ``UserError``.
 
     A directory of ``train`` gives generator and ratio network, a generator's file that alone. A denoiser
     (a directory of ``pretrain``, or a file of ``convert``) gives the generator, and half of it the ratio
@@ -34,15 +36,28 @@ def load_initial(source: Path, generator: nn.Module, ratio: nn.Module, dataset: 
             return
         if not (source / "generator.safetensors").exists():
             raise UserError(f"--init {source}: holds no finished run (no generator or {DENOISER})")
-        _copy(source / "generator.safetensors", "generator", generator)
-        _copy(source / "ratio.safetensors", "ratio", ratio)
+        if generator is not None:
+            _copy(source / "generator.safetensors", "generator", generator)
+        if ratio is not None:
+            _copy(source / "ratio.safetensors", "ratio", ratio)
     elif "architecture" in _metadata(source):
         _from_denoiser(source, generator, ratio, dataset)
-    else:
+    elif generator is not None:
         _copy(source, "generator", generator)
+    else:
+        raise UserError(f"--init {source}: holds a generator and nothing for a ratio network")
 
 
-def load_denoiser(source: Path, dataset: DataSet) -> Denoiser:
+def load_teacher(source: Path, denoisers: tuple[Denoiser, Denoiser], dataset: DataSet) -> None:
+    """Copy a denoiser's weights into the teacher and the student of score distillation, in place."""
+    if source.is_dir() and not (source / DENOISER).exists():
+        raise UserError(f"--teacher {source}: holds no finished run of pretrain (no {DENOISER})")
+    loaded = load_denoiser(source, dataset, option="--teacher")
+    for denoiser in denoisers:
+        take(source, denoiser, loaded, option="--teacher")
+
+
+def load_denoiser(source: Path, dataset: DataSet, *, option: str = "--init") -> Denoiser:
     """The denoiser of a ``pretrain`` directory or a converted file, for data scaled as ``dataset`` is."""
     path = source / DENOISER if source.is_dir() else source
     denoiser, metadata = load_published(path)
@@ -54,31 +69,41 @@ def load_denoiser(source: Path, dataset: DataSet) -> Denoiser:
             raise UserError(f"--init {path}: damaged ({error})") from None
     if theirs is not None and theirs != dataset.scaling:
         raise UserError(
-            f"--init {path}: was trained on data of mean {list(theirs.mean)} and std {list(theirs.std)}, not "
-            f"{list(dataset.scaling.mean)} and {list(dataset.scaling.std)}; prepare the data with that "
+            f"{option} {path}: was trained on data of mean {list(theirs.mean)} and std {list(theirs.std)}, "
+            f"not {list(dataset.scaling.mean)} and {list(dataset.scaling.std)}; prepare the data with that "
             "--scaling (published weights: edm)"
         )
     return denoiser
 
 
-def _from_denoiser(path: Path, generator: nn.Module, ratio: nn.Module, dataset: DataSet) -> None:
-    if not isinstance(generator, BackboneGenerator):
+def _from_denoiser(
+    path: Path, generator: nn.Module | None, ratio: nn.Module | None, dataset: DataSet
+) -> None:
+    if generator is not None and not isinstance(generator, BackboneGenerator):
         raise UserError(f"--init {path}: is a denoiser, which needs --generator backbone")
+    if generator is None and not isinstance(ratio, EncoderRatio):
+        raise UserError(f"--init {path}: is a denoiser, which needs --ratio-network encoder")
     denoiser = load_denoiser(path, dataset)
     for network in (generator, ratio):
         if isinstance(network, (BackboneGenerator, EncoderRatio)):
             take(path, network, denoiser)
 
 
-def take(path: Path, network: BackboneGenerator | EncoderRatio, denoiser: Denoiser) -> None:
-    """``network.take``, with the options that would fit as the advice of its ``UserError``."""
+def take(
+    path: Path,
+    network: BackboneGenerator | EncoderRatio | Denoiser,
+    denoiser: Denoiser,
+    *,
+    option: str = "--init",
+) -> None:
+    """``network`` takes the weights; the ``UserError`` advises the options that would fit."""
     try:
-        network.take(denoiser)
+        copy_weights(network if isinstance(network, Denoiser) else network.denoiser, denoiser)
     except ValueError as error:
         data = ("img_resolution", "img_channels", "label_dim", "augment_dim")
         options = {name: value for name, value in denoiser.config.items() if name not in data}
         raise UserError(
-            f"--init {path}: another network than this run's ({error}); it is of --backbone "
+            f"{option} {path}: another network than this run's ({error}); it is of --backbone "
             f"{denoiser.architecture} --backbone-options '{json.dumps(options)}', for images "
             f"[{denoiser.img_channels}, {denoiser.img_resolution}, {denoiser.img_resolution}] and "
             f"{denoiser.label_dim or 'no'} classes"

@@ -162,6 +162,9 @@ class Stepper:
 class Iteration(Stepper):
     """The pure function (state, step, batches) -> state, for one configuration on a device per process."""
 
+    WATCHED = "the log ratio of fakes"
+    """What a generator step's score difference comes from, in the words of an error."""
+
     state: TrainState
 
     def __init__(
@@ -180,8 +183,9 @@ class Iteration(Stepper):
         self.weight = WEIGHTS[config.weight]
         self.generator = self.in_precision(state.generator)
         self.ratio: RatioNetwork = self.in_precision(state.ratio)
-        # the fused operations add the noise themselves, so no roll can come between noise and network
-        fits = isinstance(state.ratio, RatioMixer) and config.ratio_roll_probability == 0
+        # the fused operations add the noise themselves, so neither rolls nor a penalty can come between
+        plain = config.ratio_roll_probability == 0 and config.ratio_gradient_penalty == 0
+        fits = isinstance(state.ratio, RatioMixer) and plain
         self.mixer = cast(RatioMixer, state.ratio) if fits else None
         self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         # what takes part in training; evaluation calls the networks themselves
@@ -218,7 +222,10 @@ class Iteration(Stepper):
         arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, self.rng, index)
         if self.mixer is not None:
             return fused.ratio_loss(self.mixer, *arguments, substep=substep, dtype=self.mixer_dtype)
-        return diffratio.ratio_loss(self._augmented(index, 2, substep=substep), *arguments, substep=substep)
+        return diffratio.ratio_loss(
+            self._augmented(index, 2, substep=substep), *arguments, substep=substep,
+            gradient_penalty=self.config.ratio_gradient_penalty,
+        )  # fmt: skip
 
     def _ratio_step(self, batch: Batch, substep: int, keep_graph: bool) -> tuple[Tensor, Tensor]:
         """One update of the ratio network; the last part's fakes (with their graph, if kept) and labels."""
@@ -310,7 +317,7 @@ class Iteration(Stepper):
             update_means(state.h_means, self.world.sum(sums))
         if self.divergence.clamp is not None:
             state.sums[5] += clamped
-        made = self.checks["generator"].allows(self.rng[1], {"the log ratio of fakes": log_ratio})
+        made = self.checks["generator"].allows(self.rng[1], {self.WATCHED: log_ratio})
         if made:
             state.generator_optimizer.step()
         return made

@@ -17,8 +17,8 @@ from diffratio_fast.report.measurements import keep_measurements
 from diffratio_fast.training import runner
 from diffratio_fast.training.capture import stepping
 from diffratio_fast.training.distributed import ALONE, World
-from diffratio_fast.training.evaluation import Evaluation
-from diffratio_fast.training.iteration import Batch, Iteration
+from diffratio_fast.training.iteration import Batch
+from diffratio_fast.training.methods import METHODS
 from diffratio_fast.training.posthoc_ema import averages_by_width, stored
 from diffratio_fast.training.reporting import figure
 from diffratio_fast.training.run_directory import RunDirectory
@@ -26,7 +26,7 @@ from diffratio_fast.training.state import SUMS, TrainState, initial_state, netwo
 
 
 class Trainer(runner.Run):
-    """One DiffRatio run."""
+    """One training of a generator."""
 
     def __init__(
         self,
@@ -42,12 +42,13 @@ class Trainer(runner.Run):
         self.ratio_steps = config.ratio_steps
         with world.together():
             self.state: TrainState = initial_state(config, self.dataset, self.device, init=not started)
-        self.iteration = Iteration(config, self.dataset.scaling, self.state, self.device, world)
+        iteration, evaluation = METHODS[config.objective]
+        self.iteration = iteration(config, self.dataset.scaling, self.state, self.device, world)
         self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
         self.checks, self.watch = list(self.iteration.checks.values()), self.iteration.watch
         self.settled = sum(config.warmup_and_ramp())
         self.step = stepping(config, self.iteration)
-        self.evaluation = Evaluation(config, self.dataset, self.iteration)
+        self.evaluation = evaluation(config, self.dataset, self.iteration)
 
     def settle(self, batch: Batch) -> None:
         self.iteration.settle(batch)
@@ -55,25 +56,17 @@ class Trainer(runner.Run):
     def figures(self) -> dict[str, Any]:
         state = self.state
         sums = dict(zip(SUMS, state.sums.tolist(), strict=True))
-        validation, train = self.evaluation.bound("validation"), self.evaluation.bound("train")
         steps = sums.pop("steps")
-        mean = {name: value / steps for name, value in sums.items()}
         return {
-            "ratio_loss": mean["ratio_loss"],
-            "ratio_accuracy": (mean["correct_real"] + mean["correct_fake"]) / 2,
-            "log_ratio_real": mean["log_ratio_real"],
-            "log_ratio_fake": mean["log_ratio_fake"],
-            "divergence": validation.value,
-            "divergence_train": train.value,
-            "divergence_by_sigma": validation.by_level,
-            "divergence_train_by_sigma": train.by_level,
-            "clamped_fraction": mean["clamped"],
+            **self.evaluation.running({name: value / steps for name, value in sums.items()}),
             "gradient_norm": float(self.iteration.checks["generator"].gradient_norm),
             "generator_lr": float(state.generator_optimizer.param_groups[0]["lr"]),
             "ratio_lr": float(state.ratio_optimizer.param_groups[0]["lr"]),
         }
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        if "student_loss" in values:
+            return {"student": figure(values["student_loss"])}
         return {
             "JS": f"{figure(values['divergence'])} (train {figure(values['divergence_train'])})",
             "acc": figure(values["ratio_accuracy"]),
@@ -153,12 +146,15 @@ class Trainer(runner.Run):
         state, directory = self.state, self.directory
         self._save_network(directory.generator, "generator", state.average)
         self._keep_averages()
-        self._save_network(directory.ratio, "ratio", state.ratio)
+        if self.config.objective == "diffratio":
+            self._save_network(directory.ratio, "ratio", state.ratio)
         if state.ratio_average is not None:
             self._save_network(directory.ratio_average, "ratio", state.ratio_average)
         figures = self.evaluation.summary()
         refitted = self.refitted or self.evaluation.refitted(self.config.refit_steps)
         self._measure(refitted)
+        if self.config.objective == "vsd":
+            return {**figures, "best": state.best}
         return {
             **figures,
             "best": state.best,

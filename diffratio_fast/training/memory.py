@@ -25,7 +25,7 @@ from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
 from diffratio_fast.data import DataSet
 from diffratio_fast.ops.ratio_scratch import scratch_bytes
 from diffratio_fast.training import pretraining
-from diffratio_fast.training.iteration import Iteration
+from diffratio_fast.training.methods import METHODS
 from diffratio_fast.training.state import initial_state, run_dtype
 
 CPU = torch.device("cpu")
@@ -162,8 +162,9 @@ def _planned(config: RunConfig, dataset: DataSet) -> tuple[dict[str, torch.nn.Mo
     if isinstance(config, TrainConfig):
         state = initial_state(config, dataset, CPU, planned=True)
         state.step = sum(config.warmup_and_ramp())
-        iteration = Iteration(config, dataset.scaling, state, CPU)
-        networks = {"generator": state.generator, "ratio network": state.ratio}
+        iteration = METHODS[config.objective][0](config, dataset.scaling, state, CPU)
+        online = "student" if config.objective == "vsd" else "ratio network"
+        networks = {"generator": state.generator, online: state.ratio}
         return networks, lambda batch: iteration.run([batch] * config.ratio_steps)
     assert isinstance(config, PretrainConfig)
     denoising = pretraining.initial_state(config, dataset, CPU, planned=True)

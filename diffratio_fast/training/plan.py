@@ -120,12 +120,16 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
 def _network(name: str, config: RunConfig) -> str:
     if not isinstance(config, TrainConfig):
         return config.backbone
+    if name == "student":
+        return f"{config.backbone}, and as large a teacher"
     kind = config.generator if name == "generator" else config.ratio_network
     return f"{kind} of {config.backbone}" if kind in ("backbone", "encoder") else kind
 
 
 def _objective(config: RunConfig) -> str:
     if isinstance(config, TrainConfig):
+        if config.objective == "vsd":
+            return f"score distillation, weight {config.weight}, sigma {config.ratio_noise}"
         return f"{config.divergence}, weight {config.weight}, sigma {config.ratio_noise}"
     assert isinstance(config, PretrainConfig)
     return f"denoising, sigma {config.noise}"

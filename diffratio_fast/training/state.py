@@ -23,10 +23,11 @@ from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig, TrainConfig
 from diffratio_fast.data import DataSet, model_shape
 from diffratio_fast.files import replace_file
-from diffratio_fast.networks.backbone import set_checkpointing
+from diffratio_fast.networks.backbone import BackboneGenerator, build_denoiser, set_checkpointing
+from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.bin_means import initial_means
 from diffratio_fast.training.ema import averaged_copy
-from diffratio_fast.training.initial import load_initial
+from diffratio_fast.training.initial import load_initial, load_teacher
 from diffratio_fast.training.optimizers import make_optimizer
 from diffratio_fast.training.posthoc_ema import kept_averages
 from diffratio_fast.training.watch import LOSS_JUMP, NORM_JUMP, Watched, initial_bad_steps, initial_statistics
@@ -82,12 +83,13 @@ class RunState:
 class TrainState(RunState):
     """Networks, average, optimizers and counters of a run after ``step`` generator updates."""
 
-    NETWORKS = ("generator", "ratio", "average", "ratio_average", "kept")
+    NETWORKS = ("generator", "ratio", "average", "ratio_average", "kept", "teacher")
     OPTIMIZERS = ("generator_optimizer", "ratio_optimizer")
     TENSORS = ("h_means", "sums", "statistics", "bad_steps")
 
     generator: nn.Module
     ratio: nn.Module
+    """What learns online: the ratio network, or the student of score distillation in its place."""
     average: nn.Module
     generator_optimizer: torch.optim.Optimizer
     ratio_optimizer: torch.optim.Optimizer
@@ -95,6 +97,8 @@ class TrainState(RunState):
     ratio_average: nn.Module | None = None
     kept: nn.ModuleList | None = None
     """Averages of the generator of other widths, for ``average``."""
+    teacher: nn.Module | None = None
+    """Of score distillation. It never changes, and is kept so that a run needs nothing but itself."""
 
 
 def backbone_options(config: RunConfig) -> dict[str, Any]:
@@ -156,23 +160,23 @@ def initial_state(
     ``planned`` is on tensors without numbers: nothing is drawn or read.
     """
     arguments = network_arguments(config, dataset)
-    built = {}
-    for role, architecture in (("generator", config.generator), ("ratio", config.ratio_network)):
-        try:
-            built[role] = networks.build(role, architecture, arguments[role])
-        except ValueError as error:
-            kind = "ratio network" if role == "ratio" else role
-            raise UserError(f"{kind} {architecture}: {error}") from None
-    generator, ratio = built["generator"], built["ratio"]
+    generator = _built("generator", config.generator, arguments["generator"])
+    ratio: nn.Module
+    teacher: Denoiser | None = None
+    if config.objective == "vsd":
+        ratio, teacher = (_denoiser(config, dataset) for _ in range(2))
+    else:
+        ratio = _built("ratio", config.ratio_network, arguments["ratio"])
     if not planned:
         networks.initialise(generator, config.seed, stream=0)
         networks.initialise(ratio, config.seed, stream=1)
-        if config.init is not None and init:
-            load_initial(Path(config.init), generator, ratio, dataset)
-        for network in (generator, ratio):
-            place(config, network, device)
-    for network in (generator, ratio):
-        set_checkpointing(network, config.activation_checkpointing)
+        if init:
+            _start(config, generator, ratio, teacher, dataset)
+    for network in (generator, ratio, teacher):
+        if network is not None:
+            if not planned:
+                place(config, network, device)
+            set_checkpointing(network, config.activation_checkpointing)
     return TrainState(
         generator,
         ratio,
@@ -182,10 +186,46 @@ def initial_state(
         initial_means(device),
         None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
         kept_averages(config, generator),
+        None if teacher is None else teacher.eval().requires_grad_(False),
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
         statistics=initial_statistics(len(WATCHED), device),
         bad_steps=initial_bad_steps(device),
     )
+
+
+def _built(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return networks.build(role, architecture, arguments)
+    except ValueError as error:
+        kind = "ratio network" if role == "ratio" else role
+        raise UserError(f"{kind} {architecture}: {error}") from None
+
+
+def _denoiser(config: TrainConfig, dataset: DataSet) -> Denoiser:
+    """Teacher or student of score distillation."""
+    try:
+        return build_denoiser(
+            model_shape(dataset), len(dataset.class_names), config.backbone, backbone_options(config)
+        )
+    except ValueError as error:
+        raise UserError(f"denoiser {config.backbone}: {error}") from None
+
+
+def _start(
+    config: TrainConfig, generator: nn.Module, ratio: nn.Module, teacher: Denoiser | None, dataset: DataSet
+) -> None:
+    """Give networks the weights that ``init`` and ``teacher`` name."""
+    chosen = config.init_networks
+    if config.init is not None and (teacher is None or isinstance(generator, BackboneGenerator)):
+        load_initial(
+            Path(config.init),
+            generator if chosen != "ratio" else None,
+            ratio if chosen != "generator" and teacher is None else None,
+            dataset,
+        )
+    if teacher is not None:
+        assert isinstance(ratio, Denoiser)
+        load_teacher(Path(config.teacher or config.init or ""), (teacher, ratio), dataset)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
