@@ -54,10 +54,9 @@ class BatchedNetworks:
             for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
                 mine.copy_(theirs)
 
-    def requires_grad_(self, needed: bool) -> BatchedNetworks:
+    def requires_grad_(self, needed: bool) -> None:
         for parameter in self.parameters():
             parameter.requires_grad_(needed)
-        return self
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         angle = sigma.log()[..., None] * self.frequencies

@@ -11,7 +11,7 @@ samples; each is trained several times from different seeds, side by side. Three
 - ``training``: generators trained to the end, their exact distance to the data against steps;
 - ``knobs``: the same in 16 dimensions with one setting changed at a time.
 
-A part takes two to three minutes on one core. Figures and tables of docs/bias_study.md come from here.
+A part takes about two minutes on one core. Figures and tables of docs/bias_study.md come from here.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Row = dict[str, Any]
 
 DIMENSIONS = (2, 16, 64)
 CLUSTERS, STD = 8, 0.2
-SEEDS = 5
-STEPS = 1500
+SEEDS = 4
+STEPS = 1000
 WIDTH, DEPTH = 48, 3
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 POINTS = 2048
@@ -178,7 +178,8 @@ class Study:
         data = single(self.data(dimensions)).expand(self.seeds)
         _, teacher = self.networks(dimensions, generator)
         train_denoiser(teacher, _source(data, points, generator), self.settings(DENOISER), generator)
-        return teacher.requires_grad_(False)
+        teacher.requires_grad_(False)
+        return teacher
 
     def scores(self) -> Iterator[Row]:
         for dimensions in DIMENSIONS:

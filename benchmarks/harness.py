@@ -35,6 +35,7 @@ class Case:
     check: Callable[[], None]  # raises AssertionError where a provider is wrong
     bytes: float  # that must be read and written at least
     flops: float | None = None
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)  # what else a provider's rows say
 
 
 @dataclass
@@ -150,6 +151,7 @@ def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, An
                 "bytes_per_s": case.bytes / median,
                 "flop_per_s": case.flops / median if case.flops else None,
                 "checked": True,
+                **case.about.get(name, {}),
             }
         )
     return rows

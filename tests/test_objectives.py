@@ -230,3 +230,22 @@ def test_bin_means_follow_each_bin() -> None:
     assert float(means[-1]) == pytest.approx(5, rel=1e-3)
     assert float(means[BINS // 2]) == pytest.approx(7, rel=1e-3)
     assert float(means[1]) == 1
+
+
+def test_slope_penalty_is_the_squared_slope_of_a_linear_ratio() -> None:
+    """For l = <a, x> its mean is sigma^2 |a|^2 exactly in expectation, whatever the finite difference."""
+    count = 40_000
+    direction = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64).reshape(1, 3, 1, 1)
+
+    def ratio(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        return (direction * x).sum((1, 2, 3))
+
+    x = torch.zeros(count, 3, 1, 1, dtype=torch.float64)
+    sigma = torch.full((count,), 0.7, dtype=torch.float64)
+    labels, index = torch.zeros(count, dtype=torch.int64), torch.arange(count)
+    plain, penalised = (
+        ratio_loss(ratio, x, x, sigma, labels, ops.make_rng(0, 1), index, gradient_penalty=weight).loss
+        for weight in (0.0, 2.0)
+    )
+    expected = 2.0 * 0.49 * float(direction.square().sum())
+    assert float(penalised - plain) == pytest.approx(expected, rel=0.02)  # 80,000 squares of normals

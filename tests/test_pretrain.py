@@ -229,6 +229,25 @@ def test_nan_is_reported_by_step_and_name_and_stops_the_run(tmp_path: Path) -> N
     assert "step 2: the log ratio of fakes" in str(run.checks[1].message())
 
 
+@pytest.mark.parametrize("chosen", ["generator", "ratio"])
+def test_one_of_the_networks_starts_from_a_denoiser(tmp_path: Path, chosen: str) -> None:
+    source = pretrainer(tmp_path / "d", steps=1)
+    source._save(tmp_path / "d" / "denoiser.safetensors")
+    random = trainer(tmp_path / "r")
+    run = trainer(tmp_path / "t", init=str(tmp_path / "d"), init_networks=chosen)
+    other = "ratio" if chosen == "generator" else "generator"
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(
+            getattr(run.state, other).parameters(), getattr(random.state, other).parameters(), strict=True
+        )
+    ]
+    assert all(same)
+    given = source.state.average.state_dict()
+    taken = getattr(run.state, chosen).denoiser.state_dict()
+    assert taken and all(torch.equal(tensor, given[name]) for name, tensor in taken.items())
+
+
 def test_an_update_that_is_not_finite_can_be_skipped(tmp_path: Path) -> None:
     run = pretrainer(tmp_path, on_nonfinite="skip")
     said: list[str] = []
