@@ -43,11 +43,11 @@ BACKBONE: dict[str, Any] = {
     ),
 }
 PRETRAINING: dict[str, Any] = {
-    "steps": 600, "batch_size": 32, "lr": 2e-3, "beta1": 0.9, "lr_warmup_steps": 50,
+    "steps": 400, "batch_size": 32, "lr": 2e-3, "beta1": 0.9, "lr_warmup_steps": 50,
     "lr_schedule": "cosine", "ema_half_life_images": 3000.0,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "steps": 400, "batch_size": 32, "generator": "backbone", "ratio_network": "encoder",
+    "steps": 300, "batch_size": 32, "generator": "backbone", "ratio_network": "encoder",
     "generator_lr": 5e-4, "ratio_lr": 1e-3, "divergence": "jensen_shannon",
     "ratio_noise": "loguniform(0.05, 5)", "weight": "bounded", "ratio_warmup_steps": 50,
     "generator_ramp_steps": 50, "ema_half_life_images": 1500.0,
@@ -58,7 +58,7 @@ STARTS = {
     "ratio network pre-trained": "ratio",
     "both pre-trained": "both",
 }
-EVERY = 50
+EVERY = 60
 
 
 def reduced(dataset: DataSet, share: float = 1.0) -> InMemoryDataSet:

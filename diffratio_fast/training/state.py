@@ -23,7 +23,12 @@ from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig, TrainConfig
 from diffratio_fast.data import DataSet, model_shape
 from diffratio_fast.files import replace_file
-from diffratio_fast.networks.backbone import BackboneGenerator, build_denoiser, set_checkpointing
+from diffratio_fast.networks.backbone import (
+    BackboneGenerator,
+    build_denoiser,
+    set_checkpointing,
+    set_dropout,
+)
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.bin_means import initial_means
 from diffratio_fast.training.ema import averaged_copy
@@ -202,13 +207,15 @@ def _built(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module
 
 
 def _denoiser(config: TrainConfig, dataset: DataSet) -> Denoiser:
-    """Teacher or student of score distillation."""
+    """Teacher or student of score distillation, without dropout: both stand for a posterior mean."""
     try:
-        return build_denoiser(
+        denoiser = build_denoiser(
             model_shape(dataset), len(dataset.class_names), config.backbone, backbone_options(config)
         )
     except ValueError as error:
         raise UserError(f"denoiser {config.backbone}: {error}") from None
+    set_dropout(denoiser, 0.0)
+    return denoiser
 
 
 def _start(
