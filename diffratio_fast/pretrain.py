@@ -7,7 +7,7 @@ from typing import Any
 from diffratio_fast import command
 from diffratio_fast.config import PretrainConfig
 from diffratio_fast.presets import DEFAULT, PRETRAIN_PRESETS
-from diffratio_fast.run_command import act, chosen_options, run_parser
+from diffratio_fast.run_command import act, chosen_options, over_preset, run_parser
 
 
 def parser() -> command.Parser:
@@ -21,7 +21,7 @@ def parser() -> command.Parser:
 def resolve(arguments: dict[str, Any]) -> tuple[str, PretrainConfig]:
     """The preset's name and the configuration: defaults, then preset, then --config, then options."""
     preset, chosen = chosen_options(arguments, PRETRAIN_PRESETS, PretrainConfig)
-    return preset, PretrainConfig(**(PRETRAIN_PRESETS[preset] | chosen))
+    return preset, PretrainConfig(**over_preset(PRETRAIN_PRESETS[preset], chosen))
 
 
 def start(preset: str, config: PretrainConfig, *, fresh: bool) -> int:

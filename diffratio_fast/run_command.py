@@ -78,3 +78,9 @@ def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: 
         raise command.UserError(f"no such preset: {preset}; known: {', '.join(presets)}")
     file = arguments.pop("config")
     return preset, ({} if file is None else read_config(file, kind)) | arguments
+
+
+def over_preset(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values under the options chosen; those of its backbone go with it."""
+    other = "backbone" in chosen and chosen["backbone"] != values.get("backbone")
+    return {**values, **({"backbone_options": "{}"} if other else {}), **chosen}

@@ -7,7 +7,7 @@ from typing import Any
 from diffratio_fast import command
 from diffratio_fast.config import TrainConfig
 from diffratio_fast.presets import DEFAULT, PRESETS, RATIO_NETWORKS, VSD
-from diffratio_fast.run_command import act, chosen_options, run_parser
+from diffratio_fast.run_command import act, chosen_options, over_preset, run_parser
 
 
 def parser() -> command.Parser:
@@ -22,7 +22,7 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
     values = PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {})
     if chosen.get("objective") == "vsd":
         values = values | VSD[preset]
-    return preset, TrainConfig(**(values | chosen))
+    return preset, TrainConfig(**over_preset(values, chosen))
 
 
 def start(preset: str, config: TrainConfig, *, fresh: bool) -> int:

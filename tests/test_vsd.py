@@ -251,6 +251,14 @@ def test_command_line_says_what_is_missing(tmp_path: Path) -> None:
         train.main(["digits", *options])
 
 
+def test_another_backbone_has_its_own_options() -> None:
+    """The preset's options are of its U-Net; --backbone alone takes another network's defaults."""
+    _, config = pretrain.resolve({"preset": "digits", "config": None, "backbone": "mlp"})
+    assert config.backbone_options == "{}"
+    _, config = pretrain.resolve({"preset": "digits", "config": None, "lr": 1.0})
+    assert "model_channels" in config.backbone_options
+
+
 def test_dry_run_counts_the_teacher(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
