@@ -95,7 +95,8 @@ def _divergence_table(rows: list[Row]) -> str:
         if key[2] not in (0.1, 0.4, 1.6):
             continue
         group = _pick(chosen, dimensions=key[0], pair=key[1], sigma=key[2])
-        cells = [f"{math.sqrt(_pick(group, divergence=name)[0]['error2']):.2f}" for name in names]
+        errors = (math.sqrt(_pick(group, divergence=name)[0]["error2"]) for name in names)
+        cells = ["over 100" if error > 100 else f"{error:.2f}" for error in errors]  # of next to nothing
         lines.append(f"| {key[0]} | {key[1]} | {key[2]:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -70,7 +70,7 @@ def reduced(dataset: DataSet, share: float = 1.0) -> InMemoryDataSet:
         splits[split] = small, labels
     values = splits["train"][0].double()
     scaling = Scaling(
-        (float(values.mean()),), (float(values.std(correction=0)) / 0.5,), dataset.scaling.low,
+        (float(values.mean()),), (float(values.std(correction=0)),), dataset.scaling.low,
         dataset.scaling.high,
     )  # fmt: skip
     return InMemoryDataSet(f"{dataset.name}, 14 x 14", dataset.class_names, scaling, splits)

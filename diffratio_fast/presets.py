@@ -263,6 +263,7 @@ for _name in PRESETS:
 VSD: dict[str, Values] = {
     name: {
         "divergence": "reverse_kl",
+        "weight": "sigma2",
         "ratio_ema_half_life_images": None,
         "ratio_weight_decay": 0.0,
     }

@@ -215,6 +215,12 @@ def _by_sigma(run: RunFiles) -> str:
                 "Near 1 it is saturated: its gradient says little.",
             ),
             line_chart(
+                "Weighted error of the student at generated images",
+                [of("student_error_by_sigma", "fresh images", "s0")],
+                SIGMA,
+                Axis("error", log=True),
+            ),
+            line_chart(
                 "Slope |∇ℓ| at generated images",
                 [of("log_ratio_gradient_by_sigma", "mean norm", "s3", "generator_sigma")],
                 SIGMA,
@@ -255,6 +261,12 @@ def _training(run: RunFiles) -> str:
                 [_over_time(run.measured, "frechet_distance_validation", "averaged generator", "s0")],
                 STEP,
                 Axis("distance", log=True),
+            ),
+            line_chart(
+                "Loss of the student",
+                [_over_time(logged, "student_loss", "generated images", "s1")],
+                STEP,
+                Axis("loss"),
             ),
             line_chart(
                 "Loss of the ratio network",
