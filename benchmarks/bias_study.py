@@ -71,9 +71,7 @@ _BASE = DIFFRATIO
 KNOBS: dict[str, Recipe] = {
     "base": _BASE,
     "weight uniform": replace(_BASE, weight="uniform"),
-    "weight sigma": replace(_BASE, weight="sigma"),
     "weight sigma2": replace(_BASE, weight="sigma2"),
-    "law lognormal(-1.2, 1.2)": replace(_BASE, online=replace(ONLINE_RATIO, law="lognormal(-1.2, 1.2)")),
     "law loguniform(0.05, 1.5)": replace(_BASE, online=replace(ONLINE_RATIO, law="loguniform(0.05, 1.5)")),
     "law karras(0.02, 80), weight sigma2": replace(
         _BASE, weight="sigma2", online=replace(ONLINE_RATIO, law="karras(0.02, 80)")
@@ -81,10 +79,8 @@ KNOBS: dict[str, Recipe] = {
     "law karras(0.02, 80)": replace(_BASE, online=replace(ONLINE_RATIO, law="karras(0.02, 80)")),
     "3 ratio steps": replace(_BASE, online_steps=3),
     "4 noise draws": replace(_BASE, noise_draws=4),
-    "warm-up of 200 steps": replace(_BASE, warmup=200),
     "gradient penalty 0.1": replace(_BASE, online=replace(ONLINE_RATIO, penalty=0.1)),
     "jeffreys, clamp 1": replace(_BASE, divergence="jeffreys", clamp=1.0),
-    "jeffreys, clamp 3": replace(_BASE, divergence="jeffreys"),
     "jeffreys, clamp 8": replace(_BASE, divergence="jeffreys", clamp=8.0),
     "256 data points": replace(_BASE, data_points=FEW),
     "256 points, weight decay 1": replace(_BASE, data_points=FEW, online=replace(ONLINE_RATIO, decay=1.0)),
@@ -279,7 +275,7 @@ class Study:
         began = time.process_time()
         steps = self.steps(STEPS)
         outcome = train_generators(
-            replace(recipe, warmup=round(recipe.warmup * self.scale)), data, start, networks,
+            recipe, data, start, networks,
             teacher if recipe.method == "vsd" else None,
             steps=steps, every=max(1, steps // 10), generator=generator,
         )  # fmt: skip

@@ -36,7 +36,6 @@ class Recipe:
     generator_law: str | None = None
     generator_rate: float = 1e-2
     online: Settings = field(default_factory=lambda: Settings(steps=0, rate=3e-3, beta1=0.0))
-    warmup: int = 0
     data_points: int | None = None  # the data are so many fixed points, in place of their law
 
     def divergence_row(self) -> Divergence:
@@ -145,10 +144,10 @@ def train_generators(
         for name, values in figures.items():
             found.figures.setdefault(name, []).append(values.tolist())
 
-    for step in range(-recipe.warmup, steps):
-        if step % every == 0 and step >= 0:
+    for step in range(steps):
+        if step % every == 0:
             evaluate(step)
-        progress = max(step, 0) / steps
+        progress = step / steps
         factor = 0.1 + 0.9 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item()) / 2
         if networks is not None and optimizer is not None:
             for _ in range(recipe.online_steps):
@@ -162,8 +161,6 @@ def train_generators(
                     assert isinstance(networks, Denoisers)
                     loss = denoising_loss(networks, fake, sigma, generator)
                 descend(optimizer, loss, online.rate * factor)
-        if step < 0:
-            continue
         fake = made.mixture().sample(online.batch, generator)
         gradient = torch.zeros_like(fake)
         for _ in range(recipe.noise_draws):

@@ -43,11 +43,11 @@ BACKBONE: dict[str, Any] = {
     ),
 }
 PRETRAINING: dict[str, Any] = {
-    "steps": 400, "batch_size": 32, "lr": 2e-3, "beta1": 0.9, "lr_warmup_steps": 50,
+    "steps": 300, "batch_size": 32, "lr": 2e-3, "beta1": 0.9, "lr_warmup_steps": 50,
     "lr_schedule": "cosine", "ema_half_life_images": 3000.0,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "steps": 300, "batch_size": 32, "generator": "backbone", "ratio_network": "encoder",
+    "steps": 240, "batch_size": 32, "generator": "backbone", "ratio_network": "encoder",
     "generator_lr": 5e-4, "ratio_lr": 1e-3, "divergence": "jensen_shannon",
     "ratio_noise": "loguniform(0.05, 5)", "weight": "bounded", "ratio_warmup_steps": 50,
     "generator_ramp_steps": 50, "ema_half_life_images": 1500.0,
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("data", metavar="DATA", help="directory of a prepared data set of 28 x 28 images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--images", type=Path, metavar="DIRECTORY", help="write the figure there")
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="repetitions [2]")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repetitions [1]")
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="share of steps and images")
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 1 or options.seeds < 1:
