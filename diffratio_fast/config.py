@@ -282,7 +282,7 @@ class TrainConfig(RunConfig):
         "reverse_kl", "divergence that the generator descends", "objective", choices=DIVERGENCE_NAMES
     )
     weight: str = option(
-        "sigma2", "weight w(sigma) of the generator's gradient", "objective", choices=WEIGHT_NAMES
+        "bounded", "weight w(sigma) of the generator's gradient", "objective", choices=WEIGHT_NAMES
     )
     ratio_noise: str = option("loguniform(0.07, 1.3)", "law of sigma for the ratio network", "objective")
     generator_noise: str | None = option(

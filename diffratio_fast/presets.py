@@ -73,7 +73,7 @@ _KINDRED: Values = {  # what the presets of published backbones have in common
     "beta2": 0.999,
     "sigma_init": 2.5,
     "divergence": "reverse_kl",
-    "weight": "sigma2",
+    "weight": "bounded",
     "ratio_noise": "karras(0.02, 80)",
     "log_every": 50,
     "eval_every": 2500,
