@@ -210,6 +210,7 @@ def _draw_training(pyplot: Any, rows: list[Row]) -> Any:
                     label=row["recipe"],
                 )  # fmt: skip
         axis.set(yscale="log", xlabel="generator steps", title=f"{size} dimensions", ylabel=label)
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 4e-3))  # what is exact goes on to nothing
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, bbox_to_anchor=(0.5, -0.12))
     figure.tight_layout()
