@@ -232,7 +232,7 @@ def test_nan_is_reported_by_step_and_name_and_stops_the_run(tmp_path: Path) -> N
 @pytest.mark.parametrize("chosen", ["generator", "ratio"])
 def test_one_of_the_networks_starts_from_a_denoiser(tmp_path: Path, chosen: str) -> None:
     source = pretrainer(tmp_path / "d", steps=1)
-    source._save(tmp_path / "d" / "denoiser.safetensors")
+    source._save(tmp_path / "d" / "denoiser.safetensors", source.state.average)
     random = trainer(tmp_path / "r")
     run = trainer(tmp_path / "t", init=str(tmp_path / "d"), init_networks=chosen)
     other = "ratio" if chosen == "generator" else "generator"

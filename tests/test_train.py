@@ -164,7 +164,7 @@ def test_every_option_of_the_objective_trains(tmp_path: Path) -> None:
             ["--divergence", "reverse_kl", "--precision", "float64", "--ratio-warmup-steps", "2",
              "--generator-ramp-steps", "2", "--lr-schedule", "linear"],
             ["--flip-probability", "0.5", "--ratio-roll-probability", "0.5",
-             "--generator-noise", "karras(0.1, 1)"],
+             "--generator-noise", "karras(0.1, 1)", "--ratio-gradient-penalty", "0.1"],
         ]
     ):  # fmt: skip
         directory = tmp_path / str(i)
