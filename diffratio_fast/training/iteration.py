@@ -162,7 +162,7 @@ class Stepper:
 class Iteration(Stepper):
     """The pure function (state, step, batches) -> state, for one configuration on a device per process."""
 
-    WATCHED = "the log ratio of fakes"
+    SOURCE = "the log ratio of fakes"
     """What a generator step's score difference comes from, in the words of an error."""
 
     state: TrainState
@@ -317,7 +317,7 @@ class Iteration(Stepper):
             update_means(state.h_means, self.world.sum(sums))
         if self.divergence.clamp is not None:
             state.sums[5] += clamped
-        made = self.checks["generator"].allows(self.rng[1], {self.WATCHED: log_ratio})
+        made = self.checks["generator"].allows(self.rng[1], {self.SOURCE: log_ratio})
         if made:
             state.generator_optimizer.step()
         return made

@@ -27,7 +27,7 @@ from diffratio_fast.training.state import TrainState
 class VSDIteration(Iteration):
     """An iteration whose online network is a student denoiser, and whose score difference is that of two."""
 
-    WATCHED = "the difference of the denoisers"
+    SOURCE = "the difference of the denoisers"
 
     def __init__(
         self,
