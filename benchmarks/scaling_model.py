@@ -191,7 +191,7 @@ print(json.dumps(timed_step(int(sys.argv[1]))))
 
 
 def timed_step(batch: int) -> float | None:
-    """Median seconds of a step of the tiny U-Net, on all processes of a launcher; rank 0 alone has it."""
+    """Median CPU seconds of the tiny U-Net's step in one process; None in all but a launcher's rank 0."""
     import torch
 
     from diffratio_fast.config import TrainConfig
@@ -205,9 +205,9 @@ def timed_step(batch: int) -> float | None:
         batches = run.batches()
         times = []
         for _ in range(2 + TIMED):
-            began = time.perf_counter()
+            began = time.process_time()
             run.advance(next(batches))
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         return statistics.median(times[2:]) if world.main else None
 
 
@@ -226,14 +226,14 @@ def timed_on_two(batch: int) -> float:
 
 
 def averaging(size: float) -> float:
-    """Seconds in which two processes of this machine average ``size`` bytes of gradients (Gloo), measured."""
+    """CPU seconds of a process in which two of them average ``size`` bytes of gradients (Gloo)."""
     script = (
         "import sys, time, torch, torch.distributed as d\n"
         "d.init_process_group('gloo')\n"
         "t = torch.zeros(int(float(sys.argv[1])) // 4)\n"
         "times = []\n"
         "for _ in range(20):\n"
-        "    d.barrier(); b = time.perf_counter(); d.all_reduce(t); times.append(time.perf_counter() - b)\n"
+        "    d.barrier(); b = time.process_time(); d.all_reduce(t); times.append(time.process_time() - b)\n"
         "if d.get_rank() == 0: print(sorted(times)[10])\n"
         "d.destroy_process_group()\n"
     )
@@ -247,7 +247,10 @@ def averaging(size: float) -> float:
 
 
 def measure() -> dict[str, Any]:
-    """Predicted and measured step times on this machine's CPU, one and two processes."""
+    """Predicted and measured step times on this machine's CPU, one and two processes.
+
+    In CPU seconds of one process with one thread, which other work on the machine does not add to.
+    """
     import torch
 
     from benchmarks.harness import environment
