@@ -1,6 +1,7 @@
 """A model of step time and memory against GPUs, batch and model size, and its check on this machine.
 
     python -m benchmarks.scaling_model [--preset NAME] [--gpus 8,16,...] [--json FILE]
+    python -m benchmarks.scaling_model --summary
     python -m benchmarks.scaling_model --measure [--json FILE]
 
 FLOPs, gradients and memory are those of the plan (``diffratio_fast.training.memory``, a step on tensors
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 PLANNED = (2, 4)
-"""Images in a pass of the plans from which memory is extrapolated."""
+"""Images of the plans from which memory is extrapolated (passes of a larger batch take a little less)."""
 COUNTS = (8, 16, 32, 64, 128, 256)
 
 
@@ -65,10 +67,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of a run costs, from the plan: totals of the batch, bytes of one copy of the networks."""
+    """What a step of a run costs, from the plan; bytes are those of one copy of the networks."""
 
     batch: int
     flops: float
+    """An image's, where a GPU takes its images in one pass; in several, each generator pass is made twice."""
+    flops_in_parts: float
     state: float
     gradients: float
     record_bytes: int
@@ -110,7 +114,8 @@ def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[
     images = largest_pass(work, local, machine.memory * 0.92 + spared)
     if images is None:
         return None
-    computing = work.flops / count / (machine.flops * machine.utilisation)
+    flops = (work.flops if images == local else work.flops_in_parts) * local
+    computing = flops / (machine.flops * machine.utilisation)
     exchange = ring(work.gradients, count, machine)
     if sharded:  # reduce-scatter of gradients, all-gather of weights in forward and in backward passes
         passes = -(-local // images)
@@ -127,7 +132,7 @@ def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[
         "exchange_s": exchange,
         "step_s": seconds,
         "images_per_second": work.batch / seconds,
-        "efficiency": (work.flops / (machine.flops * machine.utilisation) / count) / seconds,
+        "efficiency": computing / seconds,
         "memory_bytes": work.peak(images) - spared,
         "loader_bytes_per_second_and_node": work.batch * work.record_bytes / seconds
         / max(1, math.ceil(count / machine.per_node)),
@@ -141,12 +146,14 @@ def work_of(config: RunConfig, data: DataSet) -> Work:
     from diffratio_fast.training.memory import cost
 
     low, high = PLANNED
-    few, many = (cost(replace(config, batch_size=2 * n, micro_batch=n), data) for n in PLANNED)
+    few, many = (cost(replace(config, batch_size=n, micro_batch=None), data) for n in PLANNED)
+    parts = cost(replace(config, batch_size=2 * low, micro_batch=low), data)
     per_image = (many.peak - few.peak) / (high - low)
     element = 1 if data.kind == "image" else 2
     return Work(
         batch=config.batch_size,
-        flops=many.flops / (2 * high) * config.batch_size,
+        flops=many.flops / high,
+        flops_in_parts=parts.flops / (2 * low),
         state=many.state,
         gradients=many.gradients,
         record_bytes=math.prod(data.shape) * element,
@@ -168,6 +175,40 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
             f"| {row['computing_s'] * 1e3:.0f} | {row['exchange_s'] * 1e3:.0f} | {row['step_s'] * 1e3:.0f} "
             f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {row['memory_bytes'] / 1e9:.1f} "
             f"| {row['loader_bytes_per_second_and_node'] / 1e6:,.0f} | {row['step_s'] * steps / 86400:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+PLANS = Path(__file__).parent.parent / "docs" / "presets.md"
+ROW = re.compile(r"\| `([^`]+)` \| `train` \| ([\d.]+) \+ ([\d.]+) \| (\d+)[^|]*\| ([\d,.]+) \|")
+
+
+def hidden_up_to(flops: float, gradients: float, batch: int, machine: Machine) -> int:
+    """The most GPUs, whole nodes, on which the exchange of gradients hides behind the backward passes."""
+    rate = machine.flops * machine.utilisation
+    nodes = range(machine.per_node, 257, machine.per_node)
+    hides = [n for n in nodes if ring(gradients, n, machine) <= machine.hidden * flops * batch / n / rate]
+    return max(hides, default=0)
+
+
+def summary(machine: Machine, larger: int = 2048) -> str:
+    """Every preset's computing and exchange, from the plans in docs/presets.md; Markdown."""
+    lines = [
+        "| preset (batch) | GFLOPs an image | gradients, GB | computing on 8, 16 GPUs, ms | exchange, ms "
+        f"| hidden up to | with a batch of {larger} |",
+        "|" + "---|" * 7,
+    ]
+    for name, first, second, batch, gigaflops in ROW.findall(PLANS.read_text()):
+        flops, gradients = float(gigaflops.replace(",", "")) * 1e9, (float(first) + float(second)) * 4e6
+        if flops < 1e11:  # digits and Fashion-MNIST are for a CPU
+            continue
+        computing = [flops * int(batch) / n / (machine.flops * machine.utilisation) for n in (8, 16)]
+        exchange = [ring(gradients, n, machine) for n in (8, 16)]
+        most = [hidden_up_to(flops, gradients, b, machine) for b in (int(batch), larger)]
+        lines.append(
+            f"| `{name}` ({batch}) | {flops / 1e9:,.0f} | {gradients / 1e9:.2f} "
+            f"| {computing[0] * 1e3:,.0f}, {computing[1] * 1e3:,.0f} "
+            f"| {exchange[0] * 1e3:.0f}, {exchange[1] * 1e3:.0f} | {most[0]} GPUs | {most[1]} GPUs |"
         )
     return "\n".join(lines)
 
@@ -292,6 +333,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--preset", default="imagenet512-xs", metavar="NAME", help="what is trained")
     parser.add_argument("--gpus", default=",".join(map(str, COUNTS)), metavar="LIST", help="numbers of GPUs")
     parser.add_argument("--batch", type=int, metavar="N", help="images in a step (default: the preset's)")
+    parser.add_argument("--summary", action="store_true", help="instead: all presets, from docs/presets.md")
     parser.add_argument("--measure", action="store_true", help="instead: check the model on this machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     arguments = parser.parse_args(argv)
@@ -299,6 +341,9 @@ def main(argv: list[str]) -> int:
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise UserError(f"--gpus {arguments.gpus}: whole numbers are asked for, with commas between")
     result: dict[str, Any]
+    if arguments.summary:
+        print(summary(Machine()))
+        return 0
     if arguments.measure:
         result = measure()
         for row in result["rows"]:
@@ -323,7 +368,7 @@ def main(argv: list[str]) -> int:
         found = [predict(work, count, machine, sharded=way) for count in counts for way in (False, True)]
         rows = [row for row in found if row is not None]
         print(
-            f"{arguments.preset}: {work.flops / work.batch / 1e9:,.0f} GFLOPs an image, gradients "
+            f"{arguments.preset}: {work.flops / 1e9:,.0f} GFLOPs an image, gradients "
             f"{work.gradients / 1e9:.2f} GB, state {work.state / 1e9:.2f} GB, {steps:,} steps of {work.batch}"
         )
         print(table(rows, steps))
