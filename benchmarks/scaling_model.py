@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from diffratio_fast.data import DataSet
 
 GIB = 2**30
-PLANNED = (2, 4)
-"""Images of the plans from which memory is extrapolated (passes of a larger batch take a little less)."""
+PLANNED = (16, 32)
+"""Images of the plans from which memory is extrapolated: of few, the optimizers' step takes most."""
 COUNTS = (8, 16, 32, 64, 128, 256)
 
 
@@ -81,7 +81,7 @@ class Work:
     """Peak bytes of a pass: ``fixed`` (state, gradients and more) and so many for each image in it."""
 
     def peak(self, images: int) -> float:
-        return self.fixed + images * self.per_image
+        return max(self.fixed + images * self.per_image, self.state + self.gradients)
 
 
 def ring(size: float, count: int, machine: Machine, *, passes: int = 2) -> float:
@@ -147,13 +147,13 @@ def work_of(config: RunConfig, data: DataSet) -> Work:
 
     low, high = PLANNED
     few, many = (cost(replace(config, batch_size=n, micro_batch=None), data) for n in PLANNED)
-    parts = cost(replace(config, batch_size=2 * low, micro_batch=low), data)
+    parts = cost(replace(config, batch_size=2, micro_batch=1), data)
     per_image = (many.peak - few.peak) / (high - low)
     element = 1 if data.kind == "image" else 2
     return Work(
         batch=config.batch_size,
         flops=many.flops / high,
-        flops_in_parts=parts.flops / (2 * low),
+        flops_in_parts=parts.flops / 2,
         state=many.state,
         gradients=many.gradients,
         record_bytes=math.prod(data.shape) * element,
