@@ -103,7 +103,7 @@ def train(dataset: InMemoryDataSet, start: str, denoiser: Path, seed: int, steps
     batches = dataset.batches("train", config.batch_size, seed=seed)
     curve = []
     for step in range(steps + 1):
-        if step % max(1, round(EVERY * share)) == 0:
+        if step == steps or step % max(1, round(EVERY * share)) == 0:
             images = networks.generate(state.average, labels, seed=7)
             curve.append((step, metrics.distance(images, "validation")))
         if step < steps:
