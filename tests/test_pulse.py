@@ -162,9 +162,12 @@ def test_who_is_missing_when_a_connection_is_lost() -> None:
             time.sleep(0.3)
             assert one.missing() is None
         assert one.missing() is None  # it has ended in good order
-        store.set("pulse/1", store["pulse/1"].decode().replace("done", ""))
-        time.sleep(0.1)
+        last = store["pulse/1"].decode().replace("done", "")
+        late = threading.Timer(0.04, store.set, ("pulse/1", last.replace('"beat": 0', '"beat": 99')))
+        store.set("pulse/1", last)
+        late.start()  # a last beat that is noticed only after the connection was lost
         assert f"process 1 (pid {os.getpid()} on" in (one.missing() or "")
+        late.join()
 
 
 def test_no_thread_is_left(tmp_path: Path) -> None:

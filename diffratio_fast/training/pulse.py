@@ -107,11 +107,12 @@ class Pulse:
 
     def missing(self) -> str | None:
         """Which other process gives no beat for a while; to be asked when a connection is lost."""
-        before = {rank: other.beat for rank, other in self._others.items()}
-        time.sleep(4 * self.beat_seconds)
-        for rank, other in self._others.items():
-            if other.beat == before[rank] and not other.done:
-                return f"process {rank} ({other.where}) has died"
+        for _ in range(3):  # in the first turn its last beat may yet be seen to come
+            before = {rank: other.beat for rank, other in self._others.items()}
+            time.sleep(4 * self.beat_seconds)
+            for rank, other in self._others.items():
+                if other.beat == before[rank] and not other.done:
+                    return f"process {rank} ({other.where}) has died"
         return None
 
     def _finish(self, ended: str) -> None:
