@@ -61,6 +61,13 @@ class RunConfig(Options):
         free=True,
     )
     checkpoint_every: int = option(1000, "steps between checkpoints", "run", low=1, free=True)
+    on_save_failure: str = option(
+        "continue",
+        "what a checkpoint that cannot be written (full disk) does: continue or stop; the last one is kept",
+        "run",
+        choices=("continue", "stop"),
+        free=True,
+    )
     snapshot_every: int = option(4000, "steps between snapshots of the average", "run", low=1, free=True)
     on_nonfinite: str = option(
         "stop",

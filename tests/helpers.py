@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 SMALL = [
     "--threads", "1", "--device", "cpu", "--batch-size", "16", "--generator-width", "16",
     "--ratio-width", "16", "--latent-size", "8", "--log-every", "4", "--eval-every", "8",
@@ -30,6 +33,16 @@ def one_error_line(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    return sorted((run_dir / "checkpoint").glob("step-*"))[-1]
+
+
+def checkpoint_tensors(run_dir: Path) -> dict[str, Tensor]:
+    """The tensors of the newest checkpoint, which one process wrote."""
+    (file,) = newest_checkpoint(run_dir).glob("*.safetensors")
+    return load_file(file)
 
 
 def contents(directory: Path) -> dict[str, tuple[str, int]]:

@@ -15,8 +15,7 @@ import data_cases
 import numpy as np
 import pytest
 import torch
-from helpers import contents
-from safetensors.torch import load_file
+from helpers import checkpoint_tensors, contents
 
 from diffratio_fast import networks, ops, pretrain, sample, train
 from diffratio_fast.command import UserError
@@ -287,13 +286,12 @@ def test_apex_where_it_is_and_where_it_is_not(tmp_path: Path, monkeypatch: pytes
     module = types.ModuleType("apex.optimizers")
     module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
-    from diffratio_fast.training.state import load_checkpoint, save_checkpoint
-
     run = trainer(tmp_path, optimizer="apex")
     advance(run, 3)
-    save_checkpoint(tmp_path / "state", run.state)
+    run.checkpoints.save(run.state)
+    assert run.checkpoints.failure() is None
     again = trainer(tmp_path, optimizer="apex")
-    load_checkpoint(tmp_path / "state", again.state)
+    again.checkpoints.load(again.state)
     assert again.state.ratio_optimizer.param_groups[0]["step"] == 3
     one, other = advance(run, 1), advance(again, 1)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -311,7 +309,7 @@ def test_interrupted_and_continued_pretraining_is_bit_identical(tmp_path: Path) 
     go("a", 5)
     go("b", 3)
     go("b", 5)
-    a, b = (load_file(tmp_path / run / "checkpoint/state.safetensors") for run in "ab")
+    a, b = (checkpoint_tensors(tmp_path / run) for run in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     before = contents(tmp_path / "a")
     go("a", 5)

@@ -1,7 +1,9 @@
 """A whole run in small: what it leaves, how it stops, how it continues, what it says of bad input."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,14 +14,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import SMALL, command, contents, one_error_line, run
+from helpers import (
+    SMALL,
+    checkpoint_tensors,
+    command,
+    contents,
+    newest_checkpoint,
+    one_error_line,
+    run,
+)  # fmt: skip
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffratio_fast.command import UserError
 from diffratio_fast.presets import PRESETS
 from diffratio_fast.train import parser, resolve
-from diffratio_fast.training import loop
+from diffratio_fast.training import checkpoint, loop
 
 STEPS = 23
 
@@ -34,11 +44,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_networks(a: Path, b: Path) -> None:
-    for name in ("generator.safetensors", "ratio.safetensors", "checkpoint/state.safetensors"):
-        first, second = load_file(a / name), load_file(b / name)
+    pairs = [
+        (load_file(a / name), load_file(b / name)) for name in ("generator.safetensors", "ratio.safetensors")
+    ]
+    for first, second in [*pairs, (checkpoint_tensors(a), checkpoint_tensors(b))]:
         assert first.keys() == second.keys()
         for key in first:
-            assert torch.equal(first[key], second[key]), (name, key)
+            assert torch.equal(first[key], second[key]), key
 
 
 def log_lines(run_dir: Path) -> list[dict[str, float]]:
@@ -118,7 +130,7 @@ def test_interrupted_and_continued_is_bit_identical(
     else:
         assert process.returncode == 0
         assert sent.name in said and "continues" in said
-    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
+    assert newest_checkpoint(tmp_path / "run").is_dir()
     assert not (tmp_path / "run" / "summary.json").exists()
 
     result = run("train", *arguments, cwd=tmp_path)
@@ -178,7 +190,7 @@ def test_every_option_of_the_objective_trains(tmp_path: Path) -> None:
 def test_the_generator_is_frozen_while_the_ratio_warms_up(tmp_path: Path) -> None:
     assert in_process(tmp_path / "a", "--steps", 5, "--ratio-warmup-steps", 5) == 0
     assert in_process(tmp_path / "b", "--steps", 1, "--ratio-warmup-steps", 5) == 0
-    first, second = (load_file(tmp_path / name / "checkpoint/state.safetensors") for name in "ab")
+    first, second = (checkpoint_tensors(tmp_path / name) for name in "ab")
     for key, value in first.items():
         if key.startswith(("generator.", "average.")):
             assert torch.equal(value, second[key])
@@ -218,25 +230,81 @@ def copy_run(finished: Path, tmp_path: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text"])
-def test_a_damaged_checkpoint_is_said_and_kept(finished: Path, tmp_path: Path, damage: str) -> None:
-    target = copy_run(finished, tmp_path)
-    checkpoint = target / "checkpoint" / "state.safetensors"
-    data = bytearray(checkpoint.read_bytes())
-    if damage == "truncated":
-        data = data[: len(data) // 2]
-    elif damage == "flipped":
+def damage(checkpoint: Path, how: str) -> None:
+    shard, index = next(checkpoint.glob("*.safetensors")), checkpoint / "index.json"
+    data = bytearray(shard.read_bytes())
+    if how == "truncated":
+        shard.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
         data[-1000] ^= 1
-    elif damage == "emptied":
-        data = bytearray()
+        shard.write_bytes(data)
+    elif how == "missing":
+        shard.unlink()
+    elif how == "index":
+        index.write_text(index.read_text().replace('"step": ', '"step": 1'))
     else:
-        data = bytearray(b"not a checkpoint")
-    checkpoint.write_bytes(data)
+        index.write_text("not an index")
+
+
+DAMAGES = ("truncated", "flipped", "missing", "index", "text")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
+    finished: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = copy_run(finished, tmp_path)
+    names = sorted(path.name for path in (target / "checkpoint").iterdir())
+    assert names == ["step-00000020", "step-00000023"]
+    damage(newest_checkpoint(target), how)
+    assert in_process(target, "--steps", STEPS) == 0
+    said = capsys.readouterr().out
+    assert "step-00000023: the checkpoint is damaged" in said and "continuing from step-00000020" in said
+    assert sorted(path.name for path in (target / "checkpoint").iterdir()) == names
+    same_networks(finished, target)
+    assert log_lines(finished) == log_lines(target)
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(finished: Path, tmp_path: Path) -> None:
+    target = copy_run(finished, tmp_path)
+    for path, how in zip((target / "checkpoint").iterdir(), ("flipped", "text"), strict=True):
+        damage(path, how)
     before = contents(target)
-    result = run("train", *SMALL, "--steps", STEPS + 1, "--run-dir", "run", cwd=tmp_path)
-    line = one_error_line(result)
-    assert "damaged" in line and "--fresh" in line and "state.safetensors" in line
+    line = one_error_line(run("train", *SMALL, "--steps", STEPS + 1, "--run-dir", "run", cwd=tmp_path))
+    assert line.count("damaged") == 2 and "--fresh" in line
+    shutil.rmtree(target / "checkpoint")
+    (target / "checkpoint").mkdir()
+    (target / "checkpoint" / "state.safetensors").write_bytes(b"of an earlier version")
+    before = contents(target)
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        in_process(target, "--steps", STEPS + 1)
     assert contents(target) == before
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the disk be full while the checkpoint of ``step`` is written."""
+    write = checkpoint._write_file
+
+    def full(path: Path, content: bytes) -> None:
+        if f"{step:08d}" not in str(path):
+            return write(path, content)
+        path.write_bytes(content[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write_file", full)
+
+
+def test_a_full_disk_during_a_save(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_disk(monkeypatch, 10)
+    with pytest.raises(UserError, match=r"step 10 could not be saved .No space left.*step-00000005 is kept"):
+        in_process(tmp_path / "run", "--steps", STEPS, "--on-save-failure", "stop")
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000005"]
+    assert in_process(tmp_path / "run", "--steps", STEPS) == 0
+    assert "warning: the checkpoint of step 10 could not be saved" in capsys.readouterr().out
+    same_networks(finished, tmp_path / "run")
+    assert log_lines(finished) == log_lines(tmp_path / "run")
 
 
 def test_other_settings_are_refused_and_nothing_changes(finished: Path, tmp_path: Path) -> None:
@@ -258,7 +326,7 @@ def test_fresh_starts_over_and_removes_only_a_runs_files(finished: Path, tmp_pat
 
 def test_results_without_a_checkpoint_are_not_overwritten(finished: Path, tmp_path: Path) -> None:
     target = copy_run(finished, tmp_path)
-    (target / "checkpoint" / "state.safetensors").unlink()
+    shutil.rmtree(target / "checkpoint")
     before = contents(target)
     line = one_error_line(run("train", *SMALL, "--run-dir", "run", cwd=tmp_path))
     assert "no checkpoint" in line

@@ -16,6 +16,7 @@ from diffratio_fast.data import SPLITS, DataSet, InMemoryDataSet, Scaling, open_
 from diffratio_fast.data.manifest import LATENT_SCALINGS, SD_VAE
 from diffratio_fast.devices import choose_device
 from diffratio_fast.presets import DATA_SHAPES, PRESETS
+from diffratio_fast.training import checkpoint
 from diffratio_fast.training.loop import Trainer
 from diffratio_fast.training.memory import Cost, cost
 from diffratio_fast.training.pretraining import Pretrainer
@@ -91,7 +92,7 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     counts = "; " + ", ".join(f"{split} {dataset.count(split):,}" for split in SPLITS) if there else ""
     rows = {
         "preset": preset,
-        "run directory": f"{directory.root}{' (holds a run)' if directory.checkpoint.exists() else ''}",
+        "run directory": f"{root}{' (holds a run)' if checkpoint.exists(directory.checkpoint) else ''}",
         "device": f"{device} ({about['device']}, {about['threads']} threads), {config.precision}",
         "data": f"{dataset.name}: {dataset.kind} {shape}, {len(dataset.class_names)} classes{counts}",
         **{name: f"{_network(name, config)}, {n:,} parameters" for name, n in planned.parameters.items()},

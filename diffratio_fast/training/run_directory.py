@@ -32,7 +32,7 @@ class RunDirectory:
         self.config = root / "config.yaml"
         self.metrics = root / "metrics.jsonl"
         self.samples = root / "samples"
-        self.checkpoint = root / "checkpoint" / "state.safetensors"
+        self.checkpoint = root / "checkpoint"
         self.snapshots = root / "snapshots"
         self.generator = root / "generator.safetensors"
         self.ratio = root / "ratio.safetensors"
@@ -85,7 +85,7 @@ class RunDirectory:
         files += [self.config, self.measurements, self.neighbours, self.report, *self.root.glob(EVENTS)]
         for path in files:
             path.unlink(missing_ok=True)
-        for directory in (self.checkpoint.parent, self.samples, self.snapshots):
+        for directory in (self.checkpoint, self.samples, self.snapshots):
             shutil.rmtree(directory, ignore_errors=True)
 
     def check_same(self, config: RunConfig) -> None:

@@ -19,14 +19,16 @@ from diffratio_fast.data import DataSet, open_dataset
 from diffratio_fast.devices import choose_device
 from diffratio_fast.files import make_directory, replace_file
 from diffratio_fast.report.diagnosis import warnings
+from diffratio_fast.training import checkpoint
 from diffratio_fast.training.capture import Step, check_capture
+from diffratio_fast.training.checkpoint import Checkpoints
 from diffratio_fast.training.distributed import ALONE, Agreement, World, common_store, joined, lost_others
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.iteration import Batch
 from diffratio_fast.training.pulse import Pulse
 from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
 from diffratio_fast.training.run_directory import RunDirectory
-from diffratio_fast.training.state import RunState, load_checkpoint, save_checkpoint
+from diffratio_fast.training.state import RunState
 from diffratio_fast.training.watch import BadSteps, Watch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -82,6 +84,7 @@ class Run:
     ) -> None:
         """``started``: a checkpoint will replace the first state."""
         self.preset, self.config, self.directory, self.world = preset, config, directory, world
+        self.checkpoints = Checkpoints(directory.checkpoint, world)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
@@ -167,8 +170,10 @@ class Run:
                     pulse.phase("step")
                     self.advance(batch)
                     self.progress.advance()
-                    (stop,) = agreed([max(received, default=0)])
+                    stop, failed = agreed([max(received, default=0), self.checkpoints.failed])
                     pulse.phase("report", free=True)  # an evaluation, or what goes to disk, may take any time
+                    if failed:
+                        self._say_save_failed()
                     if last or state.step % config.log_every == 0:
                         self._log()
                     if last or state.step % config.eval_every == 0:
@@ -180,10 +185,14 @@ class Run:
                     if last or stop or state.step % config.checkpoint_every == 0:
                         self._check_finite()
                         self._tick()
-                        world.on_main(lambda: save_checkpoint(self.directory.checkpoint, state))
+                        self._say_save_failed()
+                        self.checkpoints.save(state)
+                    if last or stop:
+                        self._say_save_failed(stopping=not last)
                 agreed.close()
                 return signal.Signals(stop).name if stop and state.step < config.steps else None
         finally:
+            self.checkpoints.close(patience=30.0)
             if world.main:
                 self.log.close()
                 self.events.close()
@@ -219,6 +228,18 @@ class Run:
             self.progress.say(f"warning: {found[kind]}")
         self.warned = set(found)
 
+    def _say_save_failed(self, *, stopping: bool = False) -> None:
+        """Wait for the save under way; tell of one that failed: an error by option, or when stopping."""
+        message = self.checkpoints.failure()
+        if message is None:
+            return
+        good = self.checkpoints.good
+        kept = f"{self.directory.checkpoint / good[-1]} is kept" if good else "there is no earlier one"
+        line = f"the checkpoint of step {self.checkpoints.step} could not be saved ({message}); {kept}"
+        if stopping or self.config.on_save_failure == "stop":
+            raise self._failure(line)
+        self.progress.say(f"warning: {line}")
+
     def _tick(self) -> None:
         now = time.monotonic()
         self.state.seconds += now - self.clock
@@ -227,11 +248,11 @@ class Run:
     def _check_finite(self) -> None:
         for check in self.checks:
             if message := check.message():
-                kept = self.directory.checkpoint
+                good = self.checkpoints.good
+                kept = self.directory.checkpoint / good[-1] if good else "no checkpoint"
                 raise self._failure(
                     f"training diverged: {message}; lower the learning rates, or skip such updates with "
-                    f"--on-nonfinite skip ({kept if kept.exists() else 'no checkpoint'} holds the last good "
-                    "state)"
+                    f"--on-nonfinite skip ({kept} holds the last good state)"
                 )
 
     def _failure(self, message: str) -> UserError:
@@ -321,7 +342,7 @@ def run(
         started = world.on_main(lambda: _begin(directory, config, fresh))
         one = kind(preset, config, directory, world=world, started=started)
         if started:
-            load_checkpoint(directory.checkpoint, one.state)
+            one.checkpoints.load(one.state)
             finished = world.on_main(directory.finished)
             if one.state.step >= config.steps and finished:
                 if world.main:
@@ -349,7 +370,7 @@ def run(
 
 def _begin(directory: RunDirectory, config: RunConfig, fresh: bool) -> bool:
     """Whether there is a run to continue; a ``UserError`` where what is there must not be touched."""
-    started = directory.checkpoint.exists() and not fresh
+    started = checkpoint.exists(directory.checkpoint) and not fresh
     if not (started or fresh) and directory.has_results():
         raise UserError(
             f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"

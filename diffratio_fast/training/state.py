@@ -1,4 +1,4 @@
-"""The state of a training run, and its checkpoint: one file, written atomically, read with a digest check.
+"""The state of a training run.
 
 A step is a pure function of (state, step): all randomness comes from the noise contract, so the networks,
 their average, the optimizers and a few running sums are all there is to keep.
@@ -6,23 +6,18 @@ their average, the optimizers and a few running sums are all there is to keep.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffratio_fast import networks
 from diffratio_fast.command import UserError
 from diffratio_fast.config import RunConfig, TrainConfig
 from diffratio_fast.data import DataSet, model_shape
-from diffratio_fast.files import replace_file
 from diffratio_fast.networks.backbone import (
     BackboneGenerator,
     build_denoiser,
@@ -36,9 +31,8 @@ from diffratio_fast.training.initial import load_initial, load_teacher
 from diffratio_fast.training.optimizers import make_optimizer
 from diffratio_fast.training.posthoc_ema import kept_averages
 from diffratio_fast.training.watch import LOSS_JUMP, NORM_JUMP, Watched, initial_bad_steps, initial_statistics
-from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
+from diffratio_fast.untrusted import parse_json
 
-FORMAT = "diffratio_fast.checkpoint.1"
 SUMS = ("ratio_loss", "correct_real", "correct_fake", "log_ratio_real", "log_ratio_fake", "clamped", "steps")
 """Sums over the steps since the last log line; a float64 tensor, read only when a line is written."""
 WATCHED = (
@@ -82,6 +76,54 @@ class RunState:
                 yield f"{part}.step", torch.as_tensor(optimizer.param_groups[0]["step"])
         for part in self.TENSORS:
             yield part, getattr(self, part)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process has only a part of each weight."""
+        return False
+
+    def blank(self, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors to read a checkpoint with tensors of these sizes and types into, for ``restore``."""
+        tensors: dict[str, Tensor] = {}
+        for part in self.networks():
+            for name, tensor in getattr(self, part).state_dict().items():
+                tensors[f"{part}.{name}"] = tensor
+        for part in self.OPTIMIZERS:
+            parameters = [p for group in getattr(self, part).param_groups for p in group["params"]]
+            for name, (size, dtype) in sizes.items():
+                owner, _, rest = name.partition(".")
+                if owner != part:
+                    continue
+                number = rest.partition(".")[0]
+                like = parameters[int(number)] if number != "step" else parameters[0]
+                tensors[name] = (
+                    torch.zeros_like(like)
+                    if size and size == tuple(like.shape)
+                    else torch.zeros(size, dtype=dtype, device=like.device)
+                )
+        return tensors | {part: getattr(self, part) for part in self.TENSORS}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a checkpoint's tensors; what does not fit is a Key-, Runtime- or ``ValueError``."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        for part in self.networks():
+            getattr(self, part).load_state_dict(parts[part])
+        for part in self.OPTIMIZERS:
+            optimizer = getattr(self, part)
+            values: dict[int, dict[str, Tensor]] = {}
+            groups = optimizer.state_dict()["param_groups"]
+            for name, tensor in parts.get(part, {}).items():
+                number, _, key = name.partition(".")
+                if number == "step":
+                    groups = [group | {"step": int(tensor)} for group in groups]
+                else:
+                    values.setdefault(int(number), {})[key] = tensor
+            optimizer.load_state_dict({"state": values, "param_groups": groups})
+        for part in self.TENSORS:
+            getattr(self, part).copy_(parts[part][""])
 
 
 @dataclass
@@ -233,70 +275,3 @@ def _start(
     if teacher is not None:
         assert isinstance(ratio, Denoiser)
         load_teacher(Path(config.teacher or config.init or ""), (teacher, ratio), dataset)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_checkpoint(path: Path, state: RunState) -> None:
-    """Write the whole state to ``path``; the file that was there stays until the new one is complete."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors()}
-    about = {
-        "step": state.step,
-        "seconds": state.seconds,
-        "best": state.best,
-        "digest": _digest(tensors),
-    }
-    metadata = {"format": FORMAT, "about": json.dumps(about)}
-    replace_file(path, safetensors.torch.save(tensors, metadata))
-
-
-def load_checkpoint(path: Path, state: RunState) -> None:
-    """Bring ``state`` to the one saved in ``path``; a damaged file is a ``UserError`` and left as it is."""
-    advice = "restore that file from a copy, or start over with --fresh"
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path}: not a checkpoint of this version of diffratio_fast; {advice}")
-            about = parse_json(metadata["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        intact = _digest(tensors) == about["digest"]
-    except (SafetensorError, *DAMAGE) as error:
-        raise UserError(f"{path}: the checkpoint is damaged ({one_line(error)}); {advice}") from None
-    if not intact:
-        raise UserError(f"{path}: the checkpoint is damaged (its digest does not match); {advice}")
-    try:
-        _restore(state, tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: the checkpoint does not fit this run ({reason[:200]}); {advice}") from None
-    state.step, state.seconds, state.best = about["step"], about["seconds"], about["best"]
-
-
-def _restore(state: RunState, tensors: dict[str, Tensor]) -> None:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
-    for part in state.networks():
-        getattr(state, part).load_state_dict(parts[part])
-    for part in state.OPTIMIZERS:
-        optimizer = getattr(state, part)
-        values: dict[int, dict[str, Tensor]] = {}
-        groups = optimizer.state_dict()["param_groups"]
-        for name, tensor in parts.get(part, {}).items():
-            number, _, key = name.partition(".")
-            if number == "step":
-                groups = [group | {"step": int(tensor)} for group in groups]
-            else:
-                values.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict({"state": values, "param_groups": groups})
-    for part in state.TENSORS:
-        getattr(state, part).copy_(parts[part][""])
