@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL
+from helpers import SMALL, checkpoint_tensors, newest_checkpoint
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -136,3 +136,23 @@ def test_rank_0_alone_writes_and_speaks(tmp_path: Path) -> None:
     logged = [line["step"] for line in lines if "ratio_loss" in line]
     assert logged == [4, 8, 9, 11]
     assert all(line["images"] == 16 * line["step"] for line in lines if "ratio_loss" in line)
+
+
+def test_a_checkpoint_of_any_number_of_processes_continues_on_another(tmp_path: Path) -> None:
+    base = ["train", *SMALL, "--precision", "float64", "--refit-steps", "0", "--lr-schedule", "constant"]
+
+    def part(run_dir: str, processes: int, steps: int) -> dict[str, Any]:
+        command = [*base, "--run-dir", run_dir, "--steps", str(steps)]
+        return {"processes": processes, "command": command, "out": f"{run_dir}-{steps}"}
+
+    plan = [part("one", 1, 12), part("up", 1, 6), part("up", 2, 12), part("down", 2, 7), part("down", 1, 12)]
+    assert not any(any(statuses) for statuses in run_plan(tmp_path, plan))
+    wanted = checkpoint_tensors(tmp_path / "one")
+    for name in ("up", "down"):
+        found: dict[str, torch.Tensor] = {}
+        for file in newest_checkpoint(tmp_path / name).glob("*.safetensors"):
+            found |= load_file(file)
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10, msg=f"{name}: {key}")
+    assert len(list(newest_checkpoint(tmp_path / "up").glob("*.safetensors"))) == 2

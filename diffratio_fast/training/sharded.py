@@ -38,7 +38,9 @@ class _Stream:
 
     def __init__(self, file: io.IOBase) -> None:
         self.file, self.bytes, self.digest = file, 0, xxhash.xxh3_128()
-        self.fileno, self.close = file.fileno, file.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
     def write(self, content: bytes) -> int:
         self.bytes += len(content)
