@@ -9,7 +9,7 @@ bit for bit, those of a run that nothing disturbed. Faults:
 - kill: SIGKILL of all processes, or of one of several, at a random moment
 - kill in save: the same right before the n-th flush to disk, rename or removal of a directory
 - stop: SIGTERM or SIGUSR1 to one process: all save and end
-- damage: a bit of the newest checkpoint flips, or a file of it is cut, emptied, removed; an older one is whole
+- damage: a bit of the newest checkpoint flips, or a file of it is cut, emptied or removed; an older is whole
 - full disk: the n-th flush to disk and some after it fail with ENOSPC; or the kernel limits the size of files
 """
 

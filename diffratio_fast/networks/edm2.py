@@ -42,14 +42,16 @@ EPS = 1e-4
 
 def normalize(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     """x with vectors along ``dim`` divided by (their root mean square + EPS), computed in float32."""
-    return (x / (EPS + root_mean_square(x, [dim] if isinstance(dim, int) else dim))).to(x.dtype)
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    return (x / (EPS + root_mean_square(x, dims))).to(x.dtype)
 
 
-def root_mean_square(x: Tensor, dims: Sequence[int]) -> Tensor:
+def root_mean_square(x: Tensor, dims: list[int]) -> Tensor:
     """Of vectors along ``dims``, float32 (float64 of float64)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(x, dim=list(dims), keepdim=True, dtype=dtype)
-    return norm / math.sqrt(math.prod(x.shape[dim] for dim in dims))
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    length = x.numel() // norm.numel()
+    return norm / math.sqrt(length)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def force_normalisation(network: nn.Module) -> None:
             stored = module.weight.data
             # The length that ``normalize`` leaves as it is: a second pass before the next update, as of
             # another part of the batch, finds the same weights.
-            rms = root_mean_square(stored, range(1, stored.ndim)).clamp(min=EPS)
+            rms = root_mean_square(stored, list(range(1, stored.ndim))).clamp(min=EPS)
             stored.mul_((1 - EPS) / rms)
 
 
