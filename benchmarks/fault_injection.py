@@ -158,7 +158,7 @@ def _kill_in_save(first: int, victim: int | None) -> Callable[[int], None]:
         if victim in (None, rank):
             count = _Count(first, 0, _die)
             os.fsync, os.rename, os.replace = map(count.wrap, (os.fsync, os.rename, os.replace))
-            shutil.rmtree = count.wrap(shutil.rmtree)  # type: ignore[assignment]
+            shutil.rmtree = count.wrap(shutil.rmtree)
 
     return prepare
 

@@ -122,6 +122,13 @@ class RunConfig(Options):
         None, "images in one pass (of one process); gradients of several passes add up (default: all)",
         "optimization", low=1, free=True,
     )  # fmt: skip
+    parallel: str = option(
+        "ddp",
+        "several processes: each has the whole networks (ddp), or a part of each weight (fsdp: FSDP2)",
+        "optimization",
+        choices=("ddp", "fsdp"),
+        free=True,
+    )
     reduce_dtype: str = option(
         "float32",
         "several processes: what gradients are averaged in (float32: the run's own precision)",

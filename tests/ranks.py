@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from diffratio_fast import command
 from diffratio_fast.config import PretrainConfig, TrainConfig
-from diffratio_fast.training.distributed import joined
+from diffratio_fast.training.distributed import is_sharded, joined
 from diffratio_fast.training.loop import Trainer
 from diffratio_fast.training.pretraining import Pretrainer
 from diffratio_fast.training.run_directory import RunDirectory
@@ -74,9 +74,12 @@ def steps(entry: dict[str, Any]) -> None:
         batches = run.batches()
         for _ in range(entry["steps"]):
             run.advance(next(batches))
-        tensors = dict(run.state.tensors())
+        tensors = {
+            name: (tensor.full_tensor() if is_sharded(tensor) else tensor).detach().contiguous().clone()
+            for name, tensor in run.state.tensors()
+        }
         if world.main:
-            save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, out)
+            save_file(tensors, out)
 
 
 def call(entry: dict[str, Any]) -> None:

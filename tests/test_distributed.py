@@ -46,9 +46,10 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "two": (2, {}),
     "two, parts": (2, {"micro_batch": 3}),
     "four": (4, {}),
+    "fsdp": (2, {"parallel": "fsdp", "micro_batch": 3}),
 }
 ROUNDED = {"two": (2, {}), "two, bfloat16": (2, {"reduce_dtype": "bfloat16"})}
-FEWER = ("one", "two", "two, parts")
+FEWER = ("one", "two", "two, parts", "fsdp")
 
 
 def ways(case: str) -> dict[str, tuple[int, dict[str, Any]]]:
@@ -141,18 +142,29 @@ def test_rank_0_alone_writes_and_speaks(tmp_path: Path) -> None:
 def test_a_checkpoint_of_any_number_of_processes_continues_on_another(tmp_path: Path) -> None:
     base = ["train", *SMALL, "--precision", "float64", "--refit-steps", "0", "--lr-schedule", "constant"]
 
-    def part(run_dir: str, processes: int, steps: int) -> dict[str, Any]:
-        command = [*base, "--run-dir", run_dir, "--steps", str(steps)]
+    def part(run_dir: str, processes: int, steps: int, parallel: str = "ddp") -> dict[str, Any]:
+        command = [*base, "--run-dir", run_dir, "--steps", str(steps), "--parallel", parallel]
         return {"processes": processes, "command": command, "out": f"{run_dir}-{steps}"}
 
-    plan = [part("one", 1, 12), part("up", 1, 6), part("up", 2, 12), part("down", 2, 7), part("down", 1, 12)]
-    assert not any(any(statuses) for statuses in run_plan(tmp_path, plan))
+    plan = [
+        part("one", 1, 12),
+        part("up", 1, 6), part("up", 2, 12),
+        part("down", 2, 7), part("down", 1, 12),
+        part("whole", 2, 6, "fsdp"), part("whole", 2, 9, "ddp"), part("whole", 1, 12),
+        part("cut", 1, 6), part("cut", 2, 9, "fsdp"), part("cut", 2, 12, "fsdp"),
+    ]  # fmt: skip
+    statuses = run_plan(tmp_path, plan)
+    assert not any(map(any, statuses)), [path.read_text() for path in sorted(tmp_path.glob("*.0"))]
     wanted = checkpoint_tensors(tmp_path / "one")
-    for name in ("up", "down"):
+    generator = load_file(tmp_path / "one" / "generator.safetensors")
+    for name in ("up", "down", "whole", "cut"):
         found: dict[str, torch.Tensor] = {}
-        for file in newest_checkpoint(tmp_path / name).glob("*.safetensors"):
-            found |= load_file(file)
+        for file in sorted(newest_checkpoint(tmp_path / name).glob("*.safetensors")):
+            for key, value in load_file(file).items():  # parts are cut along the first axis
+                found[key] = torch.cat((found[key], value)) if key in found else value
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10, msg=f"{name}: {key}")
+        for key, value in load_file(tmp_path / name / "generator.safetensors").items():
+            torch.testing.assert_close(value, generator[key], rtol=0, atol=1e-6, msg=f"{name}: {key}")
     assert len(list(newest_checkpoint(tmp_path / "up").glob("*.safetensors"))) == 2

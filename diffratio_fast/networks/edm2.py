@@ -134,6 +134,10 @@ def force_normalisation(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, MPConv) and module.training:
             stored = module.weight.data
+            if hasattr(stored, "to_local"):  # sharded: each process has some of the rows
+                stored = stored.to_local()
+            if not stored.numel():
+                continue
             # The length that ``normalize`` leaves as it is: a second pass before the next update, as of
             # another part of the batch, finds the same weights.
             rms = root_mean_square(stored, list(range(1, stored.ndim))).clamp(min=EPS)

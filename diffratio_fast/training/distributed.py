@@ -93,6 +93,15 @@ class World:
 ALONE = World()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded (a DTensor); any other as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
 class Agreement:
     """What the largest of each flag is over all processes, said a turn later so that none waits for it.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio_fast.config import RunConfig
+from diffratio_fast.training.distributed import local
 
 
 def average_decay(config: RunConfig, update: int, step: int) -> float:
@@ -60,8 +61,8 @@ def update_average(average: nn.Module, network: nn.Module, weight: float | Tenso
 
     ``weight`` is 1 - decay; a scalar tensor has the parameters' dtype and device.
     """
-    averages: list[Tensor] = list(average.parameters())
-    parameters: list[Tensor] = list(network.parameters())
+    averages = [local(parameter) for parameter in average.parameters()]
+    parameters = [local(parameter) for parameter in network.parameters()]
     if isinstance(weight, Tensor):
         torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
     else:

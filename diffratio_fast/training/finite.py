@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from diffratio_fast.training.distributed import ALONE, World, is_sharded, local
+
 
 class FiniteCheck:
     """Watches one network's loss and gradients before each update.
@@ -16,8 +18,9 @@ class FiniteCheck:
     device, and ``message`` tells of it when a log line is due.
     """
 
-    def __init__(self, role: str, network: nn.Module, *, skip: bool) -> None:
-        self.role, self.network, self.skip = role, network, skip
+    def __init__(self, role: str, network: nn.Module, *, skip: bool, world: World = ALONE) -> None:
+        self.role, self.network, self.skip, self.world = role, network, skip, world
+        self._counted: Tensor | None = None
         self.say: Callable[[str], None] = print
         self.skipped = 0  # updates since it was last set to zero
         self.gradient_norm = torch.zeros(())
@@ -34,7 +37,7 @@ class FiniteCheck:
         ``step`` is an int64 scalar on the device. Leaves the norm of the gradient in ``gradient_norm``.
         """
         pairs = [(name, p.grad) for name, p in self.network.named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in pairs]))
+        norms = self._norms([gradient for _, gradient in pairs])
         self.gradient_norm = norms.norm()
         self.latest = [*others.values(), self.gradient_norm]
         values = torch.cat([torch.stack([value.detach().to(norms) for value in others.values()]), norms])
@@ -52,6 +55,17 @@ class FiniteCheck:
         self.bad.copy_(torch.where(first, bad, self.bad))
         self.step.copy_(torch.where(first, step, self.step))
         return True
+
+    def _norms(self, gradients: list[Tensor]) -> Tensor:
+        """Norms of the gradients; of sharded ones over all their parts."""
+        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
+        sharded = [is_sharded(gradient) for gradient in gradients]
+        if not any(sharded):
+            return norms
+        if self._counted is None or len(self._counted) != len(norms):  # what is whole counts once
+            self._counted = torch.tensor(sharded, device=norms.device) | self.world.main
+        squares = torch.where(self._counted, norms.double().square(), 0.0)
+        return self.world.sum(squares).sqrt().to(norms.dtype)
 
     def message(self) -> str | None:
         """The first step with a tensor that was not finite, and the tensor; None where all were finite."""

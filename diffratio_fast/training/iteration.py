@@ -193,8 +193,8 @@ class Iteration(Stepper):
         self.loss_of = Parallel(state.ratio, self._ratio_loss, world, config)
         skip = config.on_nonfinite == "skip"
         self.checks = {
-            "ratio": FiniteCheck("ratio", state.ratio, skip=skip),
-            "generator": FiniteCheck("generator", state.generator, skip=skip),
+            "ratio": FiniteCheck("ratio", state.ratio, skip=skip, world=world),
+            "generator": FiniteCheck("generator", state.generator, skip=skip, world=world),
         }
         self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
 
@@ -230,6 +230,7 @@ class Iteration(Stepper):
     def _ratio_step(self, batch: Batch, substep: int, keep_graph: bool) -> tuple[Tensor, Tensor]:
         """One update of the ratio network; the last part's fakes (with their graph, if kept) and labels."""
         state = self.state
+        self.loss_of.prepare()
         state.ratio_optimizer.zero_grad(set_to_none=True)
         values = torch.zeros(5, dtype=torch.float64, device=self.device)
         for part in self.parts:
@@ -292,7 +293,8 @@ class Iteration(Stepper):
     def _generator_step(self, batch: Batch, whole: tuple[Tensor, Tensor] | None) -> bool:
         """One update of the generator, from the batch's fakes where they were kept; whether it was made."""
         config, state = self.config, self.state
-        state.ratio.requires_grad_(False)
+        if not self.loss_of.sharded:  # FSDP2 keeps account of what takes gradients
+            state.ratio.requires_grad_(False)
         state.generator_optimizer.zero_grad(set_to_none=True)
         # of clamped logits and of log ratios the means, and what the normalisation of h needs
         means = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -364,6 +366,7 @@ class Iteration(Stepper):
         state, trains = self.state, bool(variant)
         state.ratio.train()
         state.generator.train()
+        self.fakes_of.prepare()
 
         # one forward serves both steps: detached for the ratio, with its graph for the generator; unless the
         # batch comes in parts, of which only one graph may be in memory at a time

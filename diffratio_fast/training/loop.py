@@ -41,14 +41,27 @@ class Trainer(runner.Run):
         self.config: TrainConfig = config
         self.ratio_steps = config.ratio_steps
         with world.together():
-            self.state: TrainState = initial_state(config, self.dataset, self.device, init=not started)
+            self.state: TrainState = initial_state(
+                config, self.dataset, self.device, init=not started, world=world
+            )
         iteration, evaluation = METHODS[config.objective]
-        self.iteration = iteration(config, self.dataset.scaling, self.state, self.device, world)
+        self.iteration = measured = iteration(config, self.dataset.scaling, self.state, self.device, world)
+        self.whole: TrainState | None = self.state
+        if self.state.sharded:
+            self.whole = None
+            if world.main:
+                self.whole = initial_state(config, self.dataset, self.device, init=False)
+                measured = iteration(config, self.dataset.scaling, self.whole, self.device)
         self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
         self.checks, self.watch = list(self.iteration.checks.values()), self.iteration.watch
         self.settled = sum(config.warmup_and_ramp())
         self.step = stepping(config, self.iteration)
-        self.evaluation = evaluation(config, self.dataset, self.iteration)
+        self.evaluation = evaluation(config, self.dataset, measured)
+
+    @property
+    def _networks(self) -> TrainState:
+        assert self.whole is not None  # rank 0 asks
+        return self.whole
 
     def settle(self, batch: Batch) -> None:
         self.iteration.settle(batch)
@@ -96,11 +109,12 @@ class Trainer(runner.Run):
             state.best = {
                 "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
             }  # fmt: skip
-            self._save_network(self.directory.snapshots / "best.safetensors", "generator", state.average)
+            path = self.directory.snapshots / "best.safetensors"
+            self._save_network(path, "generator", self._networks.average)
 
     def snapshot(self, name: str) -> None:
         path = self.directory.snapshots / f"generator-{name}.safetensors"
-        self._save_network(path, "generator", self.state.average)
+        self._save_network(path, "generator", self._networks.average)
         self._keep_averages()
 
     def _keep_averages(self) -> None:
@@ -109,7 +123,8 @@ class Trainer(runner.Run):
         updates = state.step - self.config.warmup_and_ramp()[0]
         if updates < 1:
             return
-        for width, average in averages_by_width(self.config, state.kept, state.average).items():
+        networks = self._networks
+        for width, average in averages_by_width(self.config, networks.kept, networks.average).items():
             path, network = self.directory.kept_average(width, state.step), stored(self.config, average)
             self._save_network(path, "generator", network, ema_std=width, ema_updates=updates)
 
@@ -143,21 +158,21 @@ class Trainer(runner.Run):
             replace_file(self.directory.neighbours, picture)
 
     def results(self) -> dict[str, Any]:
-        state, directory = self.state, self.directory
-        self._save_network(directory.generator, "generator", state.average)
+        networks, directory = self._networks, self.directory
+        self._save_network(directory.generator, "generator", networks.average)
         self._keep_averages()
         if self.config.objective == "diffratio":
-            self._save_network(directory.ratio, "ratio", state.ratio)
-        if state.ratio_average is not None:
-            self._save_network(directory.ratio_average, "ratio", state.ratio_average)
+            self._save_network(directory.ratio, "ratio", networks.ratio)
+        if networks.ratio_average is not None:
+            self._save_network(directory.ratio_average, "ratio", networks.ratio_average)
         figures = self.evaluation.summary()
         refitted = self.refitted or self.evaluation.refitted(self.config.refit_steps)
         self._measure(refitted)
         if self.config.objective == "vsd":
-            return {**figures, "best": state.best}
+            return {**figures, "best": self.state.best}
         return {
             **figures,
-            "best": state.best,
+            "best": self.state.best,
             "divergence": self.evaluation.bound("validation", every_level=True).value,
             "divergence_refit": None if refitted is None else refitted.bound,
         }

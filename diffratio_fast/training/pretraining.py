@@ -34,7 +34,7 @@ from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.initial import load_denoiser
 from diffratio_fast.training.iteration import Batch, Stepper, learning_rate_factor
 from diffratio_fast.training.optimizers import make_optimizer, set_rate
-from diffratio_fast.training.parallel import Parallel
+from diffratio_fast.training.parallel import Parallel, shard
 from diffratio_fast.training.posthoc_ema import (
     averages_by_width,
     kept_averages,
@@ -84,6 +84,7 @@ def initial_state(
     *,
     init: bool = True,
     planned: bool = False,
+    world: World = ALONE,
 ) -> PretrainState:
     """The state before the first step; see ``state.initial_state``."""
     options = backbone_options(config)
@@ -104,11 +105,14 @@ def initial_state(
         place(config, denoiser, device)
     set_dropout(denoiser, config.dropout)
     set_checkpointing(denoiser, config.activation_checkpointing)
+    average, kept = averaged_copy(denoiser), kept_averages(config, denoiser)
+    for network in (denoiser, average, *(kept or [])):
+        shard(network, world, config, device)
     return PretrainState(
         denoiser,
-        averaged_copy(denoiser),
+        average,
         make_optimizer(config, denoiser, config.lr, config.weight_decay, planned),
-        kept_averages(config, denoiser),
+        kept,
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
         statistics=initial_statistics(len(WATCHED), device),
         bad_steps=initial_bad_steps(device),
@@ -143,7 +147,8 @@ class PretrainIteration(Stepper):
         self.denoiser = self.in_precision(state.denoiser)
         self.average = self.in_precision(state.average)
         self.loss_of = Parallel(state.denoiser, self._loss, world, config)
-        self.check = FiniteCheck("denoiser", state.denoiser, skip=config.on_nonfinite == "skip")
+        skip = config.on_nonfinite == "skip"
+        self.check = FiniteCheck("denoiser", state.denoiser, skip=skip, world=world)
         self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
 
     def settle(self, batch: Batch) -> None:
@@ -165,6 +170,7 @@ class PretrainIteration(Stepper):
         state = self.state
         (batch,) = batches
         state.denoiser.train()
+        self.loss_of.prepare()
         state.optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in self.parts:
@@ -237,8 +243,17 @@ class Pretrainer(runner.Run):
         super().__init__(preset, config, directory, world=world, started=started)
         self.config: PretrainConfig = config
         with world.together():
-            self.state: PretrainState = initial_state(config, self.dataset, self.device, init=not started)
+            self.state: PretrainState = initial_state(
+                config, self.dataset, self.device, init=not started, world=world
+            )
         self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device, world)
+        self.whole: PretrainState | None = self.state
+        self.measured = self.iteration
+        if self.state.sharded:
+            self.whole = None
+            if world.main:
+                self.whole = initial_state(config, self.dataset, self.device, init=False)
+                self.measured = PretrainIteration(config, self.dataset.scaling, self.whole, self.device)
         self.checks, self.watch = [self.iteration.check], self.iteration.watch
         self.step = stepping(config, self.iteration)
 
@@ -264,7 +279,7 @@ class Pretrainer(runner.Run):
 
     def evaluate(self) -> None:
         state = self.state
-        error = self.iteration.validation_error(self._held_out)
+        error = self.measured.validation_error(self._held_out)
         self.record({"step": state.step, "validation_error": error})
         self.progress.say(f"step {state.step:>6}: weighted error on the validation split {error:.4f}")
         if not state.best or error < state.best["validation_error"]:
@@ -280,16 +295,16 @@ class Pretrainer(runner.Run):
         noise = ops.normal(rng, index, model_shape(self.dataset), ops.Purpose.SAMPLE_LATENT).to(
             self.iteration.dtype
         )
-        images = heun(self.iteration.average, noise, labels)
+        images = heun(self.measured.average, noise, labels)
         return png(grid(viewable(images, self.dataset.scaling), columns))
 
     def snapshot(self, name: str) -> None:
-        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors", self.state.average)
+        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors", self.measured.state.average)
         self._keep_averages()
 
     def _keep_averages(self) -> None:
         """Write the averages of ``posthoc_ema`` under ``snapshots/``."""
-        state = self.state
+        state = self.measured.state
         for width, average in averages_by_width(self.config, state.kept, state.average).items():
             path = self.directory.kept_average(width, state.step)
             network = stored(self.config, average)
@@ -307,10 +322,10 @@ class Pretrainer(runner.Run):
         save_published(path, network, about | more)
 
     def results(self) -> dict[str, Any]:
-        self._save(self.directory.denoiser, self.state.average)
+        self._save(self.directory.denoiser, self.measured.state.average)
         self._keep_averages()
         return {
-            "validation_error": self.iteration.validation_error(self._held_out),
+            "validation_error": self.measured.validation_error(self._held_out),
             "evaluation_images": len(self._held_out[1]),
             "best": self.state.best,
         }

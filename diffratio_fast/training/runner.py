@@ -25,6 +25,7 @@ from diffratio_fast.training.checkpoint import Checkpoints
 from diffratio_fast.training.distributed import ALONE, Agreement, World, common_store, joined, lost_others
 from diffratio_fast.training.finite import FiniteCheck
 from diffratio_fast.training.iteration import Batch
+from diffratio_fast.training.parallel import gather
 from diffratio_fast.training.pulse import Pulse
 from diffratio_fast.training.reporting import Events, MetricsLog, Progress, peak_memory
 from diffratio_fast.training.run_directory import RunDirectory
@@ -69,6 +70,8 @@ class Run:
     ratio_steps = 1  # batches in a step
     settled = 0  # the step from which figures are those of ordinary training
     state: RunState
+    whole: RunState | None
+    """What is measured and written: ``state``, or where that is sharded whole networks, on rank 0 alone."""
     checks: list[FiniteCheck]
     watch: Watch
     step: Step
@@ -97,6 +100,18 @@ class Run:
                 device=self.device,
                 class_conditional=config.class_conditional,
             )
+
+    def refresh(self) -> None:
+        """Bring ``whole`` to the present state; all processes take part."""
+        state, whole = self.state, self.whole
+        if whole is state:
+            return
+        for name in state.networks():
+            gather(getattr(state, name), None if whole is None else getattr(whole, name))
+        if whole is not None:
+            whole.step = state.step
+            for name in state.TENSORS:
+                getattr(whole, name).copy_(getattr(state, name))
 
     def settle(self, batch: Batch) -> None:
         """What several processes do before their first step, on any batch."""
@@ -178,9 +193,11 @@ class Run:
                         self._log()
                     if last or state.step % config.eval_every == 0:
                         self._check_finite()
+                        self.refresh()
                         world.on_main(self._evaluate)
                     if state.step % config.snapshot_every == 0:
                         self._check_finite()
+                        self.refresh()
                         world.on_main(lambda: self.snapshot(f"{state.step:08d}"))
                     if last or stop or state.step % config.checkpoint_every == 0:
                         self._check_finite()
@@ -270,6 +287,7 @@ class Run:
             )
         self._tick()
         bad = self.watch.take()
+        self.refresh()
         if self.world.main:
             self._write_line(steps, max(state.seconds - seconds_before, 1e-9), bad)
         state.sums.zero_()
@@ -359,6 +377,7 @@ def run(
                         f"{stopped}: saved at step {one.state.step}; the same command continues", flush=True
                     )
                 return None
+            one.refresh()
             summary = world.on_main(one.finish)
         finally:
             directory.close()

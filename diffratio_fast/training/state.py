@@ -26,9 +26,11 @@ from diffratio_fast.networks.backbone import (
 )
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.bin_means import initial_means
+from diffratio_fast.training.distributed import ALONE, World, is_sharded
 from diffratio_fast.training.ema import averaged_copy
 from diffratio_fast.training.initial import load_initial, load_teacher
 from diffratio_fast.training.optimizers import make_optimizer
+from diffratio_fast.training.parallel import shard
 from diffratio_fast.training.posthoc_ema import kept_averages
 from diffratio_fast.training.watch import LOSS_JUMP, NORM_JUMP, Watched, initial_bad_steps, initial_statistics
 from diffratio_fast.untrusted import parse_json
@@ -79,8 +81,8 @@ class RunState:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process has only a part of each weight."""
-        return False
+        """Whether a process has only a part of each weight (of some network at least)."""
+        return any(is_sharded(p) for name in self.networks() for p in getattr(self, name).parameters())
 
     def blank(self, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
         """Tensors to read a checkpoint with tensors of these sizes and types into, for ``restore``."""
@@ -199,12 +201,19 @@ def place(config: RunConfig, network: nn.Module, device: torch.device) -> None:
 
 
 def initial_state(
-    config: TrainConfig, dataset: DataSet, device: torch.device, *, init: bool = True, planned: bool = False
+    config: TrainConfig,
+    dataset: DataSet,
+    device: torch.device,
+    *,
+    init: bool = True,
+    planned: bool = False,
+    world: World = ALONE,
 ) -> TrainState:
     """The state before the first step: networks drawn from the seed, or taken from ``config.init``.
 
     Without ``init`` ``config.init`` is not read (a checkpoint will replace the weights). A state that is only
-    ``planned`` is on tensors without numbers: nothing is drawn or read.
+    ``planned`` is on tensors without numbers: nothing is drawn or read. Each process of ``world`` may get a
+    part of it (``parallel.shard``).
     """
     arguments = network_arguments(config, dataset)
     generator = _built("generator", config.generator, arguments["generator"])
@@ -224,16 +233,24 @@ def initial_state(
             if not planned:
                 place(config, network, device)
             set_checkpointing(network, config.activation_checkpointing)
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
+    average = averaged_copy(generator)
+    ratio_average = None if config.ratio_ema_half_life_images is None else averaged_copy(ratio)
+    kept = kept_averages(config, generator)
+    for part in (generator, ratio, average, ratio_average, teacher, *(kept or [])):
+        if part is not None:
+            shard(part, world, config, device)
     return TrainState(
         generator,
         ratio,
-        averaged_copy(generator),
+        average,
         make_optimizer(config, generator, config.generator_lr, config.generator_weight_decay, planned),
         make_optimizer(config, ratio, config.ratio_lr, config.ratio_weight_decay, planned),
         initial_means(device),
-        None if config.ratio_ema_half_life_images is None else averaged_copy(ratio),
-        kept_averages(config, generator),
-        None if teacher is None else teacher.eval().requires_grad_(False),
+        ratio_average,
+        kept,
+        teacher,
         sums=torch.zeros(len(SUMS), dtype=torch.float64, device=device),
         statistics=initial_statistics(len(WATCHED), device),
         bad_steps=initial_bad_steps(device),
