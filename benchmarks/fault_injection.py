@@ -28,8 +28,9 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,21 @@ PATIENCE = 60.0
 class Attempt:
     """The processes of one start of the run, forked from this one, as torchrun would start them."""
 
-    def __init__(self, where: Path, processes: int, prepare: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        where: Path,
+        processes: int,
+        parallel: str,
+        prepare: Callable[[int], None] | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         self.output = where / "output.txt"
+        self.arguments = [*OPTIONS, "--parallel", parallel, "--run-dir", str(where / "run"), *options]
         port = _free_port()
-        self.children = [self._fork(where, rank, processes, port, prepare) for rank in range(processes)]
+        self.children = [self._fork(rank, processes, port, prepare) for rank in range(processes)]
         self.statuses: dict[int, int] = {}
 
-    def _fork(
-        self, where: Path, rank: int, processes: int, port: int, prepare: Callable[[int], None] | None
-    ) -> int:
+    def _fork(self, rank: int, processes: int, port: int, prepare: Callable[[int], None] | None) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -79,8 +86,10 @@ class Attempt:
             if prepare is not None:
                 prepare(rank)
             with contextlib.suppress(SystemExit):
-                command.run(lambda _: _note(train.main([*OPTIONS, "--run-dir", str(where / "run")])))
+                command.run(lambda _: _note(train.main(self.arguments)))
             status = _STATUS[0]
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -163,10 +172,8 @@ def _kill_in_save(first: int, victim: int | None) -> Callable[[int], None]:
     return prepare
 
 
-def _full_disk(first: int, more: int, limit: int | None, stop: bool) -> Callable[[int], None]:
+def _full_disk(first: int, more: int, limit: int | None) -> Callable[[int], None]:
     def prepare(rank: int) -> None:
-        if stop:
-            OPTIONS.extend(["--on-save-failure", "stop"])
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -205,12 +212,13 @@ def end_state(where: Path) -> dict[str, Any]:
     run = where / "run"
     state: dict[str, Any] = {"log": [], "steps": json.loads((run / "summary.json").read_text())["steps"]}
     files = [(name, run / f"{name}.safetensors") for name in ("generator", "ratio")]
-    # which process wrote a tensor does not matter
+    # which process wrote a tensor does not matter; parts of one are in the order of the processes
     newest = checkpoint.candidates(run / "checkpoint")[0]
-    files += [(newest.name, file) for file in newest.glob("*.safetensors")]
+    files += [(newest.name, file) for file in sorted(newest.glob("*.safetensors"))]
     for of, file in files:
         for name, tensor in load_file(file).items():
-            state[f"{of} {name}"] = (tensor.shape, tensor.numpy().tobytes())
+            key = f"{of} {name}"
+            state[key] = state.get(key, b"") + tensor.numpy().tobytes()
     for line in (run / "metrics.jsonl").read_text().splitlines():
         state["log"].append({key: value for key, value in json.loads(line).items() if key not in TIMED})
     return state
@@ -220,27 +228,30 @@ class References:
     """End states and durations of runs that nothing disturbed, by the number of processes."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[dict[str, Any], float]] = {}
+        self._known: dict[tuple[int, str], tuple[dict[str, Any], float]] = {}
 
-    def __call__(self, processes: int) -> tuple[dict[str, Any], float]:
-        if processes not in self._known:
+    def __call__(self, processes: int, parallel: str) -> tuple[dict[str, Any], float]:
+        if (processes, parallel) not in self._known:
             with tempfile.TemporaryDirectory() as folder:
                 began = time.monotonic()
-                attempt = Attempt(Path(folder), processes)
+                attempt = Attempt(Path(folder), processes, parallel)
                 if any(attempt.wait()):
                     raise RuntimeError(attempt.output.read_text())
-                self._known[processes] = end_state(Path(folder)), time.monotonic() - began
-        return self._known[processes]
+                self._known[processes, parallel] = end_state(Path(folder)), time.monotonic() - began
+        return self._known[processes, parallel]
 
 
 FAULTS = ("kill", "kill in save", "stop", "damage", "full disk")
 
 
-def one_fault(kind: str, where: Path, processes: int, seconds: float, chance: random.Random) -> str:
+def one_fault(
+    kind: str, where: Path, processes: int, parallel: str, seconds: float, chance: random.Random
+) -> str:
     """Start the run and let the fault befall it; what happened, in words."""
     victim = chance.choice([None, *range(processes)]) if processes > 1 else None
     name = "all" if victim is None else f"process {victim}"
     prepare = None
+    options: list[str] = []
     words = kind
     if kind == "kill in save":
         first = chance.randint(1, 45)
@@ -248,11 +259,11 @@ def one_fault(kind: str, where: Path, processes: int, seconds: float, chance: ra
     elif kind == "full disk":
         first, more = chance.randint(1, 45), chance.randint(0, 6)
         limit = chance.choice([None, None, 3000, 20_000])
-        stop = chance.random() < 0.5
-        prepare = _full_disk(first, more, limit, stop)
+        options = ["--on-save-failure", chance.choice(["continue", "stop"])]
+        prepare = _full_disk(first, more, limit)
         what = f"flushes {first} to {first + more}" if limit is None else f"files above {limit} bytes"
-        words = f"full disk: {what}{', stop' if stop else ''}"
-    attempt = Attempt(where, processes, prepare)
+        words = f"full disk: {what}, {options[-1]}"
+    attempt = Attempt(where, processes, parallel, prepare, options)
     if kind in ("kill", "stop", "damage"):
         moment = time.monotonic() + chance.uniform(0, seconds)
         while time.monotonic() < moment and not attempt.poll():
@@ -274,16 +285,17 @@ def run_case(seed: int, processes: list[int], references: References) -> dict[st
     """One run under faults, brought to its end; a row of the result."""
     chance = random.Random(seed)
     count = chance.choice(processes)
-    wanted, seconds = references(count)
+    parallel = chance.choice(["ddp", "fsdp"])
+    wanted, seconds = references(count, parallel)
     began = time.monotonic()
-    row: dict[str, Any] = {"seed": seed, "processes": count, "faults": [], "lost": True}
+    row: dict[str, Any] = {"seed": seed, "processes": count, "parallel": parallel, "faults": [], "lost": True}
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         try:
             kinds = [FAULTS[seed % len(FAULTS)], *chance.choices(FAULTS, k=chance.randint(0, 2))]
             for kind in kinds:
-                row["faults"].append(one_fault(kind, where, count, seconds, chance))
-            attempt = Attempt(where, count)
+                row["faults"].append(one_fault(kind, where, count, parallel, seconds, chance))
+            attempt = Attempt(where, count, parallel)
             if any(attempt.wait()):
                 raise RuntimeError(attempt.output.read_text()[-3000:])
             found = end_state(where)
@@ -317,7 +329,8 @@ def main() -> int:
         rows.append(row)
         verdict, told = "LOST" if row["lost"] else "same", "; ".join(row["faults"])
         print(
-            f"{seed:>5}  {row['processes']} processes  {verdict}  {told}  {row.get('error', '')}", flush=True
+            f"{seed:>5}  {row['processes']} {row['parallel']}  {verdict}  {told}  {row.get('error', '')}",
+            flush=True,
         )
     lost = sum(row["lost"] for row in rows)
     faults = Counter(kind for row in rows for kind in row["kinds"])
