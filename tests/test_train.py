@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,26 @@ def test_interrupted_and_continued_is_bit_identical(
     result = run("train", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "continuing at step" in result.stdout
+    same_networks(finished, tmp_path / "run")
+    assert log_lines(finished) == log_lines(tmp_path / "run")
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+    return [int(word) for word in children.split()]
+
+
+def test_torchrun_restarts_a_process_that_was_killed(finished: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--steps", STEPS, "--run-dir", "run", "--fresh"]  # of the first start alone
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+         "--max-restarts", "1", "-m", "diffratio_fast.train", *map(str, arguments)],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 8, launcher)
+    os.kill(workers(launcher)[0], signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0 and "starting" in said and "continuing at step" in said
     same_networks(finished, tmp_path / "run")
     assert log_lines(finished) == log_lines(tmp_path / "run")
 
