@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -322,6 +323,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     evaluation.PixelMetrics.suits = staticmethod(lambda dataset: False)  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train.main(
+            [*OPTIONS, "--run-dir", str(Path(folder) / "run")]
+        )  # what is done once is not done in each fork
     references, rows = References(), []
     processes = [int(word) for word in options.processes.split(",")]
     for seed in range(options.seed, options.seed + options.cases):
