@@ -30,7 +30,7 @@ from diffratio_fast.command import UserError
 from diffratio_fast.files import make_directory, sync_directory
 from diffratio_fast.training.distributed import MAIN_TIMEOUT, World
 from diffratio_fast.training.state import RunState
-from diffratio_fast.untrusted import DAMAGE, parse_json
+from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
 
 FORMAT = "diffratio_fast.checkpoint.2"
 INDEX = "index.json"
@@ -119,10 +119,10 @@ class Checkpoints:
             with self.world.together():
                 try:
                     _read(path, sorted(index["files"]), state)
-                except (KeyError, RuntimeError, ValueError, OSError, SafetensorError) as error:
-                    reason = " ".join(str(error).split())
+                except (SafetensorError, RuntimeError, AssertionError, *DAMAGE) as error:
+                    reason = one_line(error)[:200]
                     raise UserError(
-                        f"{path}: the checkpoint does not fit this run ({reason[:200]}); {ADVICE}"
+                        f"{path}: the checkpoint does not fit this run ({reason}); {ADVICE}"
                     ) from None
         finally:
             self.good = [path.name]
