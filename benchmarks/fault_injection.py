@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 
 from benchmarks.harness import environment
 from diffratio_fast import command, train
-from diffratio_fast.training import checkpoint, evaluation, loop, sharded  # noqa: F401 (imported before forks)
+from diffratio_fast.training import checkpoint, evaluation, loop, pulse, sharded  # noqa: F401 (before forks)
 
 STEPS = 14
 OPTIONS = [
@@ -274,7 +274,9 @@ def one_fault(
         attempt.send(number, *(ranks or ([0] if kind == "stop" else [])))
         words = f"{signal.Signals(number).name} of {name}"
     statuses = attempt.wait()
-    allowed = {0, 2, -signal.SIGKILL} | ({-signal.SIGTERM, -signal.SIGUSR1} if kind == "stop" else set())
+    allowed = {0, 2, pulse.STATUS, -signal.SIGKILL} | (
+        {-signal.SIGTERM, -signal.SIGUSR1} if kind == "stop" else set()
+    )
     if not set(statuses) <= allowed:
         raise RuntimeError(f"exit statuses {statuses} after {words}: {attempt.output.read_text()[-3000:]}")
     if kind == "damage":
