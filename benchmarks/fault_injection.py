@@ -48,7 +48,7 @@ OPTIONS = [
     "--ratio-width", "8", "--latent-size", "4", "--log-every", "3", "--eval-every", "50",
     "--checkpoint-every", "2", "--snapshot-every", "50", "--refit-steps", "0",
 ]  # fmt: skip
-TIMED = {"seconds", "images_per_second", "memory_bytes", "evaluation_seconds"}
+TIMED = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
 PATIENCE = 60.0
 """Seconds within which processes end by themselves once one of them is gone."""
 
