@@ -49,8 +49,8 @@ OPTIONS = [
     "--checkpoint-every", "2", "--snapshot-every", "50", "--refit-steps", "0",
 ]  # fmt: skip
 TIMED = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
-PATIENCE = 60.0
-"""Seconds within which processes end by themselves once one of them is gone."""
+PATIENCE = 30.0
+"""Seconds that processes have to end by themselves once one of them is gone."""
 
 
 class Attempt:
@@ -69,6 +69,7 @@ class Attempt:
         port = _free_port()
         self.children = [self._fork(rank, processes, port, prepare) for rank in range(processes)]
         self.statuses: dict[int, int] = {}
+        self.launcher_ended = False
 
     def _fork(self, rank: int, processes: int, port: int, prepare: Callable[[int], None] | None) -> int:
         pid = os.fork()
@@ -110,16 +111,18 @@ class Attempt:
                 os.kill(self.children[rank], number)
 
     def wait(self) -> list[int]:
-        """Exit statuses of all; an error where some still run ``PATIENCE`` seconds after one has ended."""
+        """Exit statuses of all. Where one fails and others stay, they are ended, as torchrun would do."""
         ended = None
         while not self.poll():
             if self.statuses and ended is None:
                 ended = time.monotonic()
             if ended is not None and time.monotonic() - ended > PATIENCE:
+                if not any(self.statuses.values()):
+                    raise RuntimeError(
+                        f"processes hang after the others' end: {self.output.read_text()[-2000:]}"
+                    )
                 self.send(signal.SIGKILL)
-                raise RuntimeError(
-                    f"processes hang after another has ended: {self.output.read_text()[-2000:]}"
-                )
+                self.launcher_ended = True
             time.sleep(0.002)
         return [self.statuses[pid] for pid in self.children]
 
@@ -274,6 +277,7 @@ def one_fault(
         attempt.send(number, *(ranks or ([0] if kind == "stop" else [])))
         words = f"{signal.Signals(number).name} of {name}"
     statuses = attempt.wait()
+    words += " (the launcher ended the others)" if attempt.launcher_ended else ""
     allowed = {0, 2, pulse.STATUS, -signal.SIGKILL} | (
         {-signal.SIGTERM, -signal.SIGUSR1} if kind == "stop" else set()
     )

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -103,9 +104,14 @@ def test_a_finished_run_rerun_changes_nothing(finished: Path) -> None:
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the log tells of ``step`` or a later one, and there is a checkpoint to continue from."""
     log = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not (log.exists() and any(f'"step": {s},' in log.read_text() for s in range(step, STEPS))):
+    while not (
+        log.exists()
+        and any(f'"step": {s},' in log.read_text() for s in range(step, STEPS))
+        and checkpoint.exists(run_dir / "checkpoint")
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -122,7 +128,6 @@ def test_interrupted_and_continued_is_bit_identical(
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    # past the checkpoint of step 5, so that a kill has something to continue from
     wait_for_step(tmp_path / "run", 8, process)
     process.send_signal(sent)
     said, _ = process.communicate(timeout=240)
@@ -325,6 +330,21 @@ def test_a_full_disk_during_a_save(
     assert in_process(tmp_path / "run", "--steps", STEPS) == 0
     assert "warning: the checkpoint of step 10 could not be saved" in capsys.readouterr().out
     same_networks(finished, tmp_path / "run")
+    assert log_lines(finished) == log_lines(tmp_path / "run")
+
+
+def test_a_disk_too_full_for_the_log(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses a file's growth, as a full disk does; what lies in buffers is not in the way."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(checkpoint, "_write_file", lambda path, content: path.write_bytes(content))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+        with pytest.raises(UserError, match=r"cannot write .*: File too large"):
+            in_process(tmp_path / "run", "--steps", STEPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert in_process(tmp_path / "run", "--steps", STEPS) == 0
     assert log_lines(finished) == log_lines(tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -49,7 +50,8 @@ class MetricsLog:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line whose writing has failed
+            self._file.close()
 
 
 def _finite(value: Any) -> Any:
