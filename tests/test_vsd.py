@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, one_error_line, run
+from helpers import SMALL, checkpoint_tensors, one_error_line, run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -194,7 +194,7 @@ def test_run_resumes_exactly_and_without_its_teacher(teacher: Path, tmp_path: Pa
 
 
 def networks_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "checkpoint" / "state.safetensors")
+    return checkpoint_tensors(folder)
 
 
 def test_student_and_teacher_start_alike_and_only_the_student_learns(teacher: Path, tmp_path: Path) -> None:
