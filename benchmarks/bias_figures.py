@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
-from diffratio_fast.command import UserError
-from diffratio_fast.files import make_directory
+from benchmarks.figures import Figures
 
 Row = dict[str, Any]
 METHODS = ("DiffRatio", "VSD, learned teacher", "VSD, exact teacher")
@@ -147,22 +145,13 @@ def _knob_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, Any], folder: Path) -> None:
+def draw(found: dict[str, Any], figures: Figures) -> None:
     """The figures of whatever parts there are, as PNG."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("--images needs matplotlib: pip install matplotlib") from None
-    make_directory(folder)
+    pyplot = figures.pyplot
     pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     for name, picture in (("scores", _draw_scores), ("training", _draw_training), ("knobs", _draw_knobs)):
         if name in found:
-            figure = picture(pyplot, found[name])
-            figure.savefig(folder / f"bias_study_{name}.png", dpi=90, bbox_inches="tight")
-            pyplot.close(figure)
+            figures.save(picture(pyplot, found[name]), f"bias_study_{name}", bbox_inches="tight")
 
 
 def _draw_scores(pyplot: Any, rows: list[Row]) -> Any:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.batched_networks import Denoisers, Ratios, matched_width, parameter_count
 from benchmarks.bias_training import Recipe, exact_slope, train_generators
+from benchmarks.figures import Figures
 from benchmarks.mixtures import Mixture, clusters
 from benchmarks.score_estimators import Settings, train_denoiser, train_ratio
 from diffratio_fast import command
@@ -349,6 +350,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 1:
         raise UserError(f"--scale must be above 0 and at most 1, not {options.scale}")
+    figures = None if options.images is None else Figures(options.images)
     torch.set_num_threads(1)
     study = Study(options.scale)
     found: dict[str, Any] = {"torch": torch.__version__, "seeds": study.seeds, "steps": study.steps(STEPS)}
@@ -371,8 +373,8 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         replace_file(options.json, json.dumps(bias_figures.rounded(found)) + "\n")
     print(bias_figures.tables(found))
-    if options.images is not None:
-        bias_figures.draw(found, options.images)
+    if figures is not None:
+        bias_figures.draw(found, figures)
     return 0
 
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import Figures
 from diffratio_fast import command, networks
 from diffratio_fast.command import UserError
 from diffratio_fast.config import PretrainConfig, TrainConfig
 from diffratio_fast.data import DataSet, InMemoryDataSet, Scaling, open_dataset
-from diffratio_fast.files import make_directory, replace_file
+from diffratio_fast.files import replace_file
 from diffratio_fast.metrics.pixels import PixelMetrics
 from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
@@ -145,16 +146,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("--images needs matplotlib: pip install matplotlib") from None
-    make_directory(folder)
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.5))
+def draw(rows: list[dict[str, Any]], figures: Figures) -> None:
+    figure, axis = figures.pyplot.subplots(figsize=(5.5, 3.5))
     for start in STARTS:
         curves = [row["distance"] for row in rows if row["start"] == start]
         means, bars = zip(*(_spread(list(values)) for values in zip(*curves, strict=True)), strict=True)
@@ -162,8 +155,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     axis.set(yscale="log", xlabel="steps", ylabel="Fréchet distance to validation images")
     axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(folder / "init_study.png", dpi=90)
-    pyplot.close(figure)
+    figures.save(figure, "init_study")
 
 
 def main(argv: list[str]) -> int:
@@ -176,6 +168,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 1 or options.seeds < 1:
         raise UserError("--scale must be above 0 and at most 1, --seeds at least 1")
+    figures = None if options.images is None else Figures(options.images)
     torch.set_num_threads(1)
     dataset = reduced(open_dataset(options.data), options.scale)
     rows = list(study(dataset, options.seeds, options.scale))
@@ -183,8 +176,8 @@ def main(argv: list[str]) -> int:
         content = {"torch": torch.__version__, "data": dataset.name, "rows": rows}
         replace_file(options.json, json.dumps(content, indent=1) + "\n")
     print(table(rows))
-    if options.images is not None:
-        draw(rows, options.images)
+    if figures is not None:
+        draw(rows, figures)
     return 0
 
 
