@@ -124,7 +124,7 @@ def test_a_small_effective_sample_size_is_warned_about(
         ("sample", ["RUN", "--candidates", "2", "--verifier", "nowhere"], "diffratio_fast.refit"),
         ("refit", ["nowhere"], "no such run directory"),
         ("evaluate", ["nowhere", "--calibration"], "no such run directory"),
-        ("refit", ["RUN/samples"], "holds no generator.safetensors"),
+        ("refit", ["RUN/samples"], "holds no config.yaml"),
         ("refit", ["RUN", "--steps", "0"], "--steps"),
         ("refit", ["RUN", "--batch-size", "-3"], "--batch-size"),
     ],
