@@ -64,10 +64,14 @@ class Attempt:
         prepare: Callable[[int], None] | None = None,
         options: Sequence[str] = (),
     ) -> None:
-        self.output = where / "output.txt"
+        # a pipe, as a limit on the size of files would hold for a file too
+        self._source, self._sink = os.pipe()
+        os.set_blocking(self._source, False)
+        self._output = b""
         self.arguments = [*OPTIONS, "--parallel", parallel, "--run-dir", str(where / "run"), *options]
         port = _free_port()
         self.children = [self._fork(rank, processes, port, prepare) for rank in range(processes)]
+        os.close(self._sink)
         self.statuses: dict[int, int] = {}
         self.launcher_ended = False
 
@@ -77,9 +81,8 @@ class Attempt:
             return pid
         status = 70
         try:
-            out = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
+            os.dup2(self._sink, 1)
+            os.dup2(self._sink, 2)
             if processes > 1:
                 os.environ |= {
                     "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
@@ -96,6 +99,17 @@ class Attempt:
             sys.stdout.flush()
             os._exit(status)
 
+    def output(self) -> str:
+        """What the processes have written so far."""
+        with contextlib.suppress(BlockingIOError):
+            while self._source >= 0:
+                piece = os.read(self._source, 65536)
+                self._output += piece
+                if not piece:
+                    os.close(self._source)
+                    self._source = -1
+        return self._output.decode(errors="replace")
+
     def poll(self) -> bool:
         """Whether all processes have ended."""
         for pid in self.children:
@@ -103,6 +117,7 @@ class Attempt:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     self.statuses[pid] = os.waitstatus_to_exitcode(status)
+        self.output()
         return len(self.statuses) == len(self.children)
 
     def send(self, number: int, *ranks: int) -> None:
@@ -118,9 +133,7 @@ class Attempt:
                 ended = time.monotonic()
             if ended is not None and time.monotonic() - ended > PATIENCE:
                 if not any(self.statuses.values()):
-                    raise RuntimeError(
-                        f"processes hang after the others' end: {self.output.read_text()[-2000:]}"
-                    )
+                    raise RuntimeError(f"processes hang after the others' end: {self.output()[-2000:]}")
                 self.send(signal.SIGKILL)
                 self.launcher_ended = True
             time.sleep(0.002)
@@ -240,7 +253,7 @@ class References:
                 began = time.monotonic()
                 attempt = Attempt(Path(folder), processes, parallel)
                 if any(attempt.wait()):
-                    raise RuntimeError(attempt.output.read_text())
+                    raise RuntimeError(attempt.output())
                 self._known[processes, parallel] = end_state(Path(folder)), time.monotonic() - began
         return self._known[processes, parallel]
 
@@ -282,7 +295,7 @@ def one_fault(
         {-signal.SIGTERM, -signal.SIGUSR1} if kind == "stop" else set()
     )
     if not set(statuses) <= allowed:
-        raise RuntimeError(f"exit statuses {statuses} after {words}: {attempt.output.read_text()[-3000:]}")
+        raise RuntimeError(f"exit statuses {statuses} after {words}: {attempt.output()[-3000:]}")
     if kind == "damage":
         words += f", then {_damage(where, chance) or 'nothing to damage'}"
     return words
@@ -304,7 +317,7 @@ def run_case(seed: int, processes: list[int], references: References) -> dict[st
                 row["faults"].append(one_fault(kind, where, count, parallel, seconds, chance))
             attempt = Attempt(where, count, parallel)
             if any(attempt.wait()):
-                raise RuntimeError(attempt.output.read_text()[-3000:])
+                raise RuntimeError(attempt.output()[-3000:])
             found = end_state(where)
             differing = sorted(key for key in wanted if found.get(key) != wanted[key])
             row["lost"] = bool(differing) or found.keys() != wanted.keys()

@@ -172,10 +172,10 @@ def joined(device: torch.device) -> Iterator[World]:
             )
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
-    assert control is not None
     try:
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+        assert control is not None
         yield World(rank, size, control)
     except SaidElsewhere:
         raise
