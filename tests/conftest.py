@@ -11,7 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from helpers import SMALL
 from simt_programs import Programs
+
+from diffratio_fast import train
 
 HERE = Path(__file__).parent
 
@@ -28,3 +31,13 @@ def _seeded() -> None:
 def simt_programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     """Compiles the CUDA-on-CPU programs, each once per session."""
     return Programs(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small finished run of the digits; each file of tests has one of its own."""
+    where = tmp_path_factory.mktemp("trained") / "run"
+    threads = torch.get_num_threads()
+    assert train.main([*SMALL, "--steps", "3", "--run-dir", str(where)]) == 0
+    torch.set_num_threads(threads)
+    return where

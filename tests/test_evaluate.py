@@ -26,15 +26,6 @@ FEW = ["--device", "cpu", "--count", "200", "--seeds", "3,4"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("trained") / "run"
-    threads = torch.get_num_threads()
-    assert train.main([*SMALL, "--steps", "3", "--run-dir", str(where)]) == 0
-    torch.set_num_threads(threads)
-    return where
-
-
-@pytest.fixture(scope="module")
 def samples(trained: Path) -> Path:
     """200 images of seed 3 as an npz and a folder."""
     for name in ("images.npz", "images"):

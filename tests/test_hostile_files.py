@@ -48,15 +48,6 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("trained") / "run"
-    threads = torch.get_num_threads()
-    assert train.main([*SMALL, "--steps", "3", "--run-dir", str(where)]) == 0
-    torch.set_num_threads(threads)
-    return where
-
-
 @pytest.fixture
 def copied(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -19,15 +19,6 @@ from diffratio_fast.data.manifest import SD_VAE
 from diffratio_fast.networks import SavedNetwork
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("trained") / "run"
-    threads = torch.get_num_threads()
-    assert train.main([*SMALL, "--steps", "3", "--run-dir", str(where)]) == 0
-    torch.set_num_threads(threads)
-    return where
-
-
 def npz(trained: Path, out: Path, *options: str) -> tuple[np.ndarray, np.ndarray]:
     assert sample.main([str(trained), "--out", str(out), *options]) == 0
     with np.load(out) as archive:
