@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu_checks, harness
 from diffratio_fast import command
-from diffratio_fast.files import replace_file
+from diffratio_fast.storage.writing import replace_file
 
 HERE = Path(__file__).resolve().parent
 NAMES = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))

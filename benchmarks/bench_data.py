@@ -28,18 +28,8 @@ import numpy as np
 import torch
 import xxhash
 
-from diffratio_fast.data.dataset import Scaling
-from diffratio_fast.data.manifest import (
-    CHECKSUMS,
-    LABELS,
-    LATENT_SCALINGS,
-    MANIFEST,
-    SD_VAE,
-    Manifest,
-    Shard,
-    Statistics,
-    Vae,
-)
+from diffratio_fast.data.manifest import CHECKSUMS, LABELS, MANIFEST, Manifest, Shard, Statistics
+from diffratio_fast.data.scaling import LATENT_SCALINGS, SD_VAE, Scaling, Vae
 from diffratio_fast.data.shards import ShardDataSet
 from diffratio_fast.data.writer import npy_bytes
 from diffratio_fast.devices import device_name

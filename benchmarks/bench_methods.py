@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.harness import Case, Settings
 from diffratio_fast import command
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.data.writer import EDM_PIXELS
-from diffratio_fast.files import replace_file
-from diffratio_fast.presets import PRESETS, RATIO_NETWORKS, VSD
-from diffratio_fast.training.iteration import Iteration
+from diffratio_fast.config.presets import PRESETS, RATIO_NETWORKS, VSD
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data.scaling import EDM_PIXELS
+from diffratio_fast.storage.writing import replace_file
 from diffratio_fast.training.memory import Tracker, cost
 from diffratio_fast.training.methods import METHODS
 from diffratio_fast.training.plan import planned_data
-from diffratio_fast.training.state import initial_state
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.step.generator import Iteration
 
 CHOICES: dict[str, dict[str, Any]] = {
     "DiffRatio, mixer": {"ratio_network": "mixer"},

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Settings
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.data.writer import EDM_PIXELS
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data.scaling import EDM_PIXELS
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.ops import reference_ratio
-from diffratio_fast.training.iteration import Iteration
-from diffratio_fast.training.state import initial_state
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.step.generator import Iteration
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {

@@ -40,7 +40,9 @@ from safetensors.torch import load_file
 
 from benchmarks.harness import environment
 from diffratio_fast import command, train
-from diffratio_fast.training import checkpoint, evaluation, loop, pulse, sharded  # noqa: F401 (before forks)
+from diffratio_fast.training import monitor
+from diffratio_fast.training.processes import pulse
+from diffratio_fast.training.state import checkpoint
 
 STEPS = 14
 OPTIONS = [
@@ -341,7 +343,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    evaluation.PixelMetrics.suits = staticmethod(lambda dataset: False)  # type: ignore[method-assign]
+    monitor.PixelMetrics.suits = staticmethod(lambda dataset: False)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train.main(
             [*OPTIONS, "--run-dir", str(Path(folder) / "run")]

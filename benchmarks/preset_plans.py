@@ -25,16 +25,19 @@ import torch
 
 from benchmarks.harness import environment
 from diffratio_fast import command
-from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
-from diffratio_fast.data import DataSet
+from diffratio_fast.config.presets import PRESETS, PRETRAIN_PRESETS
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.devices import choose_device
-from diffratio_fast.files import replace_file
-from diffratio_fast.presets import PRESETS, PRETRAIN_PRESETS
-from diffratio_fast.training import pretraining
-from diffratio_fast.training.iteration import Batch, Iteration
+from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.training import denoiser_run
 from diffratio_fast.training.memory import cost
 from diffratio_fast.training.plan import planned_data
-from diffratio_fast.training.state import initial_state
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.step.generator import Iteration
+from diffratio_fast.training.step.stepper import Batch
 
 COLUMNS = (
     "preset", "command", "parameters, M", "batch (part)", "GFLOPs an image", "memory, GiB", "of that state",
@@ -102,8 +105,8 @@ def stepper(config: RunConfig, dataset: DataSet, device: torch.device) -> Callab
         iteration = Iteration(config, dataset.scaling, state, device)
         return lambda: iteration.run([batch] * config.ratio_steps)
     assert isinstance(config, PretrainConfig)
-    denoising = pretraining.initial_state(config, dataset, device)
-    pretrained = pretraining.PretrainIteration(config, dataset.scaling, denoising, device)
+    denoising = denoiser_run.initial_state(config, dataset, device)
+    pretrained = denoiser_run.PretrainIteration(config, dataset.scaling, denoising, device)
     return lambda: pretrained.run([batch])
 
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from diffratio_fast.config import RunConfig
-    from diffratio_fast.data import DataSet
+    from diffratio_fast.config.run import RunConfig
+    from diffratio_fast.data.dataset import DataSet
 
 GIB = 2**30
 PLANNED = (16, 32)
@@ -235,10 +235,10 @@ def timed_step(batch: int) -> float | None:
     """Median CPU seconds of the tiny U-Net's step in one process; None in all but a launcher's rank 0."""
     import torch
 
-    from diffratio_fast.config import TrainConfig
-    from diffratio_fast.training.distributed import joined
-    from diffratio_fast.training.loop import Trainer
-    from diffratio_fast.training.run_directory import RunDirectory
+    from diffratio_fast.config.train import TrainConfig
+    from diffratio_fast.runs.directory import RunDirectory
+    from diffratio_fast.training.generator_run import Trainer
+    from diffratio_fast.training.processes.world import joined
 
     config = TrainConfig(**TINY, batch_size=batch)
     with joined(torch.device("cpu")) as world, tempfile.TemporaryDirectory() as folder:
@@ -295,7 +295,7 @@ def measure() -> dict[str, Any]:
     import torch
 
     from benchmarks.harness import environment
-    from diffratio_fast.config import TrainConfig
+    from diffratio_fast.config.train import TrainConfig
     from diffratio_fast.data import open_dataset
     from diffratio_fast.training.memory import cost
 
@@ -353,8 +353,8 @@ def main(argv: list[str]) -> int:
                 f"{row['predicted_s'] * 1e3:7.1f} ms, measured {row['measured_s'] * 1e3:7.1f} ms ({how})"
             )
     else:
-        from diffratio_fast.config import TrainConfig
-        from diffratio_fast.presets import PRESETS
+        from diffratio_fast.config.presets import PRESETS
+        from diffratio_fast.config.train import TrainConfig
         from diffratio_fast.training.plan import planned_data
 
         if arguments.preset not in PRESETS:
@@ -374,7 +374,7 @@ def main(argv: list[str]) -> int:
         print(table(rows, steps))
         result = {"machine": asdict(machine), "preset": arguments.preset, "steps": steps, "rows": rows}
     if arguments.json is not None:
-        from diffratio_fast.files import replace_file
+        from diffratio_fast.storage.writing import replace_file
 
         replace_file(arguments.json, json.dumps(result, indent=1) + "\n")
     return 0

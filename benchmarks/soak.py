@@ -109,9 +109,9 @@ def stopped_every(seconds: float) -> Iterator[None]:
 
 def session(preset: str, data: Path, run_dir: Path, seconds: float) -> int:
     """Continue the run for so long; the step it has come to."""
-    from diffratio_fast.config import TrainConfig
-    from diffratio_fast.presets import PRESETS as TRAINED
-    from diffratio_fast.training.loop import train
+    from diffratio_fast.config.presets import PRESETS as TRAINED
+    from diffratio_fast.config.train import TrainConfig
+    from diffratio_fast.training.generator_run import train
 
     often = {
         "steps": 10**7, "log_every": 20, "checkpoint_every": 50, "eval_every": 200, "snapshot_every": 10**6,
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
     presets = list(PRESETS) if arguments.preset == "both" else [arguments.preset]
     result = soak(arguments.minutes * 60, presets)
     if arguments.json is not None:
-        from diffratio_fast.files import replace_file
+        from diffratio_fast.storage.writing import replace_file
 
         replace_file(arguments.json, json.dumps(result, indent=1) + "\n")
     early, late = (result[name] / 2**20 for name in ("resident_early_bytes", "resident_late_bytes"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -114,8 +114,8 @@ def average(run: Path, std: float, out: Path, step: int | None = None) -> float:
     """Write the average of width ``std`` at a step of the run (by default its last); the profile's error."""
     import safetensors.torch
 
-    from diffratio_fast.files import replace_file
-    from diffratio_fast.training.posthoc_ema import LARGEST, Profile, combination
+    from diffratio_fast.storage.writing import replace_file
+    from diffratio_fast.training.state.posthoc_ema import LARGEST, Profile, combination
 
     if not 0 < std <= LARGEST:
         raise UserError(f"--ema-std must be above 0 and at most {LARGEST}, not {std}")

@@ -7,13 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-
-class UserError(Exception):
-    """Bad input of any kind: the message is one line that says what is wrong and what to do."""
-
-
-class SaidElsewhere(UserError):
-    """Another process of the same run tells of the error; this one ends without a word."""
+from diffratio_fast.errors import ReportedElsewhere, UserError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -40,7 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run ``main(argv)`` as a process: its return value is the exit status, ``UserError`` is 2."""
     try:
         status = main(sys.argv[1:])
-    except SaidElsewhere:
+    except ReportedElsewhere:
         status = 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from diffratio_fast.snapshots import PublishedNetwork
+    from diffratio_fast.networks.published_pickles import PublishedNetwork
 
 EPILOG = """Nothing in the snapshot is executed, and the code it was written by is not needed. OUT holds the
 weights under their published names, as they are; its metadata's architecture and config are what
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     if out is not None and out.resolve() == path.resolve():
         raise UserError(f"{out}: would overwrite the snapshot itself")
 
-    from diffratio_fast.snapshots import published_network, read_snapshot
-    from diffratio_fast.untrusted import one_line
+    from diffratio_fast.networks.published_pickles import published_network, read_snapshot
+    from diffratio_fast.storage.reading import one_line
 
     content = read_snapshot(path)
     if arguments.key not in content:
@@ -75,14 +75,14 @@ def _verified(network: PublishedNetwork) -> int:
 def _write(out: Path, network: PublishedNetwork) -> None:
     import safetensors.torch
 
-    from diffratio_fast.files import replace_file
+    from diffratio_fast.storage.writing import replace_file
 
     metadata = {"architecture": network.architecture, "config": json.dumps(network.config)}
     replace_file(out, safetensors.torch.save(network.state, metadata))
 
 
 def _print_info(content: dict[str, Any], key: str, network: PublishedNetwork, summary: str) -> None:
-    from diffratio_fast.snapshots import class_of
+    from diffratio_fast.networks.published_pickles import class_of
 
     for name, value in content.items():
         print(f"{ascii(name)[1:-1]}: {ascii(class_of(value))[1:-1][:100]}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
 
 from diffratio_fast import launch
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,3 +46,11 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the device where it is a GPU, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command, report
-from diffratio_fast.command import UserError
-from diffratio_fast.report.measurements import keep_evaluation
+from diffratio_fast.errors import UserError
+from diffratio_fast.runs.measurements import keep_evaluation
 
 if TYPE_CHECKING:
-    from diffratio_fast.evaluation import Options
+    from diffratio_fast.metrics.protocol import Options
 
 EPILOG = """The protocol of published figures is the default: 50,000 images of each of three seeds, as uint8,
 against the training split; the mean of the seeds stands beside the best. See docs/evaluation.md."""
@@ -73,8 +73,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """The options, checked as far as they can be on their own."""
-    from diffratio_fast.evaluation import Options
     from diffratio_fast.metrics.figures import METRICS
+    from diffratio_fast.metrics.protocol import Options
 
     metrics = tuple(word.strip() for word in arguments.metrics.split(","))
     if unknown := [word for word in metrics if word not in METRICS]:
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     if arguments.calibration:
         return calibrate(arguments.subject, arguments.device, as_json=arguments.json)
     options = options_of(arguments)
-    from diffratio_fast.evaluation import evaluate
+    from diffratio_fast.metrics.protocol import evaluate
 
     result = evaluate(options)
     print(json.dumps(result, indent=1, allow_nan=False) if arguments.json else table(result))
@@ -108,12 +108,12 @@ def main(argv: list[str]) -> int:
 
 def calibrate(run: Path, device: str, *, as_json: bool) -> int:
     """Print the calibration of a run's ratio networks; it also goes into the run's report."""
-    from diffratio_fast import calibration
     from diffratio_fast.devices import choose_device
+    from diffratio_fast.verifier import tables
 
-    found = calibration.calibrate_run(run, choose_device(device))
-    as_data = calibration.plain(found)
-    print(json.dumps(as_data, indent=1, allow_nan=False) if as_json else calibration.text(found))
+    found = tables.calibrate_run(run, choose_device(device))
+    as_data = tables.plain(found)
+    print(json.dumps(as_data, indent=1, allow_nan=False) if as_json else tables.text(found))
     return 0
 
 

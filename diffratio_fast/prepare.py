@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from diffratio_fast import launch
-from diffratio_fast.command import Parser, UserError, run
-from diffratio_fast.data.manifest import Manifest, Vae
+from diffratio_fast.command import Parser, run
+from diffratio_fast.data.manifest import Manifest
+from diffratio_fast.data.scaling import Vae
 from diffratio_fast.data.sources import (
     CROPS,
     FORMATS,
@@ -28,6 +29,7 @@ from diffratio_fast.data.sources import (
     open_source,
 )
 from diffratio_fast.data.writer import SHARD_BYTES, Entries, Plan, Records, fixed_order, write_shards
+from diffratio_fast.errors import UserError
 
 A = TypeVar("A")
 B = TypeVar("B")

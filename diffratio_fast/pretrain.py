@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from diffratio_fast import command
-from diffratio_fast.config import PretrainConfig
-from diffratio_fast.presets import DEFAULT, PRETRAIN_PRESETS
-from diffratio_fast.run_command import act, chosen_options, over_preset, run_parser
+from diffratio_fast.config.presets import DEFAULT, PRETRAIN_PRESETS
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.training.command_line import act, chosen_options, over_preset, run_parser
 
 
 def parser() -> command.Parser:
@@ -25,7 +25,7 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, PretrainConfig]:
 
 
 def start(preset: str, config: PretrainConfig, *, fresh: bool) -> int:
-    from diffratio_fast.training.pretraining import pretrain
+    from diffratio_fast.training.denoiser_run import pretrain
 
     return pretrain(preset, config, fresh=fresh)
 

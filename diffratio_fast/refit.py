@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffratio_fast import command, report
-from diffratio_fast.command import UserError
-from diffratio_fast.report.measurements import keep_measurements
+from diffratio_fast.errors import UserError
+from diffratio_fast.runs.measurements import keep_measurements
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from diffratio_fast.metrics.calibration import Calibration
     from diffratio_fast.objectives.refit import Refitted
-    from diffratio_fast.training.finished_run import FinishedRun
-    from diffratio_fast.verifier import SigmaCheck
+    from diffratio_fast.verifier.calibration import Calibration
+    from diffratio_fast.verifier.finished_run import FinishedRun
+    from diffratio_fast.verifier.noise_level import SigmaCheck
 
 SAMPLES = 2_000
 """Images behind a Fréchet distance of the choice of sigma, for each seed."""
@@ -83,7 +83,8 @@ def sigma_by_rule(
     """``verifier.choose_sigma`` with distances to the validation split, on pixels."""
     from diffratio_fast import networks
     from diffratio_fast.metrics.pixels import PixelMetrics
-    from diffratio_fast.verifier import Verifier, choose_sigma, select
+    from diffratio_fast.verifier.noise_level import choose_sigma
+    from diffratio_fast.verifier.selection import Verifier, select
 
     metrics = PixelMetrics(run.dataset)
     labels = metrics.labels("validation", SAMPLES)
@@ -113,11 +114,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
 
     from diffratio_fast import networks
-    from diffratio_fast.calibration import plain, table
     from diffratio_fast.devices import choose_device
     from diffratio_fast.metrics.pixels import PixelMetrics
-    from diffratio_fast.training.finished_run import FinishedRun
-    from diffratio_fast.verifier import candidate_sigmas
+    from diffratio_fast.verifier.finished_run import FinishedRun
+    from diffratio_fast.verifier.noise_level import candidate_sigmas
+    from diffratio_fast.verifier.tables import plain, table
 
     run = FinishedRun(arguments.run, choose_device(arguments.device))
     batch_size = arguments.batch_size or run.config.batch_size

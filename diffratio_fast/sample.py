@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from diffratio_fast import command, launch
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 MAX_GRID = 10_000
 MAX_CANDIDATES = 4096
@@ -107,8 +107,8 @@ def main(argv: list[str]) -> int:
 
     from diffratio_fast.devices import choose_device
     from diffratio_fast.progress import ImageProgress
-    from diffratio_fast.sample_files import Job, write_samples
-    from diffratio_fast.sampling import Sampler, VerifiedSampler
+    from diffratio_fast.sampling.outputs import Job, write_samples
+    from diffratio_fast.sampling.sampler import Sampler, VerifiedSampler
 
     rank, world_size = launch.process()
     device = choose_device(arguments.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from diffratio_fast import command
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.presets import DEFAULT, PRESETS, RATIO_NETWORKS, VSD
-from diffratio_fast.run_command import act, chosen_options, over_preset, run_parser
+from diffratio_fast.config.presets import DEFAULT, PRESETS, RATIO_NETWORKS, VSD
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.training.command_line import act, chosen_options, over_preset, run_parser
 
 
 def parser() -> command.Parser:
@@ -26,7 +26,7 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
 
 
 def start(preset: str, config: TrainConfig, *, fresh: bool) -> int:
-    from diffratio_fast.training.loop import train
+    from diffratio_fast.training.generator_run import train
 
     return train(preset, config, fresh=fresh)
 

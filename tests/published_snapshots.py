@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from diffratio_fast import convert, networks
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "backbones"
 TINY = ["edm_ddpmpp_tiny", "edm_ncsnpp_tiny", "edm_adm_tiny", "edm2_tiny"]

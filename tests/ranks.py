@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import save_file
 
 from diffratio_fast import command
-from diffratio_fast.config import PretrainConfig, TrainConfig
-from diffratio_fast.training.distributed import is_sharded, joined
-from diffratio_fast.training.loop import Trainer
-from diffratio_fast.training.pretraining import Pretrainer
-from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training.denoiser_run import Pretrainer
+from diffratio_fast.training.generator_run import Trainer
+from diffratio_fast.training.processes.world import is_sharded, joined
 
 
 def free_port() -> int:

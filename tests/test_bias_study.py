@@ -10,13 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bias_study
-from benchmarks.batched_networks import Denoisers, Ratios, matched_width, parameter_count
-from benchmarks.bias_study import Study, decompose
-from benchmarks.bias_training import Recipe, generator_gradient, train_generators
-from benchmarks.mixtures import Mixture, clusters, kullback_leibler_2d, sliced_wasserstein, unit_directions
-from benchmarks.score_estimators import Settings, draw_sigma, train_ratio
-from diffratio_fast.command import UserError
+from benchmarks.studies import bias_study
+from benchmarks.studies.batched_networks import Denoisers, Ratios, matched_width, parameter_count
+from benchmarks.studies.bias_study import Study, decompose
+from benchmarks.studies.bias_training import Recipe, generator_gradient, train_generators
+from benchmarks.studies.mixtures import (
+    Mixture,
+    clusters,
+    kullback_leibler_2d,
+    sliced_wasserstein,
+    unit_directions,
+)
+from benchmarks.studies.score_estimators import Settings, draw_sigma, train_ratio
+from diffratio_fast.errors import UserError
 from diffratio_fast.objectives.divergences import DIVERGENCES
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -19,13 +19,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffratio_fast.command import UserError
-from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
-from diffratio_fast.data import DataSet, open_dataset
-from diffratio_fast.training import pretraining
-from diffratio_fast.training.capture import WARMUP, Captured, check_capture
-from diffratio_fast.training.iteration import Iteration, Stepper
-from diffratio_fast.training.state import RunState, initial_state
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data import open_dataset
+from diffratio_fast.data.dataset import DataSet
+from diffratio_fast.errors import UserError
+from diffratio_fast.training import denoiser_run
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.state.run_state import RunState
+from diffratio_fast.training.step.capture import WARMUP, Captured, check_capture
+from diffratio_fast.training.step.generator import Iteration
+from diffratio_fast.training.step.stepper import Stepper
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -116,8 +121,8 @@ def stepper_of(config: RunConfig, dataset: DataSet) -> Stepper:
     if isinstance(config, TrainConfig):
         return Iteration(config, dataset.scaling, initial_state(config, dataset, CPU), CPU)
     assert isinstance(config, PretrainConfig)
-    state = pretraining.initial_state(config, dataset, CPU)
-    return pretraining.PretrainIteration(config, dataset.scaling, state, CPU)
+    state = denoiser_run.initial_state(config, dataset, CPU)
+    return denoiser_run.PretrainIteration(config, dataset.scaling, state, CPU)
 
 
 def trained(config: RunConfig, steps: int, recorder: Recorder | None) -> RunState:

@@ -19,12 +19,13 @@ import torch
 from data_cases import run_prepare
 
 from diffratio_fast import evaluate, networks, ops, pretrain, sample, train
-from diffratio_fast.config import TrainConfig, read_config
+from diffratio_fast.config.options import read_yaml
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
-from diffratio_fast.networks import latents_for
+from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.objectives.divergences import LOG_2
-from diffratio_fast.training.loop import Trainer
-from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training.generator_run import Trainer
 
 VARIABLES = {"cifar10-cond": "DIFFRATIO_CIFAR10", "fashion": "DIFFRATIO_FASHION_MNIST"}
 SHAPES = {"cifar10-cond": (3, 32, 32), "fashion": (1, 28, 28)}
@@ -48,7 +49,7 @@ class Chain:
     run: Path
 
     def config(self, **options: Any) -> TrainConfig:
-        return TrainConfig(**(read_config(self.run / "config.yaml") | options))
+        return TrainConfig(**(read_yaml(TrainConfig, self.run / "config.yaml") | options))
 
 
 def logged(run: Path, key: str) -> list[float]:

@@ -13,14 +13,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffratio_fast.command import UserError
-from diffratio_fast.config import TrainConfig
-from diffratio_fast.training import checkpoint
-from diffratio_fast.training.checkpoint import Checkpoints
-from diffratio_fast.training.distributed import ALONE
-from diffratio_fast.training.loop import Trainer
-from diffratio_fast.training.run_directory import RunDirectory
-from diffratio_fast.training.sharded import read_parts
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.errors import UserError
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training.generator_run import Trainer
+from diffratio_fast.training.processes.world import ALONE
+from diffratio_fast.training.state import checkpoint
+from diffratio_fast.training.state.checkpoint import Checkpoints
+from diffratio_fast.training.state.sharded import read_parts
 
 SMALL: dict[str, Any] = {
     "device": "cpu", "batch_size": 8, "generator_width": 8, "ratio_width": 8, "latent_size": 4

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffratio_fast.command import UserError
-from diffratio_fast.config import GROUPS, TrainConfig, changed_fields, read_config
-from diffratio_fast.options import from_mapping
-from diffratio_fast.presets import DESCRIPTIONS, PRESETS
+from diffratio_fast.config.options import GROUPS, changed_fields, from_mapping, read_yaml
+from diffratio_fast.config.presets import DESCRIPTIONS, PRESETS
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.errors import UserError
 from diffratio_fast.train import parser, resolve
 
 
@@ -47,7 +47,7 @@ def test_a_run_config_can_be_loaded_again(tmp_path: Path) -> None:
     content = {"preset": "digits", **dataclasses.asdict(config), "environment": {"torch": "2"}}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(content))
-    assert TrainConfig(**read_config(file)) == config
+    assert TrainConfig(**read_yaml(TrainConfig, file)) == config
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_bad_files_get_one_line(tmp_path: Path, content: str, says: str) -> None
     file = tmp_path / "c.yaml"
     file.write_text(content)
     with pytest.raises(UserError) as error:
-        read_config(file)
+        read_yaml(TrainConfig, file)
     assert says in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_file() -> None:
     with pytest.raises(UserError, match="No such file"):
-        read_config(Path("nowhere.yaml"))
+        read_yaml(TrainConfig, Path("nowhere.yaml"))
 
 
 @pytest.mark.parametrize(

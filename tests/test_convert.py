@@ -25,7 +25,9 @@ from published_snapshots import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffratio_fast import convert, networks, safe_pickle, snapshots
+from diffratio_fast import convert, networks
+from diffratio_fast.networks import published_pickles
+from diffratio_fast.storage import pickles
 
 # What it is for.
 
@@ -110,8 +112,8 @@ def test_options_left_to_the_published_defaults(
     for option in dropped:
         del kwargs[option]
     kwargs["sigma_max"] = float("inf")
-    record = safe_pickle.read(io.BytesIO(pickle.dumps(content)))["ema"]
-    network = snapshots.published_network(record)
+    record = pickles.read(io.BytesIO(pickle.dumps(content)))["ema"]
+    network = published_pickles.published_network(record)
     assert network.architecture == architecture
     assert "sigma_max" not in network.config
     assert added.items() <= network.config.items()
@@ -164,13 +166,13 @@ plain = st.recursive(
 def test_plain_data_is_read_as_python_reads_it(value: Any, protocol: int, twice: bool) -> None:
     value = [value, value] if twice else value  # shared, through the memo
     data = pickle.dumps(value, protocol)
-    assert repr(safe_pickle.read(io.BytesIO(data))) == repr(pickle.loads(data))
+    assert repr(pickles.read(io.BytesIO(data))) == repr(pickle.loads(data))
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_end_in_a_value_or_a_value_error(data: bytes) -> None:
     try:
-        safe_pickle.read(io.BytesIO(b"\x80\x04" + data))
+        pickles.read(io.BytesIO(b"\x80\x04" + data))
     except ValueError as error:
         assert str(error)
 
@@ -179,5 +181,5 @@ def test_sharing_and_cycles_survive() -> None:
     inner = [1]
     value: list[Any] = [inner, inner]
     value.append(value)
-    read = safe_pickle.read(io.BytesIO(pickle.dumps(value)))
+    read = pickles.read(io.BytesIO(pickle.dumps(value)))
     assert read[0] is read[1] and read[2] is read

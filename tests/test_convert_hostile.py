@@ -28,7 +28,7 @@ from published_snapshots import (
 )
 
 from diffratio_fast import convert
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 # Hostile pickles: nothing runs.
 

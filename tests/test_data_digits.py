@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data import SPLITS, Scaling, open_dataset
+from diffratio_fast.data import open_dataset
+from diffratio_fast.data.dataset import SPLITS
 from diffratio_fast.data.digits import FILE
 from diffratio_fast.data.sampler import batch_records, permutation
+from diffratio_fast.data.scaling import Scaling
+from diffratio_fast.errors import UserError
 
 
 def test_file_is_the_published_set_with_a_stratified_split() -> None:

@@ -13,11 +13,11 @@ from data_cases import latent_shards, prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.native import ReadAhead, Reading, Ring
 from diffratio_fast.data.records import Records
 from diffratio_fast.data.sampler import Order
 from diffratio_fast.data.shards import ShardDataSet
+from diffratio_fast.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -303,19 +303,6 @@ def test_index_file_of_another_length(damaged: Path) -> None:
     np.save(damaged / "checksums.npy", np.zeros(5, np.uint64))
     with pytest.raises(UserError, match=r"checksums\.npy: not uint64 \(60,\)"):
         ShardDataSet(damaged)
-
-
-def test_latents_fed_to_a_pixel_preset_and_the_reverse(directory: Path, tmp_path: Path) -> None:
-    latents, pixels = ShardDataSet(latent_shards(tmp_path)), ShardDataSet(directory)
-    latents.require(kind="latent_moments", shape=(8, 4, 4), vae="stabilityai/sd-vae-ft-mse")
-    with pytest.raises(UserError, match="holds latents of stabilityai/sd-vae-ft-mse, but pixels"):
-        latents.require(kind="image")
-    with pytest.raises(UserError, match="holds pixels, but latents"):
-        pixels.require(kind="latent_moments")
-    with pytest.raises(UserError, match="scaled for it, but the preset is for another/vae"):
-        latents.require(kind="latent_moments", vae="another/vae")
-    with pytest.raises(UserError, match=r"records are \[3, 8, 8\], not \[3, 32, 32\]"):
-        pixels.require(kind="image", shape=(3, 32, 32))
 
 
 def test_latents_scaled_for_another_vae(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from data_cases import (
 )
 from PIL import Image
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data import writer
 from diffratio_fast.data.shards import ShardDataSet
+from diffratio_fast.errors import UserError
 
 COMMAND = (sys.executable, "-m", "diffratio_fast.prepare")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

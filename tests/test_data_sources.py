@@ -17,9 +17,9 @@ import pytest
 from data_cases import edm_zip, image_folder, moments, npy, picture, png
 from PIL import Image
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.sources import ImageOptions, Source, Unreadable, arrays, cut_splits, open_source
 from diffratio_fast.data.sources.base import decode_image
+from diffratio_fast.errors import UserError
 
 
 def opened(path: Path, **options: object) -> Source:

@@ -15,12 +15,13 @@ from data_cases import image_folder, run_prepare
 from helpers import SMALL, one_error_line, run
 from PIL import Image
 
-from diffratio_fast import evaluate, networks, safe_pickle, sample, train
-from diffratio_fast.command import UserError
+from diffratio_fast import evaluate, networks, sample, train
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features import load_extractor
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
 from diffratio_fast.metrics.images import open_images
 from diffratio_fast.metrics.reference import load_reference
+from diffratio_fast.storage import pickles
 
 FEW = ["--device", "cpu", "--count", "200", "--seeds", "3,4"]
 
@@ -348,12 +349,12 @@ def test_efficientnet_through_the_command(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_arrays_come_out_of_pickles_of_every_protocol(protocol: int) -> None:
     def read(value: object) -> object:
-        return safe_pickle.read(io.BytesIO(pickle.dumps({"x": value}, protocol=protocol)))["x"]
+        return pickles.read(io.BytesIO(pickle.dumps({"x": value}, protocol=protocol)))["x"]
 
     array = np.random.default_rng(0).normal(size=(4, 3))
     for wanted in (array, np.asfortranarray(array), array.astype(np.float32), array[:, 1].copy()):
-        found = safe_pickle.array(read(wanted))
+        found = pickles.array(read(wanted))
         assert np.array_equal(found, wanted) and found.dtype == wanted.dtype
     for other in (np.arange(3), np.float64(3), np.array([None]), array.astype(">f8"), [1.0], "x"):
         with pytest.raises(ValueError):
-            safe_pickle.array(read(other))
+            pickles.array(read(other))

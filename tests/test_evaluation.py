@@ -13,19 +13,19 @@ from helpers import SMALL
 from torch import Tensor
 
 from diffratio_fast import ops, train
-from diffratio_fast.config import TrainConfig
+from diffratio_fast.config.presets import PRESETS
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.metrics.frechet import frechet_distance, moments
 from diffratio_fast.objectives.divergences import jensen_shannon_bound
 from diffratio_fast.objectives.held_out import log_ratios, noise_levels, pair_bounds
 from diffratio_fast.objectives.noise_laws import parse_noise_law
 from diffratio_fast.objectives.refit import LEVELS
-from diffratio_fast.presets import PRESETS
 from diffratio_fast.report.diagnosis import warnings
-from diffratio_fast.training.evaluation import Evaluation, evaluation_images
-from diffratio_fast.training.iteration import Iteration
-from diffratio_fast.training.reporting import Events, MetricsLog
-from diffratio_fast.training.state import initial_state
+from diffratio_fast.runs.log import Events, MetricsLog
+from diffratio_fast.training.monitor import Evaluation, evaluation_images
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.step.generator import Iteration
 
 CPU = torch.device("cpu")
 

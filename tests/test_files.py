@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from diffratio_fast import files
-from diffratio_fast.command import UserError
-from diffratio_fast.training.reporting import MetricsLog
+from diffratio_fast.errors import UserError
+from diffratio_fast.runs.log import MetricsLog
+from diffratio_fast.storage import writing
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "state"
-    files.replace_file(target, "old")
+    writing.replace_file(target, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        files.replace_file(target, "new")
+        writing.replace_file(target, "new")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -41,7 +41,7 @@ def test_the_name_changes_only_after_the_content_is_on_disk(
 
     monkeypatch.setattr(os, "fsync", seen("fsync", fsync))
     monkeypatch.setattr(os, "replace", seen("replace", replace))
-    files.replace_file(tmp_path / "new" / "state", b"content")
+    writing.replace_file(tmp_path / "new" / "state", b"content")
     assert order == ["fsync", "replace", "fsync"]
     assert (tmp_path / "new" / "state").read_bytes() == b"content"
 

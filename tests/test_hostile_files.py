@@ -25,9 +25,9 @@ from data_cases import image_folder, npy, picture, png, prepared
 from helpers import SMALL, one_error_line, run
 
 from diffratio_fast import convert, evaluate, prepare, refit, report, sample, train
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.report.__main__ import main as report_main
-from diffratio_fast.training.reporting import MetricsLog
+from diffratio_fast.runs.log import MetricsLog
 
 Case = Callable[[Path, Path], list[object]]
 DEEP = "[" * 100_000

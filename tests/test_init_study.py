@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import init_study
-from diffratio_fast.data import InMemoryDataSet, Scaling
+from benchmarks.studies import init_study
+from diffratio_fast.data.dataset import InMemoryDataSet
+from diffratio_fast.data.scaling import Scaling
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features import Extractor, dinov2, extract, inception, load_extractor
 from diffratio_fast.metrics.features.base import resize_bicubic
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from diffratio_fast import networks, ops
-from diffratio_fast.command import UserError
-from diffratio_fast.data import InMemoryDataSet, Scaling
+from diffratio_fast.data.dataset import InMemoryDataSet
+from diffratio_fast.data.scaling import Scaling
+from diffratio_fast.errors import UserError
 from diffratio_fast.networks import edm2
 from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio, set_checkpointing, set_dropout
 from diffratio_fast.networks.layers import Dropout, dropout_stream
-from diffratio_fast.training.initial import load_initial
+from diffratio_fast.training.state.initial import load_initial
 
 SHAPE, CLASSES = (2, 16, 16), 3
 OPTIONS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from published_networks import FIXTURES, SONG, TINY, error, metadata, randomised
 from safetensors.torch import save_file
 
 from diffratio_fast import networks
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.networks import unet
 from diffratio_fast.networks.published import with_state
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
-from diffratio_fast.command import UserError
-from diffratio_fast.config import DIVERGENCE_NAMES, WEIGHT_NAMES
+from diffratio_fast.config.train import DIVERGENCE_NAMES, WEIGHT_NAMES
+from diffratio_fast.errors import UserError
 from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
 from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, initial_means, update_means
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference

@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from diffratio_fast import pretrain, train
-from diffratio_fast.command import UserError
-from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
-from diffratio_fast.data import model_shape, open_dataset
+from diffratio_fast.config.presets import DATA_SHAPES, DESCRIPTIONS, PRESETS, PRETRAIN_PRESETS, RATIO_NETWORKS
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data import open_dataset
+from diffratio_fast.data.dataset import model_shape
+from diffratio_fast.errors import UserError
 from diffratio_fast.networks.backbone import build_denoiser
-from diffratio_fast.presets import DATA_SHAPES, DESCRIPTIONS, PRESETS, PRETRAIN_PRESETS, RATIO_NETWORKS
-from diffratio_fast.training.loop import Trainer
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training.denoiser_run import Pretrainer
+from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.memory import cost
 from diffratio_fast.training.plan import planned_data
-from diffratio_fast.training.pretraining import Pretrainer
-from diffratio_fast.training.run_directory import RunDirectory
-from diffratio_fast.training.state import backbone_options
+from diffratio_fast.training.state.run_state import backbone_options
 
 SONG = json.dumps({"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [4]})
 EDM2 = json.dumps({"model_channels": 64, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]})

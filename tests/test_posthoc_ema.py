@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from scipy import integrate
 
 from diffratio_fast import average, networks, pretrain, sample, train
-from diffratio_fast.command import UserError
-from diffratio_fast.training.ema import power_decay, power_exponent
-from diffratio_fast.training.posthoc_ema import Profile, combination, inner_product
+from diffratio_fast.errors import UserError
+from diffratio_fast.training.state.ema import power_decay, power_exponent
+from diffratio_fast.training.state.posthoc_ema import Profile, combination, inner_product
 
 TINY = json.dumps({"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []})
 SHORT = ["--device", "cpu", "--backbone-options", TINY, "--batch-size", "4", "--eval-every", "1000",

@@ -18,16 +18,18 @@ import torch
 from helpers import checkpoint_tensors, contents
 
 from diffratio_fast import networks, ops, pretrain, sample, train
-from diffratio_fast.command import UserError
-from diffratio_fast.config import PretrainConfig, TrainConfig
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
+from diffratio_fast.errors import UserError
 from diffratio_fast.objectives.denoising import denoising_errors, denoising_loss, heun
-from diffratio_fast.training import evaluation, pretraining
-from diffratio_fast.training.ema import power_decay, power_exponent
-from diffratio_fast.training.iteration import learning_rate_factor
-from diffratio_fast.training.loop import Trainer
-from diffratio_fast.training.pretraining import Pretrainer, PretrainState
-from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training import denoiser_run, monitor
+from diffratio_fast.training.denoiser_run import Pretrainer
+from diffratio_fast.training.generator_run import Trainer
+from diffratio_fast.training.state.denoiser import PretrainState
+from diffratio_fast.training.state.ema import power_decay, power_exponent
+from diffratio_fast.training.step.stepper import learning_rate_factor
 
 TINY = json.dumps({"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]})
 TINY_EDM2 = json.dumps(
@@ -44,8 +46,8 @@ BACKBONE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(evaluation, "FEW_SAMPLES", 64)
-    monkeypatch.setattr(pretraining, "GRID_COLUMNS", 1)
+    monkeypatch.setattr(monitor, "FEW_SAMPLES", 64)
+    monkeypatch.setattr(denoiser_run, "GRID_COLUMNS", 1)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

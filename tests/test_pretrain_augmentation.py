@@ -14,13 +14,14 @@ from scipy import ndimage
 from torch import Tensor
 
 from diffratio_fast import networks, ops
-from diffratio_fast.command import UserError
-from diffratio_fast.config import PretrainConfig, TrainConfig
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.errors import UserError
 from diffratio_fast.objectives import geometric
 from diffratio_fast.objectives.geometric import LABELS, Transform
-from diffratio_fast.training.loop import Trainer
-from diffratio_fast.training.pretraining import Pretrainer
-from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training.denoiser_run import Pretrainer
+from diffratio_fast.training.generator_run import Trainer
 
 TINY = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import SMALL, command
 
-from diffratio_fast.training import pulse
-from diffratio_fast.training.pulse import STATUS, Pulse
+from diffratio_fast.training.processes import pulse
+from diffratio_fast.training.processes.pulse import STATUS, Pulse
 
 MEMBER = """
 import os, sys, time

@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import SMALL, one_error_line, run
 
-from diffratio_fast import calibration, evaluate, networks, refit, sample, train
-from diffratio_fast.command import UserError
-from diffratio_fast.metrics.calibration import Calibration, Estimate
-from diffratio_fast.verifier import SigmaCheck
+from diffratio_fast import evaluate, networks, refit, sample, train
+from diffratio_fast.errors import UserError
+from diffratio_fast.verifier import tables
+from diffratio_fast.verifier.calibration import Calibration, Estimate
+from diffratio_fast.verifier.noise_level import SigmaCheck
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,12 @@ def test_calibration_of_what_the_run_holds(fitted: Path, tmp_path: Path) -> None
     copy = shutil.copytree(fitted, tmp_path / "run")
     (copy / "ratio_ema.safetensors").unlink()
     (copy / "measurements.json").write_text('{"noise_levels": {}, "calibration": {}}')
-    found = calibration.calibrate_run(copy, torch.device("cpu"))
+    found = tables.calibrate_run(copy, torch.device("cpu"))
     assert list(found) == ["online", "refitted"]
     kept = json.loads((copy / "measurements.json").read_text())
     assert list(kept["calibration"]) == ["online", "refitted"] and "noise_levels" in kept
     assert "Calibration" in (copy / "report.html").read_text()
-    text = calibration.text(found)
+    text = tables.text(found)
     for row in (*found["online"], *found["refitted"]):
         assert f"{row.sigma:.3f}" in text and f"{row.auc:.3f}" in text
     # the same numbers, from the same seed, as those that refit left

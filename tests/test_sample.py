@@ -13,10 +13,11 @@ from data_cases import latent_shards
 from helpers import SMALL, command, one_error_line, run
 from PIL import Image
 
-from diffratio_fast import evaluate, networks, sample, sample_files, train
-from diffratio_fast.command import UserError
-from diffratio_fast.data.manifest import SD_VAE
-from diffratio_fast.networks import SavedNetwork
+from diffratio_fast import evaluate, networks, sample, train
+from diffratio_fast.data.scaling import SD_VAE
+from diffratio_fast.errors import UserError
+from diffratio_fast.networks.saved import SavedNetwork
+from diffratio_fast.sampling import outputs
 
 
 def npz(trained: Path, out: Path, *options: str) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +80,7 @@ def killed_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupted_run_continues_and_ends_the_same(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(sample_files, "CHUNK", 256)
+    monkeypatch.setattr(outputs, "CHUNK", 256)
     whole, interrupted = tmp_path / "whole" / name, tmp_path / "interrupted" / name
     options = [str(trained), "--count", "600", "--device", "cpu", "--out"]
     assert sample.main([*options, str(whole)]) == 0

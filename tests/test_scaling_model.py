@@ -17,7 +17,7 @@ from benchmarks.scaling_model import (
     table,
     work_of,
 )  # fmt: skip
-from diffratio_fast.config import TrainConfig
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.training.memory import cost
 

@@ -28,10 +28,11 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffratio_fast.command import UserError
-from diffratio_fast.presets import PRESETS
+from diffratio_fast.config.presets import PRESETS
+from diffratio_fast.errors import UserError
 from diffratio_fast.train import parser, resolve
-from diffratio_fast.training import checkpoint, loop
+from diffratio_fast.training import generator_run
+from diffratio_fast.training.state import checkpoint
 
 STEPS = 23
 
@@ -171,7 +172,7 @@ def in_process(run_dir: Path, *options: object) -> int:
     fresh = arguments.pop("fresh")
     del arguments["dry_run"]
     preset, config = resolve(arguments)
-    return loop.train(preset, config, fresh=fresh)
+    return generator_run.train(preset, config, fresh=fresh)
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import SMALL, one_error_line, run
 
-from diffratio_fast.config import TrainConfig
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives import diffratio, fused
+from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.train import parser, resolve
-from diffratio_fast.training import iteration
-from diffratio_fast.training.loop import Trainer
-from diffratio_fast.training.run_directory import RunDirectory
+from diffratio_fast.training.generator_run import Trainer
+from diffratio_fast.training.step import generator
 
 SMALL_CONFIG: dict[str, Any] = {
     "device": "cpu", "batch_size": 16, "generator_width": 16, "ratio_width": 16, "ratio_depth": 2,
@@ -67,7 +67,7 @@ def test_fused_and_composed_train_alike(
     for name in ("ratio_loss", "score_difference"):
         composed = getattr(diffratio, name)
         monkeypatch.setattr(fused, name, lambda *a, composed=composed, dtype, **k: composed(*a, **k))
-    assert iteration.fused is fused
+    assert generator.fused is fused
     through_autograd = after_steps(tmp_path, 2, **options)
     for a, b in zip(through_operations, through_autograd, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

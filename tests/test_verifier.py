@@ -9,13 +9,22 @@ import torch
 from test_mixture import DATA, SHAPE, draw, log_density
 from torch import Tensor, nn
 
-from diffratio_fast import verifier
-from diffratio_fast.metrics.calibration import Calibration, Estimate, auc, calibration, effective_sample_size
-from diffratio_fast.networks import generate, initialise
+from diffratio_fast.networks import initialise
+from diffratio_fast.networks.generate import generate
 from diffratio_fast.networks.mlp import MLPRatio
 from diffratio_fast.objectives.noise_laws import loguniform
 from diffratio_fast.objectives.refit import RefitOptions, refit
-from diffratio_fast.verifier import Verifier, calibrate, choose_sigma, effective_share, select
+from diffratio_fast.verifier import selection
+from diffratio_fast.verifier.calibration import (
+    Calibration,
+    Estimate,
+    auc,
+    calibrate,
+    calibration,
+    effective_sample_size,
+)
+from diffratio_fast.verifier.noise_level import choose_sigma
+from diffratio_fast.verifier.selection import Verifier, effective_share, select
 
 # deliberately wrong: a component three times too frequent, one moved, all too wide
 WRONG = (torch.tensor([[0.6, 0.0]] * 3 + [[-0.3, 0.5], [-0.2, -0.6]]), 0.22)
@@ -230,7 +239,7 @@ def test_the_rule_of_sigma() -> None:
 
 
 def test_candidate_sigmas_lie_inside_the_law() -> None:
-    sigmas = verifier.candidate_sigmas(loguniform(0.1, 1.0), 5)
+    sigmas = selection.candidate_sigmas(loguniform(0.1, 1.0), 5)
     assert len(sigmas) == 5 and sigmas == sorted(sigmas) and 0.1 < sigmas[0] < sigmas[-1] < 1.0
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffratio_fast import networks, ops, pretrain, train
-from diffratio_fast.command import UserError
-from diffratio_fast.config import TrainConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.errors import UserError
 from diffratio_fast.networks.mlp import MLPDenoiser
 from diffratio_fast.objectives import diffratio, vsd
 from diffratio_fast.objectives.divergences import DIVERGENCES
-from diffratio_fast.training import evaluation
+from diffratio_fast.training import monitor
 
 SHAPE = (2, 2, 2)
 DATA_VARIANCE, MODEL_VARIANCE, MODEL_MEAN = 0.25, 0.09, 0.3
@@ -28,7 +28,7 @@ DISTIL = [*SMALL, *DENSE, "--objective", "vsd", "--steps", "8", "--lr-schedule",
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "SAMPLES", 64)
+    monkeypatch.setattr(monitor, "SAMPLES", 64)
 
 
 class Gaussian:

@@ -11,8 +11,8 @@ from helpers import SMALL, one_error_line, run
 
 from diffratio_fast import train
 from diffratio_fast.report.diagnosis import warnings
-from diffratio_fast.training import loop
-from diffratio_fast.training.watch import (
+from diffratio_fast.training import generator_run
+from diffratio_fast.training.state.watch import (
     DEVIATIONS,
     HORIZON,
     LEARNING,
@@ -21,7 +21,7 @@ from diffratio_fast.training.watch import (
     Watched,
     initial_bad_steps,
     initial_statistics,
-)  # fmt: skip
+)
 
 CPU = torch.device("cpu")
 
@@ -145,9 +145,9 @@ def spike(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Multiplies what the ratio network sees of real images in the given steps, and with it the loss."""
 
     def at(*steps: int) -> None:
-        advance = loop.Trainer.advance
+        advance = generator_run.Trainer.advance
 
-        def spiked(self: loop.Trainer, batches: list[Any]) -> None:
+        def spiked(self: generator_run.Trainer, batches: list[Any]) -> None:
             values = self.state.ratio.state_dict()
             before = {name: value.clone() for name, value in values.items()}
             if self.state.step in steps:
@@ -158,7 +158,7 @@ def spike(monkeypatch: pytest.MonkeyPatch) -> Any:
             if self.state.step - 1 in steps:
                 self.state.ratio.load_state_dict(before)
 
-        monkeypatch.setattr(loop.Trainer, "advance", spiked)
+        monkeypatch.setattr(generator_run.Trainer, "advance", spiked)
 
     return at
 
@@ -182,7 +182,7 @@ def test_a_spike_is_said_once_and_counted(
 def test_a_run_stops_after_so_many_bad_steps(spike: Any, tmp_path: Path) -> None:
     spike(25, 27, 28, 29)
     threads = torch.get_num_threads()
-    from diffratio_fast.command import UserError
+    from diffratio_fast.errors import UserError
 
     with pytest.raises(UserError, match=r"training stopped: 3 steps in a row up to about step 32") as caught:
         train.main(options(tmp_path / "run", "--steps", 60, "--stop-after-bad-steps", 3))

@@ -7,35 +7,13 @@ from pathlib import Path
 
 import torch
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data.dataset import (
-    SIGMA_DATA,
-    SPLITS,
-    DataSet,
-    InMemoryDataSet,
-    OneClass,
-    Scaling,
-    model_shape,
-    to_model,
-)
-
-__all__ = [
-    "SIGMA_DATA",
-    "SPLITS",
-    "DataSet",
-    "InMemoryDataSet",
-    "OneClass",
-    "Scaling",
-    "model_shape",
-    "open_dataset",
-    "to_model",
-]
+from diffratio_fast.data.dataset import DataSet, OneClass
+from diffratio_fast.errors import UserError
 
 
 def open_dataset(
     name: str,
     *,
-    kind: str | None = None,
     loader: str = "native",
     verify: str = "first_epoch",
     device: torch.device | str = "cpu",
@@ -43,9 +21,8 @@ def open_dataset(
 ) -> DataSet:
     """The data set called ``name``, or the prepared one in the directory ``name``; else a ``UserError``.
 
-    ``kind``, where given, is what the records must be: ``image`` or ``latent_moments``. Without
-    ``class_conditional`` all records are of one class. The other options are those of ``ShardDataSet``; of
-    them ``device`` alone means something to a data set that lives in memory.
+    Without ``class_conditional`` all records have class 0. ``loader`` and ``verify`` are options of
+    ``ShardDataSet`` and are ignored for a data set in memory.
     """
     data: DataSet
     if name == "digits":
@@ -55,9 +32,7 @@ def open_dataset(
     elif Path(name).is_dir():
         from diffratio_fast.data.shards import ShardDataSet
 
-        data = shards = ShardDataSet(name, loader=loader, verify=verify, device=device)
-        if kind is not None:
-            shards.require(kind=kind)
+        data = ShardDataSet(name, loader=loader, verify=verify, device=device)
     else:
         raise UserError(
             f"--data {name}: no such data set; known: digits, or a directory that "

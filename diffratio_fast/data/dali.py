@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.native import Batch, ReadAhead, Reading
 from diffratio_fast.data.records import Records
 from diffratio_fast.data.sampler import Order
+from diffratio_fast.errors import UserError
 
 
 def build_pipeline(

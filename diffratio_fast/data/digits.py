@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffratio_fast.data.dataset import SPLITS, InMemoryDataSet, Scaling
+from diffratio_fast.data.dataset import SPLITS, InMemoryDataSet
+from diffratio_fast.data.scaling import Scaling
 
 FILE = Path(__file__).with_name("digits.npz")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data.manifest import SD_VAE, Vae
-from diffratio_fast.files import sha256_of_file
-from diffratio_fast.untrusted import one_line, parse_json
+from diffratio_fast.data.scaling import SD_VAE, Vae
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import one_line, parse_json
+from diffratio_fast.storage.writing import sha256_of_file
 
 PUBLISHED = {"a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815": SD_VAE}
 """Names of published VAEs by the sha256 of their ``diffusion_pytorch_model.safetensors``."""

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data.dataset import SPLITS, Scaling
-from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
+from diffratio_fast.data.dataset import SPLITS
+from diffratio_fast.data.scaling import LATENT_SCALINGS, Scaling, Vae
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
 
 FORMAT = "diffratio_fast.shards"
 VERSION = 1
@@ -29,18 +30,6 @@ RECORD_LIMIT = 1 << 28
 
 DTYPES = {"image": "uint8", "latent_moments": "float16"}
 """Kinds of records and the one dtype of each: pixels, or the mean ‖ standard deviation of a latent."""
-
-SD_VAE = "stabilityai/sd-vae-ft-mse"
-LATENT_SCALINGS = {SD_VAE: Scaling((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28))}
-"""Published scalings of latents by VAE; the latents of any other VAE are scaled by measured statistics."""
-
-
-@dataclass(frozen=True)
-class Vae:
-    """Which autoencoder made the latents: its published name, and its weights' sha256 ("" if unknown)."""
-
-    name: str
-    sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.manifest import AGAIN, CHECKSUMS, LABELS, Manifest
-from diffratio_fast.untrusted import DAMAGE, one_line
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, one_line
 
 
 class Records:

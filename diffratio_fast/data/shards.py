@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.manifest import read_manifest
 from diffratio_fast.data.native import Batch, Reading, native_batches
 from diffratio_fast.data.records import Records
 from diffratio_fast.data.sampler import Order
+from diffratio_fast.errors import UserError
 
 LOADERS = ("native", "dali")
 VERIFY = ("always", "first_epoch", "never")
@@ -61,25 +61,6 @@ class ShardDataSet:
         self.class_names = self.manifest.class_names
         self.scaling = self.manifest.scaling
         self.vae = self.manifest.vae
-
-    def require(
-        self, *, kind: str, shape: tuple[int, int, int] | None = None, vae: str | None = None
-    ) -> None:
-        """Raise ``UserError`` unless records are of this kind, record shape and VAE (where given)."""
-        if self.kind != kind:
-            held = f"latents of {self.vae.name}" if self.vae else "pixels"
-            wanted = "pixels" if kind == "image" else "latents"
-            raise UserError(
-                f"{self.directory}: holds {held}, but {wanted} are asked for; choose a preset for "
-                f"{'latents' if self.vae else 'pixels'}, or prepare the data as {wanted}"
-            )
-        if vae is not None and self.vae is not None and self.vae.name != vae:
-            raise UserError(
-                f"{self.directory}: its latents are of {self.vae.name} and scaled for it, but the preset is "
-                f"for {vae}; prepare the data with that VAE"
-            )
-        if shape is not None and self.shape != shape:
-            raise UserError(f"{self.directory}: records are {list(self.shape)}, not {list(shape)}")
 
     def count(self, split: str) -> int:
         """Records in a split."""

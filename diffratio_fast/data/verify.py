@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.manifest import AGAIN, CHECKSUMS, LABELS, Manifest, read_manifest
 from diffratio_fast.data.records import check_labels, check_size, load_index
+from diffratio_fast.errors import UserError
 
 CHUNK_BYTES = 8 << 20
 

@@ -22,30 +22,27 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data.dataset import SPLITS, Scaling
+from diffratio_fast.data.dataset import SPLITS
 from diffratio_fast.data.manifest import (
     CHECKSUMS,
     DTYPES,
     LABELS,
-    LATENT_SCALINGS,
     MANIFEST,
     Manifest,
     Shard,
     Statistics,
-    Vae,
     read_manifest,
 )
 from diffratio_fast.data.sampler import permutation
-from diffratio_fast.files import lock, make_directory, replace_file, sync_directory
-from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
+from diffratio_fast.data.scaling import EDM_PIXELS, LATENT_SCALINGS, Scaling, Vae
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
+from diffratio_fast.storage.writing import lock, make_directory, replace_file, sync_directory
 
 PARTIAL = "partial"
 UNREADABLE = "unreadable.txt"
 SHARD_BYTES = 256 << 20
 CHUNK_BYTES = 8 << 20
-EDM_PIXELS = Scaling((127.5,), (63.75,), 0, 255)
-"""Pixels to [-1, 1], which published EDM networks expect."""
 
 
 @dataclass(frozen=True)

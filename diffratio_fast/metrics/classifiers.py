@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffratio_fast.command import UserError
-from diffratio_fast.files import sha256_of_file
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.pixels import CLASSIFIER_RECORDS
 from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
+from diffratio_fast.storage.writing import sha256_of_file
 
 
 class Classifier(Protocol):

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data import DataSet
+from diffratio_fast.data.dataset import DataSet
+from diffratio_fast.data.pictures import records_to_uint8
 from diffratio_fast.data.sources import ImageOptions, Source, Unreadable, open_source
 from diffratio_fast.data.sources.files import UNLABELLED
-from diffratio_fast.images import records_to_uint8
-from diffratio_fast.untrusted import DAMAGE, array_header, one_line, parse_json, read_npz
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, array_header, one_line, parse_json, read_npz
 
 BATCH = 256
 LABELLED = re.compile(r"-class(\d+)\.\w+$")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffratio_fast.data import SPLITS, DataSet
+from diffratio_fast.data.dataset import SPLITS, DataSet
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
 
 MAX_DIMENSION = 1024

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from diffratio_fast import safe_pickle
-from diffratio_fast.command import UserError
 from diffratio_fast.data.sampler import permutation
-from diffratio_fast.files import replacing, sha256_of_file
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features import Extractor, FeatureSet, extract
 from diffratio_fast.metrics.frechet import Moments
 from diffratio_fast.metrics.images import DataSetImages, Images
-from diffratio_fast.untrusted import DAMAGE, one_line, parse_json, read_npz
+from diffratio_fast.storage import pickles
+from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json, read_npz
+from diffratio_fast.storage.writing import replacing, sha256_of_file
 
 KEEP = 50_000
 """Features that are kept, at most, of any set of images; its moments are of all of them."""
@@ -198,14 +198,14 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path, extractor: Extractor) -> dict[str, Any]:
     with open(path, "rb") as file:
-        content = safe_pickle.read(file)
+        content = pickles.read(file)
     key = PUBLISHED_KEYS.get(extractor.name)
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(
             f"{path}: holds no statistics for {extractor.name}; it holds {ascii(held)[1:-1][:200]}"
         )
-    return {name: safe_pickle.array(content[key][name]) for name in ("mu", "sigma")}
+    return {name: pickles.array(content[key][name]) for name in ("mu", "sigma")}
 
 
 def _moments(arrays: dict[str, Any], extractor: Extractor) -> Moments:

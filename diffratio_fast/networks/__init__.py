@@ -4,29 +4,10 @@ A generator is ``generator(latents [N, *latent_shape], labels int64 [N]) -> x0 [
 network is ``ratio(noised [N, C, H, W], sigma [N], labels int64 [N]) -> log_ratio [N]``.
 """
 
-from __future__ import annotations
-
-import inspect
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-
-from diffratio_fast import ops
-from diffratio_fast.command import UserError
-from diffratio_fast.files import replace_file
-from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
+from diffratio_fast.networks.generate import generate
 from diffratio_fast.networks.layers import initialise
-from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
 from diffratio_fast.networks.published import from_published, load_published
-from diffratio_fast.networks.ratio_mixer import RatioMixer
-from diffratio_fast.untrusted import DAMAGE, check_ambition, one_line, parse_json
+from diffratio_fast.networks.saved import GENERATORS, RATIO_NETWORKS, SavedNetwork, build, load, save
 
 __all__ = [
     "GENERATORS",
@@ -40,106 +21,3 @@ __all__ = [
     "load_published",
     "save",
 ]
-
-GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator, "backbone": BackboneGenerator}
-RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLPRatio,
-    "mixer": RatioMixer,
-    "encoder": EncoderRatio,
-}
-_ROLES = {"generator": GENERATORS, "ratio": RATIO_NETWORKS}
-FORMAT_VERSION = 1
-BLOCK = 256
-
-
-def build(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module:
-    """The ``role`` ("generator" or "ratio") network of that architecture; weights are not yet drawn.
-
-    Of ``arguments`` those that the architecture does not know are left out.
-    """
-    network = _ROLES[role][architecture]
-    known = inspect.signature(network).parameters
-    return network(**{name: value for name, value in arguments.items() if name in known})
-
-
-@dataclass(frozen=True)
-class SavedNetwork:
-    """What a network's file says beside its weights; ``data`` describes the data set it was trained on."""
-
-    role: str
-    architecture: str
-    arguments: dict[str, Any]
-    data: dict[str, Any]
-    training: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> SavedNetwork:
-        """The description in a file's metadata; ``ValueError`` or ``TypeError`` where it is none."""
-        about = cls(**parse_json(text))
-        for name, kind in cls.__annotations__.items():
-            if not isinstance(getattr(about, name), str if kind == "str" else dict):
-                raise ValueError(f"{name} is not what it should be")
-        return about
-
-
-def save(path: Path, network: nn.Module, about: SavedNetwork) -> None:
-    """Write a network's weights with its description, atomically, as safetensors."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    metadata = {"format": f"diffratio_fast.network.{FORMAT_VERSION}", "about": json.dumps(vars(about))}
-    replace_file(path, safetensors.torch.save(state, metadata))
-
-
-def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
-    """The network kept in a file, on the CPU, in eval mode; a file that is not one is a ``UserError``."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != f"diffratio_fast.network.{FORMAT_VERSION}":
-                raise UserError(f"{path}: not a network that this version of diffratio_fast wrote")
-            about = SavedNetwork.parse(metadata["about"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, *DAMAGE) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
-    if about.role != role:
-        raise UserError(f"{path}: holds a {about.role} network where a {role} network is needed")
-    if about.architecture not in _ROLES[role]:
-        raise UserError(f"{path}: unknown architecture {about.architecture!r}")
-    try:
-        check_ambition(about.arguments, sum(tensor.numel() for tensor in state.values()))
-        network = build(role, about.architecture, about.arguments)
-        network.load_state_dict(state)
-    except (RuntimeError, *DAMAGE) as error:
-        raise UserError(f"{path}: weights do not fit the network ({one_line(error)})") from None
-    return network.eval(), about
-
-
-@torch.no_grad()
-def generate(generator: nn.Module, labels: Tensor, seed: int, start: int = 0) -> Tensor:
-    """Samples number ``start`` to ``start + N - 1`` of a seed, with labels int64 [N]: x0 [N, C, H, W].
-
-    A sample is a function of (seed, number, label) to the last bit, however many are asked for: images are
-    made in whole blocks of ``BLOCK`` numbers, because a matrix product's rounding depends on its size.
-    """
-    device = next(generator.parameters()).device
-    rng = ops.make_rng(seed, 0, device)
-    images: list[Tensor] = []
-    for block in range(start // BLOCK, -(-(start + len(labels)) // BLOCK)):
-        index = torch.arange(block * BLOCK, (block + 1) * BLOCK, device=device)
-        place = index - start
-        inside = (place >= 0) & (place < len(labels))
-        block_labels = torch.zeros(BLOCK, dtype=torch.int64, device=device)
-        block_labels[inside] = labels.to(device)[place[inside]]
-        latents = latents_for(generator, rng, index, ops.Purpose.SAMPLE_LATENT)
-        images.append(generator(latents, block_labels)[inside])
-    return torch.cat(images)
-
-
-def latents_for(
-    generator: nn.Module, rng: Tensor, index: Tensor, purpose: ops.Purpose, *, substep: int = 0
-) -> Tensor:
-    """Standard normal latents of the generator's dtype, [N, *latent_shape], for sample indices [N]."""
-    shape: tuple[int, ...] = generator.latent_shape  # type: ignore[assignment]
-    dtype = next(generator.parameters()).dtype
-    return ops.normal(rng, index, shape, purpose, substep=substep).to(dtype)

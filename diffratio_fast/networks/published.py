@@ -20,13 +20,13 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffratio_fast.command import UserError
-from diffratio_fast.files import replace_file
+from diffratio_fast.errors import UserError
 from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser
 from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser, MPUNet
 from diffratio_fast.networks.mlp import MLPDenoiser
 from diffratio_fast.networks.unet import Denoiser
-from diffratio_fast.untrusted import DAMAGE, check_ambition, one_line, parse_json
+from diffratio_fast.storage.reading import DAMAGE, check_ambition, one_line, parse_json
+from diffratio_fast.storage.writing import replace_file
 
 Config = dict[str, Any]
 

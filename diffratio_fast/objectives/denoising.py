@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
-from diffratio_fast.data import SIGMA_DATA
+from diffratio_fast.data.scaling import SIGMA_DATA
 
 DenoiserCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 

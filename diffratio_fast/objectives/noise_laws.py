@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 
 @dataclass(frozen=True)

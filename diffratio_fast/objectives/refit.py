@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio_fast import ops
-from diffratio_fast.networks import latents_for
+from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.diffratio import RatioLoss

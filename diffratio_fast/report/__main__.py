@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffratio_fast import command, report
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 
 
 def main(argv: list[str]) -> int:

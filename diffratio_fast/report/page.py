@@ -8,13 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from diffratio_fast.command import UserError
-from diffratio_fast.files import replace_file
+from diffratio_fast.errors import UserError
 from diffratio_fast.report.charts import Axis, Series, bar_chart, line_chart, number
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.report.run_files import RunFiles, read
 from diffratio_fast.report.style import SCRIPT, STYLE
-from diffratio_fast.untrusted import DAMAGE, one_line
+from diffratio_fast.storage.reading import DAMAGE, one_line
+from diffratio_fast.storage.writing import replace_file
 
 STEP = Axis("step")
 SIGMA = Axis("noise level σ", log=True)

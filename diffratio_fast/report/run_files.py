@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffratio_fast.report.measurements import read_measurements
-from diffratio_fast.untrusted import parse_json, read_yaml
+from diffratio_fast.runs.measurements import read_measurements
+from diffratio_fast.storage.reading import parse_json, read_yaml
 
 MOST_GRIDS = 12
 MOST_BYTES = 8 * 2**20

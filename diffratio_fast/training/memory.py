@@ -21,12 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
-from diffratio_fast.data import DataSet
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.ops.ratio_scratch import scratch_bytes
-from diffratio_fast.training import pretraining
+from diffratio_fast.training import denoiser_run
 from diffratio_fast.training.methods import METHODS
-from diffratio_fast.training.state import initial_state, run_dtype
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.state.run_state import run_dtype
 
 CPU = torch.device("cpu")
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -167,6 +170,6 @@ def _planned(config: RunConfig, dataset: DataSet) -> tuple[dict[str, torch.nn.Mo
         networks = {"generator": state.generator, online: state.ratio}
         return networks, lambda batch: iteration.run([batch] * config.ratio_steps)
     assert isinstance(config, PretrainConfig)
-    denoising = pretraining.initial_state(config, dataset, CPU, planned=True)
-    pretrained = pretraining.PretrainIteration(config, dataset.scaling, denoising, CPU)
+    denoising = denoiser_run.initial_state(config, dataset, CPU, planned=True)
+    pretrained = denoiser_run.PretrainIteration(config, dataset.scaling, denoising, CPU)
     return {"denoiser": denoising.denoiser}, lambda batch: pretrained.run([batch])

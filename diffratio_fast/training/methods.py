@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from diffratio_fast.training.evaluation import Evaluation
-from diffratio_fast.training.iteration import Iteration
-from diffratio_fast.training.vsd import VSDEvaluation, VSDIteration
+from diffratio_fast.training.monitor import Evaluation
+from diffratio_fast.training.monitor_vsd import VSDEvaluation
+from diffratio_fast.training.step.generator import Iteration
+from diffratio_fast.training.step.vsd import VSDIteration
 
 METHODS: dict[str, tuple[type[Iteration], type[Evaluation]]] = {
     "diffratio": (Iteration, Evaluation),

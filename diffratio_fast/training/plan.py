@@ -10,17 +10,21 @@ from pathlib import Path
 
 import torch
 
-from diffratio_fast.command import UserError
-from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
-from diffratio_fast.data import SPLITS, DataSet, InMemoryDataSet, Scaling, open_dataset
-from diffratio_fast.data.manifest import LATENT_SCALINGS, SD_VAE
+from diffratio_fast.config.presets import DATA_SHAPES, PRESETS
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data import open_dataset
+from diffratio_fast.data.dataset import SPLITS, DataSet, InMemoryDataSet
+from diffratio_fast.data.scaling import LATENT_SCALINGS, SD_VAE, Scaling
 from diffratio_fast.devices import choose_device
-from diffratio_fast.presets import DATA_SHAPES, PRESETS
-from diffratio_fast.training import checkpoint
-from diffratio_fast.training.loop import Trainer
+from diffratio_fast.errors import UserError
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.runs.environment import environment
+from diffratio_fast.training.denoiser_run import Pretrainer
+from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.memory import Cost, cost
-from diffratio_fast.training.pretraining import Pretrainer
-from diffratio_fast.training.run_directory import RunDirectory, environment
+from diffratio_fast.training.state import checkpoint
 
 GIB = 2**30
 WARMUP, TIMED = 5, 20

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from diffratio_fast.config import PretrainConfig, RunConfig, TrainConfig
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
-from diffratio_fast.training import pretraining
-from diffratio_fast.training.capture import stepping
-from diffratio_fast.training.iteration import Iteration, Stepper
-from diffratio_fast.training.state import RunState, initial_state
+from diffratio_fast.training import denoiser_run
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.state.run_state import RunState
+from diffratio_fast.training.step.capture import stepping
+from diffratio_fast.training.step.generator import Iteration
+from diffratio_fast.training.step.stepper import Stepper
 
 pytestmark = pytest.mark.requires_cuda
 
@@ -38,8 +42,8 @@ def trained(config: RunConfig, *, refuse_waiting: bool = False) -> RunState:
         stepper = Iteration(config, dataset.scaling, initial_state(config, dataset, device), device)
     else:
         assert isinstance(config, PretrainConfig)
-        state = pretraining.initial_state(config, dataset, device)
-        stepper = pretraining.PretrainIteration(config, dataset.scaling, state, device)
+        state = denoiser_run.initial_state(config, dataset, device)
+        stepper = denoiser_run.PretrainIteration(config, dataset.scaling, state, device)
     step = stepping(config, stepper)
     per_step = config.ratio_steps if isinstance(config, TrainConfig) else 1
     source = dataset.batches("train", config.batch_size, seed=0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.sources.arrays import CIFAR10_MD5, IDX_FILE, cifar10, idx
 from diffratio_fast.data.sources.base import CROPS, ImageOptions, Joined, Source, Unreadable, cut_splits
 from diffratio_fast.data.sources.files import EdmZip, ImageFolder, WebDataset
+from diffratio_fast.errors import UserError
 
 __all__ = [
     "CROPS", "FORMATS", "ImageOptions", "Joined", "Source", "Unreadable", "cut_splits", "open_source",

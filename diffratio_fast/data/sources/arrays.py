@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.sources.base import TEST, TRAIN, Source, check_member, digest
-from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
 
 
 class ArraySource(Source):

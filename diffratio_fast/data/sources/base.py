@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from diffratio_fast.command import UserError
 from diffratio_fast.data.dataset import SPLITS
-from diffratio_fast.data.manifest import Vae
 from diffratio_fast.data.sampler import permutation
+from diffratio_fast.data.scaling import Vae
+from diffratio_fast.errors import UserError
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")

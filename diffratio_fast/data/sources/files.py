@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from diffratio_fast.command import UserError
-from diffratio_fast.data.manifest import SD_VAE, Vae
+from diffratio_fast.data.scaling import SD_VAE, Vae
 from diffratio_fast.data.sources.base import (
     IMAGE_SUFFIXES,
     MEMBER_LIMIT,
@@ -26,7 +25,8 @@ from diffratio_fast.data.sources.base import (
     decode_moments,
     digest,
 )
-from diffratio_fast.untrusted import DAMAGE, one_line, parse_json
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
 
 UNLABELLED = ("unlabelled",)
 

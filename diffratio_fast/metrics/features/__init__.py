@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features.base import Extractor, FeatureSet
 from diffratio_fast.metrics.features.dinov2 import load_dinov2
 from diffratio_fast.metrics.features.efficientnet import load_efficientnet_lite0

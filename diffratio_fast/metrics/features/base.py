@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffratio_fast.command import UserError
-from diffratio_fast.files import sha256_of_file
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.frechet import Moments, RunningMoments
+from diffratio_fast.storage.writing import sha256_of_file
 
 Array = npt.NDArray[np.float32]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features.base import (
     Extractor,
     Names,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features.base import Extractor, Names, cached_weights, read_weights
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"

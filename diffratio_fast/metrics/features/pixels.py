@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffratio_fast.command import UserError
+from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.features.base import Extractor
 from diffratio_fast.metrics.pixels import MAX_DIMENSION
 

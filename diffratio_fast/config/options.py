@@ -1,0 +1,172 @@
+"""Options as fields of a dataclass: from one such class derive command line, YAML and checks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffratio_fast.command import Parser
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage import reading
+
+GROUPS = {
+    "run": "the run",
+    "data": "data",
+    "networks": "networks",
+    "optimization": "optimization",
+    "objective": "objective",
+    "augmentation": "augmentation",
+}
+
+
+def option(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A field with its help, its bounds (``above`` is exclusive) and whether it may change on continuing."""
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "above": above,
+        "free": free,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the dataclasses of options; their values are checked when one is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check(field, getattr(self, field.name))
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    rule = field.metadata
+    name = field.name
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{name} must be finite, not {value}")
+    if rule["low"] is not None and value < rule["low"]:
+        raise UserError(f"{name} must be at least {rule['low']}, not {value}")
+    if rule["above"] is not None and value <= rule["above"]:
+        raise UserError(f"{name} must be above {rule['above']}, not {value}")
+    if rule["high"] is not None and value > rule["high"]:
+        raise UserError(f"{name} must be at most {rule['high']}, not {value}")
+
+
+def _types(kind: type) -> dict[str, tuple[type, bool]]:
+    """Field name to (its type, whether None is allowed)."""
+    result = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        (kind,) = (part for part in parts if part is not type(None))
+        result[name] = (kind, type(None) in parts)
+    return result
+
+
+def _convert(name: str, value: Any, known: tuple[type, bool]) -> Any:
+    """A YAML value as the field's type; a value of another type is a ``UserError``."""
+    kind, optional = known
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{name} is too large") from None
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{name} must be of type {kind.__name__}, not {reprlib.repr(value)}")
+
+
+def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checked and converted values of ``kind``'s fields; an unknown key is a ``UserError`` that names it."""
+    known = _types(kind)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {reprlib.repr(key)}")
+    try:
+        return {key: _convert(key, value, known[key]) for key, value in values.items()}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_yaml(kind: type, path: Path) -> dict[str, Any]:
+    """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are passed over."""
+    try:
+        content = reading.read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a YAML file ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a mapping of option names to values")
+    values = {str(key): value for key, value in content.items() if key not in ("preset", "environment")}
+    return from_mapping(kind, values, str(path))
+
+
+def add_options(parser: Parser, shown: Options) -> None:
+    """An option for every field of ``shown``'s class; one that is not given is absent from the result.
+
+    The help shows the values of ``shown``.
+    """
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    kinds = _types(type(shown))
+    for field in dataclasses.fields(shown):  # type: ignore[arg-type]
+        kind, optional = kinds[field.name]
+        default = getattr(shown, field.name)
+        arguments: dict[str, Any] = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": field.metadata["help"] + ("" if default is None else f" [{default}]"),
+        }
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments["type"] = _optional(kind) if optional and kind is not str else kind
+            if field.metadata["choices"]:
+                arguments["choices"] = field.metadata["choices"]
+            else:
+                arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        groups[field.metadata["group"]].add_argument("--" + field.name.replace("_", "-"), **arguments)
+
+
+def _optional(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names it in its error
+    return parse
+
+
+def changed_fields(old: Options, new: Options) -> Iterable[str]:
+    """Names of the fields that decide the training and differ."""
+    for field in dataclasses.fields(new):  # type: ignore[arg-type]
+        if not field.metadata["free"] and getattr(old, field.name) != getattr(new, field.name):
+            yield field.name

@@ -1,0 +1,99 @@
+"""Networks by name, and their files."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from diffratio_fast.errors import UserError
+from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
+from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
+from diffratio_fast.networks.ratio_mixer import RatioMixer
+from diffratio_fast.storage.reading import DAMAGE, check_ambition, one_line, parse_json
+from diffratio_fast.storage.writing import replace_file
+
+GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator, "backbone": BackboneGenerator}
+
+
+RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLPRatio,
+    "mixer": RatioMixer,
+    "encoder": EncoderRatio,
+}
+
+
+_ROLES = {"generator": GENERATORS, "ratio": RATIO_NETWORKS}
+
+
+FORMAT_VERSION = 1
+
+
+def build(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module:
+    """The ``role`` ("generator" or "ratio") network of that architecture; weights are not yet drawn.
+
+    Of ``arguments`` those that the architecture does not know are left out.
+    """
+    network = _ROLES[role][architecture]
+    known = inspect.signature(network).parameters
+    return network(**{name: value for name, value in arguments.items() if name in known})
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """What a network's file says beside its weights; ``data`` describes the data set it was trained on."""
+
+    role: str
+    architecture: str
+    arguments: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> SavedNetwork:
+        """The description in a file's metadata; ``ValueError`` or ``TypeError`` where it is none."""
+        about = cls(**parse_json(text))
+        for name, kind in cls.__annotations__.items():
+            if not isinstance(getattr(about, name), str if kind == "str" else dict):
+                raise ValueError(f"{name} is not what it should be")
+        return about
+
+
+def save(path: Path, network: nn.Module, about: SavedNetwork) -> None:
+    """Write a network's weights with its description, atomically, as safetensors."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    metadata = {"format": f"diffratio_fast.network.{FORMAT_VERSION}", "about": json.dumps(vars(about))}
+    replace_file(path, safetensors.torch.save(state, metadata))
+
+
+def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
+    """The network kept in a file, on the CPU, in eval mode; a file that is not one is a ``UserError``."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != f"diffratio_fast.network.{FORMAT_VERSION}":
+                raise UserError(f"{path}: not a network that this version of diffratio_fast wrote")
+            about = SavedNetwork.parse(metadata["about"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, *DAMAGE) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
+    if about.role != role:
+        raise UserError(f"{path}: holds a {about.role} network where a {role} network is needed")
+    if about.architecture not in _ROLES[role]:
+        raise UserError(f"{path}: unknown architecture {about.architecture!r}")
+    try:
+        check_ambition(about.arguments, sum(tensor.numel() for tensor in state.values()))
+        network = build(role, about.architecture, about.arguments)
+        network.load_state_dict(state)
+    except (RuntimeError, *DAMAGE) as error:
+        raise UserError(f"{path}: weights do not fit the network ({one_line(error)})") from None
+    return network.eval(), about

@@ -1,0 +1,1 @@
+"""Images of a trained generator, and the files that hold them."""

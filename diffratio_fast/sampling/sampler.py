@@ -1,0 +1,154 @@
+"""A trained generator as a source of images: (seed, numbers, labels) to uint8."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffratio_fast import networks
+from diffratio_fast.data.pictures import to_uint8
+from diffratio_fast.data.scaling import Scaling
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import DAMAGE, one_line
+from diffratio_fast.storage.writing import sha256_of_file
+from diffratio_fast.verifier.selection import LOWEST_SHARE, Verifier, effective_share, select
+
+
+class Sampler:
+    """The generator of a run directory or of a ``.safetensors`` file, with what its images need.
+
+    ``class_names``, ``scaling`` and ``about`` are the file's own description; ``vae`` is the directory of
+    the VAE that decodes latents, and None for pixels.
+    """
+
+    def __init__(self, run: Path, *, device: torch.device, vae: Path | None = None) -> None:
+        path = run / "generator.safetensors" if run.is_dir() else run
+        if run.is_dir() and not path.exists():
+            raise UserError(
+                f"{run}: holds no generator.safetensors yet; finish its training, or name a snapshot"
+            )
+        self.path = path
+        self.generator, self.about = networks.load(path, "generator")
+        self.generator.to(device)
+        self.sha256 = sha256_of_file(path)
+        try:
+            self.scaling = Scaling.parse(self.about.data["scaling"])
+            self.class_names = [str(name) for name in self.about.data["class_names"]]
+        except DAMAGE as error:
+            raise UserError(f"{path}: damaged: its description of the data ({one_line(error)})") from None
+        self._decoder = None
+        if self.scaling.low is not None:
+            if vae is not None:
+                raise UserError(f"{path}: makes pixels, not latents; leave --vae out")
+        elif vae is None:
+            raise UserError(f"{path}: makes latents; name the VAE that decodes them with --vae DIR")
+        else:
+            self._decoder = _decoder(path, vae, self.about.data.get("vae"), device)
+
+    def x0(self, seed: int, start: int, labels: Tensor) -> Tensor:
+        """Samples ``start`` to ``start + N - 1`` of ``seed`` with labels int64 [N]: x0 [N, C, H, W].
+
+        What a sample is depends on (seed, number, label) alone. Another way to come by samples (the best
+        of several candidates, say) takes this function's place, and all commands follow.
+        """
+        return networks.generate(self.generator, labels, seed, start)
+
+    def images(self, seed: int, start: int, labels: Tensor) -> Tensor:
+        """The samples as uint8 [N, C, H, W] on the CPU, rounded to nearest; latents are decoded."""
+        x0 = self.x0(seed, start, labels)
+        if not (finite := torch.isfinite(x0).flatten(1).all(1)).all():
+            number = start + int((~finite).nonzero()[0])
+            raise UserError(
+                f"{self.path}: image {number} of seed {seed} is not finite; the generator diverged"
+            )
+        if self._decoder is None:
+            return to_uint8(x0, self.scaling)
+        return self._decoder.decode(self.scaling.to_records(x0.float()))
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        first = self.images(0, 0, torch.zeros(1, dtype=torch.int64))
+        return first.shape[1], first.shape[2], first.shape[3]
+
+    def identity(self) -> dict[str, Any]:
+        """What the images are a function of beside seed, number and label."""
+        vae = None if self._decoder is None else self._decoder.vae.sha256
+        return {"generator": self.sha256, "vae": vae}
+
+
+class VerifiedSampler(Sampler):
+    """Samples that are each one of ``candidates``, chosen by the ratio network of ``refit``."""
+
+    def __init__(
+        self, run: Path, *, device: torch.device, vae: Path | None = None, candidates: int,
+        how: str = "resample", sigma: float | None = None, draws: int = 16, verifier: Path | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(run, device=device, vae=vae)
+        path = verifier or (run if run.is_dir() else run.parent) / "ratio_refit.safetensors"
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such file; make the verifier with `python -m diffratio_fast.refit RUN`, or name "
+                "a ratio network with --verifier and its noise level with --sigma"
+            )
+        ratio, about = networks.load(path, "ratio")
+        if about.arguments.get("shape") != self.about.arguments.get("shape"):
+            raise UserError(f"{path}: is for images of another shape than those of {run}")
+        fitted, made = (found.training.get("step") for found in (about, self.about))
+        if verifier is None and fitted != made:
+            raise UserError(
+                f"{path}: fitted to the generator of step {fitted}, but this one is of step {made}; run "
+                "`python -m diffratio_fast.refit` again"
+            )
+        if sigma is None:
+            found = about.training.get("verifier")
+            sigma = found.get("sigma") if isinstance(found, dict) else None
+        if not (isinstance(sigma, float) and 0 < sigma < math.inf):
+            raise UserError(
+                f"{path}: no noise level was found at which it helps; --sigma names one all the same"
+            )
+        self.verifier = Verifier(ratio.to(device), sigma, how, draws)
+        self.candidates = candidates
+        self.verifier_sha256 = sha256_of_file(path)
+        self._log_weights: list[Tensor] = []
+
+    def x0(self, seed: int, start: int, labels: Tensor) -> Tensor:
+        selection = select(self.verifier, self.generator, labels, seed, self.candidates, start)
+        self._log_weights.append(selection.log_weights.cpu())
+        return selection.images
+
+    def identity(self) -> dict[str, Any]:
+        tool = self.verifier
+        return super().identity() | {
+            "verifier": self.verifier_sha256, "candidates": self.candidates, "select": tool.how,
+            "sigma": tool.sigma, "draws": tool.draws,
+        }  # fmt: skip
+
+    def say_effective_sample_size(self) -> None:
+        """Print it for what this process has made by ``resample``, with a warning where it is too small."""
+        if self.verifier.how != "resample" or not self._log_weights:
+            return
+        share = effective_share(torch.cat(self._log_weights))
+        print(
+            f"effective sample size {share * self.candidates:.2g} of {self.candidates} candidates "
+            f"({share:.2f} N), at sigma {self.verifier.sigma:.3g}"
+        )
+        if share < LOWEST_SHARE:
+            print(
+                f"warning: that is below {LOWEST_SHARE:g} N: a few candidates take all the weight, and what "
+                "is drawn follows the errors of the ratio network; a larger --sigma evens the weights out"
+            )
+
+
+def _decoder(path: Path, vae: Path, trained_on: dict[str, str] | None, device: torch.device) -> Any:
+    from diffratio_fast.data.latents import LatentDecoder
+
+    decoder = LatentDecoder(vae, device=device)
+    if trained_on and trained_on.get("sha256") and trained_on["sha256"] != decoder.vae.sha256:
+        raise UserError(f"{vae}: not the VAE of the latents that {path} was trained on: {trained_on['name']}")
+    return decoder

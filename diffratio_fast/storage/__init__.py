@@ -1,0 +1,1 @@
+"""Safe writing of own files and safe reading of foreign ones."""

@@ -1,0 +1,150 @@
+"""Pre-training runs: a denoiser by the EDM or EDM2 objective, whose result initialises ``train``."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffratio_fast import ops
+from diffratio_fast.config.presets import PRESETS
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.data.dataset import model_shape
+from diffratio_fast.data.pictures import grid, png, viewable
+from diffratio_fast.networks.published import save_published
+from diffratio_fast.networks.unet import Denoiser
+from diffratio_fast.objectives.denoising import heun
+from diffratio_fast.progress import figure
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.training.processes.world import ALONE, World
+from diffratio_fast.training.run import Run, run
+from diffratio_fast.training.state.denoiser import PretrainState, initial_state
+from diffratio_fast.training.state.posthoc_ema import (
+    averages_by_width,
+    stored,
+)
+from diffratio_fast.training.step.capture import stepping
+from diffratio_fast.training.step.denoiser import PretrainIteration
+from diffratio_fast.training.step.stepper import Batch
+
+HELD_OUT = 512
+"""Validation images behind a validation loss, at most."""
+GRID_SEED = 1
+GRID_ROWS, GRID_COLUMNS = 10, 8
+
+
+class Pretrainer(Run):
+    """One pre-training run."""
+
+    def __init__(
+        self,
+        preset: str,
+        config: PretrainConfig,
+        directory: RunDirectory,
+        *,
+        world: World = ALONE,
+        started: bool = False,
+    ) -> None:
+        super().__init__(preset, config, directory, world=world, started=started)
+        self.config: PretrainConfig = config
+        with world.together():
+            self.state: PretrainState = initial_state(
+                config, self.dataset, self.device, init=not started, world=world
+            )
+        self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device, world)
+        self.whole: PretrainState | None = self.state
+        self.measured = self.iteration
+        if self.state.sharded:
+            self.whole = None
+            if world.main:
+                self.whole = initial_state(config, self.dataset, self.device, init=False)
+                self.measured = PretrainIteration(config, self.dataset.scaling, self.whole, self.device)
+        self.checks, self.watch = [self.iteration.check], self.iteration.watch
+        self.step = stepping(config, self.iteration)
+
+    def settle(self, batch: Batch) -> None:
+        self.iteration.settle(batch)
+
+    def figures(self) -> dict[str, Any]:
+        loss, error, steps = self.state.sums.tolist()
+        return {
+            "loss": loss / steps,
+            "error": error / steps,
+            "gradient_norm": float(self.iteration.check.gradient_norm),
+            "lr": float(self.state.optimizer.param_groups[0]["lr"]),
+        }
+
+    def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        return {name: figure(values[name]) for name in ("loss", "error")}
+
+    @cached_property
+    def _held_out(self) -> Batch:
+        count = min(HELD_OUT, self.config.eval_images or HELD_OUT)
+        return self.iteration.to_device(self.dataset.first("validation", count))
+
+    def evaluate(self) -> None:
+        state = self.state
+        error = self.measured.validation_error(self._held_out)
+        self.record({"step": state.step, "validation_error": error})
+        self.progress.say(f"step {state.step:>6}: weighted error on the validation split {error:.4f}")
+        if not state.best or error < state.best["validation_error"]:
+            state.best = {"step": state.step, "validation_error": error}
+        self.picture(self._grid_png())
+
+    def _grid_png(self) -> bytes:
+        rows = min(len(self.dataset.class_names), GRID_ROWS)
+        columns = max(1, min(GRID_COLUMNS, (self.config.eval_images or HELD_OUT) // rows))
+        labels = torch.arange(rows, device=self.device).repeat_interleave(columns)
+        rng = ops.make_rng(GRID_SEED, 0, self.device)
+        index = torch.arange(len(labels), device=self.device)
+        noise = ops.normal(rng, index, model_shape(self.dataset), ops.Purpose.SAMPLE_LATENT).to(
+            self.iteration.dtype
+        )
+        images = heun(self.measured.average, noise, labels)
+        return png(grid(viewable(images, self.dataset.scaling), columns))
+
+    def snapshot(self, name: str) -> None:
+        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors", self.measured.state.average)
+        self._keep_averages()
+
+    def _keep_averages(self) -> None:
+        """Write the averages of ``posthoc_ema`` under ``snapshots/``."""
+        state = self.measured.state
+        for width, average in averages_by_width(self.config, state.kept, state.average).items():
+            path = self.directory.kept_average(width, state.step)
+            network = stored(self.config, average)
+            self._save(path, network, ema_std=str(width), ema_updates=str(state.step))
+
+    def _save(self, path: Path, network: nn.Module, **more: str) -> None:
+        about = {
+            "data": self.dataset.name,
+            "class_names": json.dumps(list(self.dataset.class_names)),
+            "scaling": json.dumps(vars(self.dataset.scaling)),
+            "step": str(self.state.step),
+            "images": str(self.state.step * self.config.batch_size),
+        }
+        assert isinstance(network, Denoiser)
+        save_published(path, network, about | more)
+
+    def results(self) -> dict[str, Any]:
+        self._save(self.directory.denoiser, self.measured.state.average)
+        self._keep_averages()
+        return {
+            "validation_error": self.measured.validation_error(self._held_out),
+            "evaluation_images": len(self._held_out[1]),
+            "best": self.state.best,
+        }
+
+
+def pretrain(preset: str, config: PretrainConfig, *, fresh: bool = False) -> int:
+    """Run or continue the pre-training that ``config`` describes; the process's exit status."""
+    root = Path(config.run_dir or f"runs/{preset}-denoiser")
+    if run(Pretrainer, preset, config, root, fresh=fresh) is not None:
+        chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
+        print(f"  look: {root / 'samples'}")
+        print(f"  train: python -m diffratio_fast.train {preset}{chosen} --init {root}")
+    return 0

@@ -1,0 +1,201 @@
+"""DiffRatio training runs: what they measure, log and leave."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffratio_fast import networks
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.networks.saved import SavedNetwork
+from diffratio_fast.objectives.refit import Refitted
+from diffratio_fast.progress import figure
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.runs.measurements import keep_measurements
+from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.training.methods import METHODS
+from diffratio_fast.training.processes.world import ALONE, World
+from diffratio_fast.training.run import Run, run
+from diffratio_fast.training.state.generator import SUMS, TrainState, initial_state, network_arguments
+from diffratio_fast.training.state.posthoc_ema import averages_by_width, stored
+from diffratio_fast.training.step.capture import stepping
+from diffratio_fast.training.step.stepper import Batch
+
+
+class Trainer(Run):
+    """One training of a generator."""
+
+    def __init__(
+        self,
+        preset: str,
+        config: TrainConfig,
+        directory: RunDirectory,
+        *,
+        world: World = ALONE,
+        started: bool = False,
+    ) -> None:
+        super().__init__(preset, config, directory, world=world, started=started)
+        self.config: TrainConfig = config
+        self.ratio_steps = config.ratio_steps
+        with world.together():
+            self.state: TrainState = initial_state(
+                config, self.dataset, self.device, init=not started, world=world
+            )
+        iteration, evaluation = METHODS[config.objective]
+        self.iteration = measured = iteration(config, self.dataset.scaling, self.state, self.device, world)
+        self.whole: TrainState | None = self.state
+        if self.state.sharded:
+            self.whole = None
+            if world.main:
+                self.whole = initial_state(config, self.dataset, self.device, init=False)
+                measured = iteration(config, self.dataset.scaling, self.whole, self.device)
+        self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
+        self.checks, self.watch = list(self.iteration.checks.values()), self.iteration.watch
+        self.settled = sum(config.warmup_and_ramp())
+        self.step = stepping(config, self.iteration)
+        self.evaluation = evaluation(config, self.dataset, measured)
+
+    @property
+    def _networks(self) -> TrainState:
+        assert self.whole is not None  # rank 0 asks
+        return self.whole
+
+    def settle(self, batch: Batch) -> None:
+        self.iteration.settle(batch)
+
+    def figures(self) -> dict[str, Any]:
+        state = self.state
+        sums = dict(zip(SUMS, state.sums.tolist(), strict=True))
+        steps = sums.pop("steps")
+        return {
+            **self.evaluation.running({name: value / steps for name, value in sums.items()}),
+            "gradient_norm": float(self.iteration.checks["generator"].gradient_norm),
+            "generator_lr": float(state.generator_optimizer.param_groups[0]["lr"]),
+            "ratio_lr": float(state.ratio_optimizer.param_groups[0]["lr"]),
+        }
+
+    def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        if "student_loss" in values:
+            return {"student": figure(values["student_loss"])}
+        return {
+            "JS": f"{figure(values['divergence'])} (train {figure(values['divergence_train'])})",
+            "acc": figure(values["ratio_accuracy"]),
+        }
+
+    def evaluate(self) -> None:
+        state = self.state
+        began = time.monotonic()
+        self.picture(self.evaluation.grid_png())
+        fields, self.refitted = self.evaluation.loss_by_sigma()
+        distance, images = self.evaluation.validation_distance(), self.evaluation.images
+        if distance is not None:
+            fields |= {"frechet_distance_validation": distance, "evaluation_images": images}
+        self.record({"step": state.step, **fields, "evaluation_seconds": time.monotonic() - began})
+        said = []
+        if distance is not None:
+            said = [f"Fréchet distance of {images:,} images to the validation split {distance:.3f}"]
+        if "divergence_refit" in fields:
+            said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
+        if said:
+            self.progress.say(f"step {state.step:>6}: {', '.join(said)}")
+        best = state.best
+        # a distance of other many images has another bias: there is no comparing them
+        if distance is not None and (
+            best.get("evaluation_images") != images or distance < best["frechet_distance_validation"]
+        ):
+            state.best = {
+                "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
+            }  # fmt: skip
+            path = self.directory.snapshots / "best.safetensors"
+            self._save_network(path, "generator", self._networks.average)
+
+    def snapshot(self, name: str) -> None:
+        path = self.directory.snapshots / f"generator-{name}.safetensors"
+        self._save_network(path, "generator", self._networks.average)
+        self._keep_averages()
+
+    def _keep_averages(self) -> None:
+        """Write the averages of ``posthoc_ema`` under ``snapshots/``, once there are any."""
+        state = self.state
+        updates = state.step - self.config.warmup_and_ramp()[0]
+        if updates < 1:
+            return
+        networks = self._networks
+        for width, average in averages_by_width(self.config, networks.kept, networks.average).items():
+            path, network = self.directory.kept_average(width, state.step), stored(self.config, average)
+            self._save_network(path, "generator", network, ema_std=width, ema_updates=updates)
+
+    def _save_network(self, path: Path, role: str, network: nn.Module, **more: float) -> None:
+        config = self.config
+        scaling = self.dataset.scaling
+        about = SavedNetwork(
+            role=role,
+            architecture=config.generator if role == "generator" else config.ratio_network,
+            arguments=network_arguments(config, self.dataset)[role],
+            data={
+                "name": self.dataset.name,
+                "class_names": list(self.dataset.class_names),
+                "scaling": vars(scaling),
+                "vae": None if (vae := self.dataset.vae) is None else vars(vae),
+            },
+            training={"step": self.state.step, "images": self.state.step * config.batch_size} | more,
+        )
+        networks.save(path, network, about)
+
+    def _measure(self, refitted: Refitted | None) -> None:
+        """What only the report shows: calibration, noise laws and the samples' nearest training images."""
+        keep_measurements(
+            self.directory.root,
+            noise_levels=self.evaluation.noise_histograms(),
+            calibration=self.evaluation.calibrations(refitted),
+            evaluations=[],  # what is there is of an earlier generator
+        )
+        picture = self.evaluation.neighbours_png()
+        if picture is not None:
+            replace_file(self.directory.neighbours, picture)
+
+    def results(self) -> dict[str, Any]:
+        networks, directory = self._networks, self.directory
+        self._save_network(directory.generator, "generator", networks.average)
+        self._keep_averages()
+        if self.config.objective == "diffratio":
+            self._save_network(directory.ratio, "ratio", networks.ratio)
+        if networks.ratio_average is not None:
+            self._save_network(directory.ratio_average, "ratio", networks.ratio_average)
+        figures = self.evaluation.summary()
+        refitted = self.refitted or self.evaluation.refitted(self.config.refit_steps)
+        self._measure(refitted)
+        if self.config.objective == "vsd":
+            return {**figures, "best": self.state.best}
+        return {
+            **figures,
+            "best": self.state.best,
+            "divergence": self.evaluation.bound("validation", every_level=True).value,
+            "divergence_refit": None if refitted is None else refitted.bound,
+        }
+
+
+def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
+    """Run or continue the training that ``config`` describes; the process's exit status."""
+    root = Path(config.run_dir or f"runs/{preset}")
+    summary = run(Trainer, preset, config, root, fresh=fresh)
+    if summary is not None:
+        _say_summary(root, summary)
+    return 0
+
+
+def _say_summary(root: Path, summary: dict[str, Any]) -> None:
+    if "frechet_distance" in summary:
+        print(
+            f"  Fréchet distance of {summary['evaluation_images']:,} images to the test split "
+            f"{summary['frechet_distance']:.3f} (real training data: {summary['frechet_distance_floor']:.3f})"
+        )
+    if "class_accuracy" in summary:
+        print(
+            f"  class accuracy {summary['class_accuracy']:.1%} "
+            f"(real test data: {summary['class_accuracy_test']:.1%})"
+        )
+    print(f"  look: {root / 'report.html'}\n  sample: python -m diffratio_fast.sample {root}")

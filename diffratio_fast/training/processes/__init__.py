@@ -1,0 +1,1 @@
+"""Several processes: the world, DDP and FSDP2, heartbeats."""

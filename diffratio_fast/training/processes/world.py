@@ -1,0 +1,189 @@
+"""Processes that train together: how they find one another, what they add up and what they agree on.
+
+Torch's own process group is made from what torchrun sets in the environment: Gloo between CPUs, NCCL between
+GPUs. Rank 0 writes all files and evaluates; the others wait for it where that may take long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffratio_fast import launch
+from diffratio_fast.errors import ReportedElsewhere, UserError
+
+STEP_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others within a step."""
+MAIN_TIMEOUT = timedelta(hours=6)
+"""How long it waits while rank 0 does something alone, such as an evaluation."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them. A run of one process has no process group."""
+
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None
+    """Between hosts (Gloo), for what waits for rank 0."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` added up over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` over the processes, in place."""
+        return self.sum(values).div_(self.size) if self.size > 1 else values
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Rank 0's result of ``function``, which only rank 0 calls; the others wait for it.
+
+        Where it raises, rank 0 tells of the error and the others end too.
+        """
+        if self.size == 1:
+            return function()
+        answer: list[tuple[bool, Result | None]] = [(False, None)]
+        if not self.main:
+            dist.broadcast_object_list(answer, 0, group=self.control)
+            if not answer[0][0]:
+                raise ReportedElsewhere
+            return answer[0][1]  # type: ignore[return-value]
+        try:
+            answer = [(True, function())]
+        finally:
+            dist.broadcast_object_list(answer, 0, group=self.control)
+        return answer[0][1]  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what each process does by itself, before all go on: of those that fail one says why."""
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        if self.size > 1:
+            first = torch.tensor(self.size if error is None else self.rank)
+            dist.all_reduce(first, dist.ReduceOp.MIN, group=self.control)
+            if int(first) not in (self.size, self.rank):
+                raise ReportedElsewhere
+        if error is not None:
+            raise error
+
+
+ALONE = World()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is sharded (a DTensor); any other as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+class Agreement:
+    """What the largest of each flag is over all processes, said a turn later so that none waits for it.
+
+    All processes learn of it in the same turn, and so can act on it alike. One process learns at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, flags: Sequence[int]) -> list[int]:
+        """Give this turn's flags; the largest over the processes of those given in the turn before."""
+        if self.world.size == 1:
+            return list(flags)
+        agreed = self.close() or [0] * len(flags)
+        values = torch.tensor(flags)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        assert work is not None
+        self._pending = work, values
+        return agreed
+
+    def close(self) -> list[int] | None:
+        """Wait for what is under way; the flags, if any were."""
+        if self._pending is None:
+            return None
+        work, values = self._pending
+        self._pending = None
+        work.wait()
+        return values.tolist()
+
+
+LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket|gloo|NCCL|store", re.IGNORECASE
+)
+"""What PyTorch's errors say when another process is gone."""
+
+
+def lost_others(error: RuntimeError) -> bool:
+    """Whether PyTorch's error says that another process is gone."""
+    return isinstance(error, dist.DistError) or LOST.search(str(error)) is not None
+
+
+def common_store(world: World) -> dist.Store | None:
+    """The processes' common store by a connection of its own, for use by a thread beside the others.
+
+    What earlier processes of the launcher have left in it is not seen. None for a single process.
+    """
+    if world.size == 1:
+        return None
+    session = world.on_main(lambda: f"diffratio/{time.time_ns()}")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(session, dist.TCPStore(address, port, None, False, wait_for_workers=False))
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The processes that torchrun started along with this one, as a process group while the block runs."""
+    rank, size = launch.process()
+    if size == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        _, here = launch.local_process()
+        if here > torch.cuda.device_count():
+            raise UserError(
+                f"{here} processes for {torch.cuda.device_count()} GPUs: start one for each "
+                f"(--nproc-per-node {torch.cuda.device_count()})"
+            )
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+        assert control is not None
+        yield World(rank, size, control)
+    except ReportedElsewhere:
+        raise
+    except UserError as error:
+        raise UserError(f"process {rank}: {error}" if rank else str(error)) from None
+    except RuntimeError as error:
+        if not lost_others(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"process {rank} has lost the others ({reason[:200]})") from error
+    dist.destroy_process_group()

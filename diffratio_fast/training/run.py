@@ -1,0 +1,413 @@
+"""What runs of every kind share: begin or continue, step, report, save, stop cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffratio_fast import launch, report
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.data import open_dataset
+from diffratio_fast.data.dataset import DataSet
+from diffratio_fast.devices import choose_device, peak_memory
+from diffratio_fast.errors import ReportedElsewhere, UserError
+from diffratio_fast.progress import Progress
+from diffratio_fast.report.diagnosis import warnings
+from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.runs.log import Events, MetricsLog
+from diffratio_fast.storage.writing import make_directory, replace_file
+from diffratio_fast.training.processes.parallel import gather
+from diffratio_fast.training.processes.pulse import Pulse
+from diffratio_fast.training.processes.world import ALONE, Agreement, World, common_store, joined, lost_others
+from diffratio_fast.training.state import checkpoint
+from diffratio_fast.training.state.checkpoint import Checkpoints
+from diffratio_fast.training.state.run_state import RunState
+from diffratio_fast.training.state.watch import BadSteps, Watch
+from diffratio_fast.training.step.capture import Step, check_capture
+from diffratio_fast.training.step.finite import FiniteCheck
+from diffratio_fast.training.step.stepper import Batch
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that the numbers of ``STOP_SIGNALS`` are added to as they come.
+
+    A second signal acts at once, as usual; not so where a launcher started the process: the same request
+    often comes twice there, from the launcher and from whoever told it.
+    """
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        if not launch.launched():
+            for known, handler in previous.items():
+                signal.signal(known, handler)
+
+    for wanted in STOP_SIGNALS:
+        previous[wanted] = signal.signal(wanted, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One run of any kind: its data, its state, its directory. What it trains is a subclass's matter.
+
+    Each of several processes has one, and they go through the same steps. What is measured, said or written
+    is so by rank 0 alone: ``figures``, ``shown``, ``evaluate``, ``snapshot``, ``results`` are called there.
+    """
+
+    ratio_steps = 1  # batches in a step
+    settled = 0  # the step from which figures are those of ordinary training
+    state: RunState
+    whole: RunState | None
+    """What is measured and written: ``state``, or where that is sharded whole networks, on rank 0 alone."""
+    checks: list[FiniteCheck]
+    watch: Watch
+    step: Step
+
+    def __init__(
+        self,
+        preset: str,
+        config: RunConfig,
+        directory: RunDirectory,
+        *,
+        world: World = ALONE,
+        started: bool = False,
+    ) -> None:
+        """``started``: a checkpoint will replace the first state."""
+        self.preset, self.config, self.directory, self.world = preset, config, directory, world
+        self.checkpoints = Checkpoints(directory.checkpoint, world)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.device = choose_device(config.device)
+        with world.together():
+            check_capture(config, self.device, world.size)
+            self.dataset: DataSet = open_dataset(
+                config.data,
+                loader=config.loader,
+                verify=config.verify,
+                device=self.device,
+                class_conditional=config.class_conditional,
+            )
+
+    def refresh(self) -> None:
+        """Bring ``whole`` to the present state; all processes take part."""
+        state, whole = self.state, self.whole
+        if whole is state:
+            return
+        for name in state.networks():
+            gather(getattr(state, name), None if whole is None else getattr(whole, name))
+        if whole is not None:
+            whole.step = state.step
+            for name in state.TENSORS:
+                getattr(whole, name).copy_(getattr(state, name))
+
+    def settle(self, batch: Batch) -> None:
+        """What several processes do before their first step, on any batch."""
+        raise NotImplementedError
+
+    def advance(self, batches: list[Batch]) -> None:
+        """Make one step, on ``ratio_steps`` batches."""
+        self.step.run(batches)
+
+    def figures(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl holds beside step, images, time and memory."""
+        raise NotImplementedError
+
+    def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        """The figures of a line that the progress display shows, by a short name."""
+        raise NotImplementedError
+
+    def evaluate(self) -> None:
+        """Measure the state on the validation split, and draw a sample grid."""
+        raise NotImplementedError
+
+    def snapshot(self, name: str) -> None:
+        """Write the average under ``snapshots/``."""
+        raise NotImplementedError
+
+    def results(self) -> dict[str, Any]:
+        """Write the run's networks; the last figures, for summary.json."""
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """This process's slices of each step's batches from the state's on: ``ratio_steps`` at a time."""
+        count = self.ratio_steps
+        source = self.dataset.batches(
+            "train",
+            self.config.batch_size,
+            seed=self.config.seed,
+            start=self.state.step * count,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        if self.world.size > 1:
+            self.settle(self.dataset.first("train", self.config.batch_size // self.world.size))
+        while True:
+            yield [next(source) for _ in range(count)]
+
+    def train(self) -> str | None:
+        """Run to ``config.steps``; the name of the signal that stopped it earlier, or None."""
+        config, state, world = self.config, self.state, self.world
+        self.progress = Progress(config.steps, state.step, config.batch_size, quiet=not world.main)
+        if world.main:
+            self.log = MetricsLog(self.directory.metrics, state.step)
+            self.events = Events(self.directory.root, state.step)
+        for check in self.checks:
+            check.say = self.progress.say
+        self.clock = time.monotonic()
+        self.logged = (state.step, state.seconds)
+        agreed = Agreement(world)
+        pulse = self.pulse = Pulse(
+            self.progress.say, limit=config.hang_timeout, rank=world.rank, size=world.size,
+            store=common_store(world),
+        )  # fmt: skip
+        stop = 0  # the signal that all processes know of
+        self.waited = 0.0  # seconds for batches since the last log line
+        self.warned: set[str] = set()
+        try:
+            with _stop_requests() as received, pulse.beating(), self._naming_the_lost():
+                batches = self.batches()
+                while state.step < config.steps and not stop:
+                    last = state.step + 1 == config.steps
+                    batch = self._next(batches)
+                    pulse.phase("step")
+                    self.advance(batch)
+                    self.progress.advance()
+                    stop, failed = agreed([max(received, default=0), self.checkpoints.failed])
+                    pulse.phase("report", free=True)  # an evaluation, or what goes to disk, may take any time
+                    if failed:
+                        self._say_save_failed()
+                    if last or state.step % config.log_every == 0:
+                        self._log()
+                    if last or state.step % config.eval_every == 0:
+                        self._check_finite()
+                        self.refresh()
+                        world.on_main(self._evaluate)
+                    if state.step % config.snapshot_every == 0:
+                        self._check_finite()
+                        self.refresh()
+                        world.on_main(lambda: self.snapshot(f"{state.step:08d}"))
+                    if last or stop or state.step % config.checkpoint_every == 0:
+                        self._check_finite()
+                        self._tick()
+                        self._say_save_failed()
+                        self.checkpoints.save(state)
+                    if last or stop:
+                        self._say_save_failed(stopping=not last)
+                agreed.close()
+                return signal.Signals(stop).name if stop and state.step < config.steps else None
+        finally:
+            self.checkpoints.close(patience=30.0)
+            if world.main:
+                self.log.close()
+                self.events.close()
+            self.progress.close()
+
+    def _evaluate(self) -> None:
+        self.evaluate()
+        self._warn()
+        report.write(self.directory.root)
+
+    @contextlib.contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Where a connection to the other processes breaks, the error says which of them has died."""
+        try:
+            yield
+        except RuntimeError as error:
+            missing = self.pulse.missing() if self.world.size > 1 and lost_others(error) else None
+            if missing is None:
+                raise
+            raise UserError(f"{missing}; ending") from error
+
+    def _next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
+        self.pulse.phase("data")
+        began = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - began
+        return batch
+
+    def _warn(self) -> None:
+        """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
+        found = dict(warnings(self.log.lines, after=self.settled))
+        for kind in found.keys() - self.warned:
+            self.progress.say(f"warning: {found[kind]}")
+        self.warned = set(found)
+
+    def _say_save_failed(self, *, stopping: bool = False) -> None:
+        """Wait for the save under way; tell of one that failed: an error by option, or when stopping."""
+        message = self.checkpoints.failure()
+        if message is None:
+            return
+        good = self.checkpoints.good
+        kept = f"{self.directory.checkpoint / good[-1]} is kept" if good else "there is no earlier one"
+        line = f"the checkpoint of step {self.checkpoints.step} could not be saved ({message}); {kept}"
+        if stopping or self.config.on_save_failure == "stop":
+            raise self._failure(line)
+        self.progress.say(f"warning: {line}")
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def _check_finite(self) -> None:
+        for check in self.checks:
+            if message := check.message():
+                good = self.checkpoints.good
+                kept = self.directory.checkpoint / good[-1] if good else "no checkpoint"
+                raise self._failure(
+                    f"training diverged: {message}; lower the learning rates, or skip such updates with "
+                    f"--on-nonfinite skip ({kept} holds the last good state)"
+                )
+
+    def _failure(self, message: str) -> UserError:
+        """The error to raise for what all processes find alike: rank 0 says it."""
+        return UserError(message) if self.world.main else ReportedElsewhere(message)
+
+    def _log(self) -> None:
+        state = self.state
+        self._check_finite()
+        step_before, seconds_before = self.logged
+        steps = state.step - step_before
+        if any(check.skipped >= max(steps, 10) for check in self.checks):
+            raise self._failure(
+                f"training diverged: no update since step {step_before} was finite; lower the learning rates"
+            )
+        self._tick()
+        bad = self.watch.take()
+        self.refresh()
+        if self.world.main:
+            self._write_line(steps, max(state.seconds - seconds_before, 1e-9), bad)
+        state.sums.zero_()
+        for check in self.checks:
+            check.skipped = 0
+        self.logged, self.waited = (state.step, state.seconds), 0.0
+        limit = self.config.stop_after_bad_steps
+        if limit is not None and bad.longest >= limit:
+            raise self._failure(
+                f"training stopped: {bad.longest} steps in a row up to about step {state.step} were bad (a "
+                "loss or gradient was not finite, or jumped far above its mean); lower the learning rates, "
+                f"or go on from {self.directory.checkpoint} with a larger --stop-after-bad-steps"
+            )
+
+    def _write_line(self, steps: int, seconds: float, bad: BadSteps) -> None:
+        state, config = self.state, self.config
+        values = {
+            "step": state.step,
+            "images": state.step * config.batch_size,
+            "seconds": state.seconds,
+            "images_per_second": steps * config.batch_size / seconds,
+            "loader_share": min(self.waited / seconds, 1.0),
+            **self.figures(),
+            "bad_steps": bad.number,
+            "skipped_updates": sum(check.skipped for check in self.checks),
+            "memory_bytes": peak_memory(self.device),
+        }
+        self.record(values)
+        self.progress.metrics(values, self.shown(values))
+        self._warn()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, and its numbers for TensorBoard."""
+        self.log.write(values)
+        self.events.scalars(values)
+
+    def picture(self, image: bytes) -> None:
+        """Keep the PNG of a sample grid of this step."""
+        make_directory(self.directory.samples)
+        replace_file(self.directory.samples / f"step-{self.state.step:08d}.png", image)
+        self.events.picture("samples", image, self.state.step)
+
+    def finish(self) -> dict[str, Any]:
+        """The run's last files: networks and summary.json (which marks the run as finished)."""
+        self.clock = time.monotonic()
+        figures = self.results()
+        self._tick()
+        state, config = self.state, self.config
+        summary = {
+            "preset": self.preset,
+            "steps": state.step,
+            "images": state.step * config.batch_size,
+            **figures,
+            "images_per_second": state.step * config.batch_size / state.seconds,
+            "seconds": state.seconds,
+        }
+        replace_file(self.directory.summary, json.dumps(summary, indent=2) + "\n")
+        report.write(self.directory.root)
+        return summary
+
+
+def run(
+    kind: type[Run], preset: str, config: RunConfig, root: Path, *, fresh: bool = False
+) -> dict[str, Any] | None:
+    """Begin or continue a run in the directory ``root``; its summary, where this process finished it."""
+    device = choose_device(config.device)
+    fresh = fresh and not launch.restarts()  # a launcher that restarts the processes repeats their options
+    with joined(device) as world:
+        directory = RunDirectory(root)
+        started = world.on_main(lambda: _begin(directory, config, fresh))
+        one = kind(preset, config, directory, world=world, started=started)
+        if started:
+            one.checkpoints.load(one.state)
+            finished = world.on_main(directory.finished)
+            if one.state.step >= config.steps and finished:
+                if world.main:
+                    print(
+                        f"{directory.root}: finished at step {one.state.step}; nothing to do "
+                        "(a larger --steps continues it, --fresh starts over)"
+                    )
+                return None
+        world.on_main(lambda: _open(one, fresh))
+        try:
+            if stopped := one.train():
+                if world.main:
+                    print(
+                        f"{stopped}: saved at step {one.state.step}; the same command continues", flush=True
+                    )
+                return None
+            one.refresh()
+            summary = world.on_main(one.finish)
+        finally:
+            directory.close()
+        if not world.main:
+            return None
+    print(f"finished: {summary['steps']} steps in {summary['seconds']:.0f} s")
+    return summary
+
+
+def _begin(directory: RunDirectory, config: RunConfig, fresh: bool) -> bool:
+    """Whether there is a run to continue; a ``UserError`` where what is there must not be touched."""
+    started = checkpoint.exists(directory.checkpoint) and not fresh
+    if not (started or fresh) and directory.has_results():
+        raise UserError(
+            f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
+        )
+    if started:
+        directory.check_same(config)
+    return started
+
+
+def _open(one: Run, fresh: bool) -> None:
+    """Take the directory for the run and note there what it is."""
+    directory, step = one.directory, one.state.step
+    directory.open()
+    if fresh:
+        directory.clear()
+    directory.summary.unlink(missing_ok=True)
+    directory.write_config(one.preset, one.config, one.device, one.world.size)
+    several = f" on {one.world.size} processes" if one.world.size > 1 else ""
+    print(f"{directory.root}: {f'continuing at step {step}' if step else 'starting'}{several}", flush=True)

@@ -1,0 +1,1 @@
+"""State of a run, its optimizers, averages and checkpoints."""

@@ -1,0 +1,65 @@
+"""The optimizers a run can choose from."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.errors import UserError
+
+
+def make_optimizer(
+    config: RunConfig, network: nn.Module, rate: float, decay: float, planned: bool = False
+) -> torch.optim.Optimizer:
+    """The configured optimizer of a network's parameters, with one fused update."""
+    parameters = list(network.parameters())
+    settings: dict[str, Any] = {
+        "lr": rate, "betas": (config.beta1, config.beta2), "weight_decay": decay
+    }  # fmt: skip
+    if planned:
+        return PlannedAdam(parameters, settings)
+    if config.optimizer == "apex":
+        return _apex()(parameters, **settings, adam_w_mode=True)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    if config.capture:  # a graph reads the rate from memory
+        settings["lr"] = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
+        settings["capturable"] = True
+    return kind(parameters, **settings, fused=True)
+
+
+def _apex() -> Any:
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer apex: NVIDIA apex with its CUDA extensions is not installed ({error}); PyTorch's "
+            "own fused Adam is --optimizer adamw"
+        ) from None
+    return FusedAdam
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, rounded to float32: what a kernel that reads it from memory takes."""
+    rounded = struct.unpack("f", struct.pack("f", rate))[0]
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rounded)
+        else:
+            group["lr"] = rounded
+
+
+class PlannedAdam(torch.optim.Optimizer):
+    """Adam without numbers, for planning: it takes the memory that Adam would."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    moments: dict[str, Tensor] = {
+                        name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+                    }
+                    self.state[parameter].update(moments)

@@ -1,0 +1,112 @@
+"""Post-hoc averages: a power-function average of any width, from snapshots of two (Karras et al. 2024).
+
+The average of relative width std at time t weighs the weights of time tau by p(tau) = (gamma + 1) tau^gamma /
+t^(gamma + 1) up to t (``ema.power_exponent`` gives gamma). A linear combination of the profiles of snapshots,
+taken at several times and widths, comes near to the profile wanted; the same combination of the snapshots is
+then near to the average that was never kept. ``ema.power_decay`` makes a step's share of an average exactly
+the integral of p over that step, so time is counted in updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.errors import UserError
+from diffratio_fast.training.state.ema import averaged_copy, power_decay, power_exponent, update_average
+
+LARGEST = 0.28
+"""A power function's relative width is below 0.29: that of equal weights."""
+
+
+class Profile(NamedTuple):
+    """An average's relative width, and the updates after which it is looked at."""
+
+    std: float
+    updates: int
+
+
+def inner_product(a: Profile, b: Profile) -> float:
+    """The integral of the product of two profiles, per update: closed form (the paper's Appendix C)."""
+    early, late = sorted((a, b), key=lambda profile: profile.updates)
+    first, second = power_exponent(early.std), power_exponent(late.std)
+    share = (first + 1) * (second + 1) / (first + second + 1)
+    return float(share * (early.updates / late.updates) ** second / late.updates)
+
+
+def combination(snapshots: Sequence[Profile], wanted: Profile) -> tuple[npt.NDArray[np.float64], float]:
+    """The weights of the snapshots, and the profile's relative error |sum_i w_i p_i - p| / |p|.
+
+    Least squares among weights that sum to one: what does not change during training stays as it is.
+    """
+    products = np.array([[inner_product(a, b) for b in snapshots] for a in snapshots])
+    target = np.array([inner_product(a, wanted) for a in snapshots])
+    norm = inner_product(wanted, wanted)
+    # with a multiplier for the constraint; scaled to numbers near one, and by pseudo-inverse, as snapshots of
+    # neighbouring times are nearly dependent
+    count = len(snapshots)
+    system = np.ones((count + 1, count + 1))
+    system[:count, :count] = products / norm
+    system[count, count] = 0
+    solution = np.linalg.lstsq(system, np.append(target / norm, 1.0), rcond=1e-13)[0]
+    weights = solution[:count]
+    squared = weights @ products @ weights - 2 * weights @ target + norm
+    return weights, float(np.sqrt(max(squared, 0.0) / norm))
+
+
+def kept_widths(config: RunConfig) -> list[float]:
+    """The widths of ``config.posthoc_ema``, rising; a ``UserError`` where they are none."""
+    if config.posthoc_ema is None:
+        return []
+    try:
+        widths = sorted({float(part) for part in config.posthoc_ema.split(",")})
+    except ValueError:
+        widths = []
+    if not widths or not all(0 < width <= LARGEST for width in widths):
+        raise UserError(
+            f"posthoc_ema must be relative widths between 0 and {LARGEST}, with commas between (0.05,0.10), "
+            f"not {config.posthoc_ema!r}"
+        )
+    return widths
+
+
+def _others(config: RunConfig) -> list[float]:
+    return [width for width in kept_widths(config) if width != config.ema_std]
+
+
+def kept_averages(config: RunConfig, network: nn.Module) -> nn.ModuleList | None:
+    """An average of ``network`` for each width but the run's own, whose average there is anyway."""
+    others = _others(config)
+    return nn.ModuleList([averaged_copy(network) for _ in others]) if others else None
+
+
+def kept_weights(config: RunConfig, update: int) -> dict[str, float]:
+    """By name what the network counts for in each of ``kept_averages`` at an update (from 0)."""
+    return {f"kept {width}": 1 - power_decay(update, width) for width in _others(config)}
+
+
+def update_kept(
+    config: RunConfig, kept: nn.ModuleList | None, network: nn.Module, weights: Mapping[str, float | Tensor]
+) -> None:
+    """Add the network to the averages of ``kept_averages``, by the ``weights`` of ``kept_weights``."""
+    if kept is not None:
+        for width, average in zip(_others(config), kept, strict=True):
+            update_average(average, network, weights[f"kept {width}"])
+
+
+def averages_by_width(
+    config: RunConfig, kept: nn.ModuleList | None, average: nn.Module
+) -> dict[float, nn.Module]:
+    """Every average of ``config.posthoc_ema`` by its width; ``average`` is the run's own."""
+    found = dict(zip(_others(config), kept or [], strict=True))
+    return {width: found.get(width, average) for width in kept_widths(config)}
+
+
+def stored(config: RunConfig, average: nn.Module) -> nn.Module:
+    """An average as its snapshot keeps it."""
+    return averaged_copy(average).half() if config.posthoc_ema_half else average

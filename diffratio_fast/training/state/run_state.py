@@ -1,0 +1,126 @@
+"""The state of a training run.
+
+A step is a pure function of (state, step): all randomness comes from the noise contract, so the networks,
+their average, the optimizers and a few running sums are all there is to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import parse_json
+from diffratio_fast.training.processes.world import is_sharded
+
+
+@dataclass
+class RunState:
+    """What a run of any kind keeps: the names of its parts, and counters after ``step`` steps."""
+
+    NETWORKS: ClassVar[tuple[str, ...]]
+    OPTIMIZERS: ClassVar[tuple[str, ...]]
+    TENSORS: ClassVar[tuple[str, ...]]
+    """Names of attributes; a network that is None is not kept."""
+
+    sums: Tensor = field(kw_only=True)
+    statistics: Tensor = field(kw_only=True)
+    bad_steps: Tensor = field(kw_only=True)
+    step: int = field(default=0, kw_only=True)
+    seconds: float = field(default=0.0, kw_only=True)
+    best: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def networks(self) -> list[str]:
+        """Names of the networks that the state has."""
+        return [name for name in self.NETWORKS if getattr(self, name) is not None]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the state under a unique name."""
+        for part in self.networks():
+            for name, tensor in getattr(self, part).state_dict().items():
+                yield f"{part}.{name}", tensor
+        for part in self.OPTIMIZERS:
+            optimizer = getattr(self, part)
+            for number, values in optimizer.state_dict()["state"].items():
+                for name, tensor in values.items():
+                    yield f"{part}.{number}.{name}", torch.as_tensor(tensor)
+            if "step" in optimizer.param_groups[0]:  # apex counts there
+                yield f"{part}.step", torch.as_tensor(optimizer.param_groups[0]["step"])
+        for part in self.TENSORS:
+            yield part, getattr(self, part)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process has only a part of each weight (of some network at least)."""
+        return any(is_sharded(p) for name in self.networks() for p in getattr(self, name).parameters())
+
+    def blank(self, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors to read a checkpoint with tensors of these sizes and types into, for ``restore``."""
+        tensors: dict[str, Tensor] = {}
+        for part in self.networks():
+            for name, tensor in getattr(self, part).state_dict().items():
+                tensors[f"{part}.{name}"] = tensor
+        for part in self.OPTIMIZERS:
+            parameters = [p for group in getattr(self, part).param_groups for p in group["params"]]
+            for name, (size, dtype) in sizes.items():
+                owner, _, rest = name.partition(".")
+                if owner != part:
+                    continue
+                number = rest.partition(".")[0]
+                like = parameters[int(number)] if number != "step" else parameters[0]
+                tensors[name] = (
+                    torch.zeros_like(like)
+                    if size and size == tuple(like.shape)
+                    else torch.zeros(size, dtype=dtype, device=like.device)
+                )
+        return tensors | {part: getattr(self, part) for part in self.TENSORS}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a checkpoint's tensors; what does not fit is a Key-, Runtime- or ``ValueError``."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        for part in self.networks():
+            getattr(self, part).load_state_dict(parts[part])
+        for part in self.OPTIMIZERS:
+            optimizer = getattr(self, part)
+            values: dict[int, dict[str, Tensor]] = {}
+            groups = optimizer.state_dict()["param_groups"]
+            for name, tensor in parts.get(part, {}).items():
+                number, _, key = name.partition(".")
+                if number == "step":
+                    groups = [group | {"step": int(tensor)} for group in groups]
+                else:
+                    values.setdefault(int(number), {})[key] = tensor
+            optimizer.load_state_dict({"state": values, "param_groups": groups})
+        for part in self.TENSORS:
+            getattr(self, part).copy_(parts[part][""])
+
+
+def backbone_options(config: RunConfig) -> dict[str, Any]:
+    """The options of the run's backbone; a ``UserError`` where they are no JSON object."""
+    try:
+        options = parse_json(config.backbone_options)
+    except ValueError as error:
+        raise UserError(f"backbone_options is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"backbone_options must be a JSON object, not {config.backbone_options}")
+    return options
+
+
+def run_dtype(config: RunConfig) -> torch.dtype:
+    """Of weights and images; bfloat16 is a matter of autocast."""
+    return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def place(config: RunConfig, network: nn.Module, device: torch.device) -> None:
+    """Bring a network to device, dtype and memory format as configured, in place."""
+    network.to(device, run_dtype(config))
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

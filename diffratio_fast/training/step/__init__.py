@@ -1,0 +1,1 @@
+"""One step of training: from (state, step, batch) to the next state."""

@@ -1,0 +1,132 @@
+"""A step of pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from diffratio_fast import ops
+from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.data.scaling import Scaling
+from diffratio_fast.networks.edm2 import EDM2Denoiser
+from diffratio_fast.networks.layers import dropout_stream
+from diffratio_fast.objectives import geometric
+from diffratio_fast.objectives.denoising import DenoiserCall, denoising_errors, denoising_loss
+from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
+from diffratio_fast.training.processes.parallel import Parallel
+from diffratio_fast.training.processes.world import ALONE, World
+from diffratio_fast.training.state.denoiser import WATCHED, PretrainState
+from diffratio_fast.training.state.ema import average_decay, update_average
+from diffratio_fast.training.state.optimizers import set_rate
+from diffratio_fast.training.state.posthoc_ema import (
+    kept_weights,
+    update_kept,
+)
+from diffratio_fast.training.state.watch import (
+    Watch,
+)
+from diffratio_fast.training.step.finite import FiniteCheck
+from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_factor
+
+
+class PretrainIteration(Stepper):
+    """The pure function (state, step, batch) -> state of a pre-training step."""
+
+    state: PretrainState
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        scaling: Scaling,
+        state: PretrainState,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        super().__init__(config, scaling, state.step, device, world)
+        self.config: PretrainConfig = config
+        self.state = state
+        self.law = parse_noise_law(config.noise)
+        self.denoiser = self.in_precision(state.denoiser)
+        self.average = self.in_precision(state.average)
+        self.loss_of = Parallel(state.denoiser, self._loss, world, config)
+        skip = config.on_nonfinite == "skip"
+        self.check = FiniteCheck("denoiser", state.denoiser, skip=skip, world=world)
+        self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
+
+    def settle(self, batch: Batch) -> None:
+        """See ``Iteration.settle``."""
+        self.state.denoiser.eval()
+        loss, _ = self.loss_of(*self.part(batch, self.parts[0]))
+        (loss * 0).backward()
+        self.state.optimizer.zero_grad(set_to_none=True)
+
+    def begin(self) -> None:
+        config, step = self.config, self.state.step
+        self.rng[1].fill_(step)
+        set_rate(self.state.optimizer, config.lr * learning_rate_factor(config, step))
+        self.set("average", 1 - average_decay(config, step, step))
+        for name, weight in kept_weights(config, step).items():
+            self.set(name, weight)
+
+    def compute(self, batches: list[Batch], variant: Hashable) -> None:
+        state = self.state
+        (batch,) = batches
+        state.denoiser.train()
+        self.loss_of.prepare()
+        state.optimizer.zero_grad(set_to_none=True)
+        means = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            x0, labels, index = self.part(batch, part)
+            with (
+                dropout_stream(state.denoiser, self.rng, index),
+                self.loss_of.part(last=self.is_last(part)),
+            ):
+                loss, error = self.loss_of(x0, labels, index)
+                (loss * self.share(index)).backward()
+            means += torch.stack((loss.detach().double(), error)) * self.share(index)
+        self.world.mean(means)
+        state.sums[:2] += means
+        state.sums[2] += 1
+        allowed = self.check.allows(self.rng[1], {"the loss": means[0]})
+        self.watch.note(self.check.latest)
+        if allowed:
+            state.optimizer.step()
+            update_average(state.average, state.denoiser, self.numbers["average"])
+            update_kept(self.config, state.kept, state.denoiser, self.numbers)
+
+    def _loss(self, x0: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a part of a batch, and its mean error (float64, detached)."""
+        sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0].to(self.dtype)
+        denoiser, x0 = self._augmented(x0, index)
+        errors = denoising_errors(denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE)
+        return denoising_loss(errors, self._log_variance(sigma)), errors.detach().double().mean()
+
+    def _augmented(self, x0: Tensor, index: Tensor) -> tuple[DenoiserCall, Tensor]:
+        """The images after their random transforms, and the denoiser told of those."""
+        probability = self.config.augment_probability
+        if probability == 0:
+            return self.denoiser, x0
+        transform = geometric.random_transform(self.rng, index, probability)
+        told = transform.labels().to(x0.dtype)
+        return lambda x, sigma, labels: self.denoiser(x, sigma, labels, told), geometric.apply(transform, x0)
+
+    def _log_variance(self, sigma: Tensor) -> Tensor | None:
+        denoiser = self.state.denoiser
+        return denoiser.log_variance(sigma) if isinstance(denoiser, EDM2Denoiser) else None
+
+    @torch.no_grad()
+    def validation_error(self, held_out: Batch) -> float:
+        """The mean weighted error of the average over held-out images; the same noise every time."""
+        rng = ops.make_rng(self.config.seed, 0, self.device)
+        total = 0.0
+        x0, labels = held_out
+        for chosen in torch.arange(len(labels), device=self.device).split(self.parts[0].stop):
+            sigma = sample_sigma(self.law, rng, chosen, ops.Purpose.EVALUATION_SIGMA)[0][:, 0]
+            errors = denoising_errors(
+                self.average, x0[chosen], sigma.to(self.dtype), labels[chosen], rng, chosen,
+                ops.Purpose.EVALUATION_REAL,
+            )  # fmt: skip
+            total += float(errors.double().sum())
+        return total / len(labels)

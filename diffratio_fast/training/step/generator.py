@@ -1,0 +1,279 @@
+"""One training iteration: ratio steps, one generator step, the average. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffratio_fast import ops
+from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data.scaling import SIGMA_DATA, Scaling
+from diffratio_fast.errors import UserError
+from diffratio_fast.networks.generate import latents_for
+from diffratio_fast.networks.layers import dropout_stream
+from diffratio_fast.networks.ratio_mixer import RatioMixer
+from diffratio_fast.objectives import diffratio, fused
+from diffratio_fast.objectives.augmentation import roll, roll_shifts
+from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, update_means
+from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDifference
+from diffratio_fast.objectives.divergences import DIVERGENCES
+from diffratio_fast.objectives.noise_laws import NoiseLaw, parse_noise_law, sample_sigma
+from diffratio_fast.objectives.weights import WEIGHTS
+from diffratio_fast.training.processes.parallel import Parallel
+from diffratio_fast.training.processes.world import ALONE, World
+from diffratio_fast.training.state.ema import average_decay, ema_decay, update_average
+from diffratio_fast.training.state.generator import WATCHED, TrainState
+from diffratio_fast.training.state.optimizers import set_rate
+from diffratio_fast.training.state.posthoc_ema import kept_weights, update_kept
+from diffratio_fast.training.state.watch import Watch
+from diffratio_fast.training.step.finite import FiniteCheck
+from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_factor
+
+
+def noise_laws(config: TrainConfig) -> tuple[NoiseLaw, NoiseLaw]:
+    """The ratio's and the generator's law of sigma; the generator's must lie inside the ratio's support."""
+    ratio = parse_noise_law(config.ratio_noise)
+    generator = ratio if config.generator_noise is None else parse_noise_law(config.generator_noise)
+    if not ratio.covers(generator):
+        raise UserError(
+            f"generator_noise {generator.name} reaches outside ratio_noise {ratio.name}: "
+            "the ratio is not learned there"
+        )
+    return ratio, generator
+
+
+def generator_factor(config: TrainConfig, step: int) -> float:
+    """What warm-up and ramp make of the generator's rate: 0 in the warm-up, then rising to 1."""
+    warmup, ramp = config.warmup_and_ramp()
+    since = step - warmup
+    return 0.0 if since < 0 else min(1.0, (since + 1) / (ramp + 1))
+
+
+class Iteration(Stepper):
+    """The pure function (state, step, batches) -> state, for one configuration on a device per process."""
+
+    SOURCE = "the log ratio of fakes"
+    """What a generator step's score difference comes from, in the words of an error."""
+
+    state: TrainState
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        scaling: Scaling,
+        state: TrainState,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        super().__init__(config, scaling, state.step, device, world)
+        self.config: TrainConfig = config
+        self.state = state
+        self.ratio_law, self.generator_law = noise_laws(config)
+        self.divergence = DIVERGENCES[config.divergence]
+        self.weight = WEIGHTS[config.weight]
+        self.generator = self.in_precision(state.generator)
+        self.ratio: RatioNetwork = self.in_precision(state.ratio)
+        # the fused operations add the noise themselves, so neither rolls nor a penalty can come between
+        plain = config.ratio_roll_probability == 0 and config.ratio_gradient_penalty == 0
+        fits = isinstance(state.ratio, RatioMixer) and plain
+        self.mixer = cast(RatioMixer, state.ratio) if fits else None
+        self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        # what takes part in training; evaluation calls the networks themselves
+        self.fakes_of = Parallel(state.generator, self.generator, world, config)
+        self.loss_of = Parallel(state.ratio, self._ratio_loss, world, config)
+        skip = config.on_nonfinite == "skip"
+        self.checks = {
+            "ratio": FiniteCheck("ratio", state.ratio, skip=skip, world=world),
+            "generator": FiniteCheck("generator", state.generator, skip=skip, world=world),
+        }
+        self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
+
+    def _augmented(self, index: Tensor, copies: int, *, substep: int, draws: int = 1) -> RatioNetwork:
+        """The ratio network behind this step's random rolls, the same for all ``copies`` of a sample."""
+        probability, reach = self.config.ratio_roll_probability, self.config.ratio_roll_reach
+        if probability == 0:
+            return self.ratio
+        shifts = torch.cat(
+            [
+                roll_shifts(self.rng, index, probability, reach, substep=substep, draw=draw)
+                for draw in range(draws)
+            ]
+        ).repeat(copies, 1)
+        return lambda noised, sigma, labels: self.ratio(roll(noised, shifts), sigma, labels)
+
+    def _fakes(self, index: Tensor, labels: Tensor, substep: int) -> Tensor:
+        latents = latents_for(self.state.generator, self.rng, index, ops.Purpose.LATENT, substep=substep)
+        return (self.fakes_of if torch.is_grad_enabled() else self.generator)(latents, labels)
+
+    def _ratio_loss(
+        self, real: Tensor, fake: Tensor, labels: Tensor, index: Tensor, substep: int
+    ) -> RatioLoss:
+        sigma, _ = sample_sigma(self.ratio_law, self.rng, index, ops.Purpose.SIGMA_RATIO, substep=substep)
+        arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, self.rng, index)
+        if self.mixer is not None:
+            return fused.ratio_loss(self.mixer, *arguments, substep=substep, dtype=self.mixer_dtype)
+        return diffratio.ratio_loss(
+            self._augmented(index, 2, substep=substep), *arguments, substep=substep,
+            gradient_penalty=self.config.ratio_gradient_penalty,
+        )  # fmt: skip
+
+    def _ratio_step(self, batch: Batch, substep: int, keep_graph: bool) -> tuple[Tensor, Tensor]:
+        """One update of the ratio network; the last part's fakes (with their graph, if kept) and labels."""
+        state = self.state
+        self.loss_of.prepare()
+        state.ratio_optimizer.zero_grad(set_to_none=True)
+        values = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            real, labels, index = self.part(batch, part, substep)
+            with contextlib.nullcontext() if keep_graph else torch.no_grad():
+                fake = self._fakes(index, labels, substep)
+            # both halves of a pair share their masks of dropout, as they share augmentation
+            with (
+                dropout_stream(state.ratio, self.rng, torch.cat((index, index)), substep=substep),
+                self.loss_of.part(last=self.is_last(part)),
+            ):
+                outcome = self.loss_of(real, fake, labels, index, substep)
+                (outcome.loss * self.share(index)).backward()
+            values += self._figures(outcome) * self.share(index)
+        self.world.mean(values)
+        if substep == 0:
+            state.sums[:5] += values
+            state.sums[6] += 1
+        if self.checks["ratio"].allows(self.rng[1], {"the ratio loss": values[0]}):
+            state.ratio_optimizer.step()
+        return fake, labels
+
+    @staticmethod
+    def _figures(outcome: RatioLoss) -> Tensor:
+        real_half, fake_half = outcome.log_ratio_real, outcome.log_ratio_fake
+        values = (
+            outcome.loss.detach(),
+            (real_half > 0).double().mean(),
+            (fake_half < 0).double().mean(),
+            real_half.mean(),
+            fake_half.mean(),
+        )
+        return torch.stack([value.double() for value in values])
+
+    def _score_difference(
+        self, fake: Tensor, labels: Tensor, index: Tensor
+    ) -> tuple[ScoreDifference, Tensor | None]:
+        """The score difference of a part, and the noise-level bins of its h where that is normalised."""
+        config, state = self.config, self.state
+        draws = config.noise_draws
+        sigma, uniforms = sample_sigma(
+            self.generator_law, self.rng, index, ops.Purpose.SIGMA_GENERATOR, draws=draws
+        )
+        sigma = sigma.to(self.dtype)
+        bin_of = bins(uniforms) if config.normalize_h else None
+        arguments = (fake, sigma, labels, self.rng, index)
+        keywords: dict[str, Any] = {
+            "weight": self.weight(sigma, SIGMA_DATA),
+            "divergence": self.divergence,
+            "h_mean": None if bin_of is None else state.h_means[bin_of],
+        }
+        if self.mixer is not None:
+            outcome = fused.score_difference(self.mixer, *arguments, **keywords, dtype=self.mixer_dtype)
+        else:
+            # rolls of the generator step have a substep of their own, after those of the ratio steps
+            network = self._augmented(index, 1, substep=255, draws=draws)
+            outcome = diffratio.score_difference(network, *arguments, **keywords)
+        return outcome, bin_of
+
+    def _generator_step(self, batch: Batch, whole: tuple[Tensor, Tensor] | None) -> bool:
+        """One update of the generator, from the batch's fakes where they were kept; whether it was made."""
+        config, state = self.config, self.state
+        if not self.loss_of.sharded:  # FSDP2 keeps account of what takes gradients
+            state.ratio.requires_grad_(False)
+        state.generator_optimizer.zero_grad(set_to_none=True)
+        # of clamped logits and of log ratios the means, and what the normalisation of h needs
+        means = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, BINS, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            index = self.index[part]
+            with self.fakes_of.part(last=self.is_last(part)):
+                if whole is None:
+                    labels = batch[1][part].to(self.device, non_blocking=True)
+                    fake = self._fakes(index, labels, 0)  # the same again, now with a graph
+                else:
+                    fake, labels = whole
+                outcome, bin_of = self._score_difference(fake, labels, index)
+                fake.backward(outcome.gradient.to(fake.dtype) / len(self.index))
+            values = outcome.clamped.double().mean(), outcome.log_ratio.double().mean()
+            means += torch.stack(values) * self.share(index)
+            if bin_of is not None:
+                sums += bin_sums(bin_of, outcome.h)
+        state.ratio.requires_grad_(True)
+        clamped, log_ratio = self.world.mean(means)
+        if config.normalize_h:
+            update_means(state.h_means, self.world.sum(sums))
+        if self.divergence.clamp is not None:
+            state.sums[5] += clamped
+        made = self.checks["generator"].allows(self.rng[1], {self.SOURCE: log_ratio})
+        if made:
+            state.generator_optimizer.step()
+        return made
+
+    def settle(self, batch: Batch) -> None:
+        """Show DDP a backward pass of each network before the first step; the state stays as it is.
+
+        DDP lays out its buckets anew after its first pass. Were that the first step's, sums over processes
+        would be taken in another order in the first step after a restart than in a run without one.
+        """
+        state = self.state
+        state.ratio.eval()
+        state.generator.eval()
+        real, labels, index = self.part(batch, self.parts[0])
+        fake = self._fakes(index, labels, 0)
+        loss = self.loss_of(real, fake, labels, index, 0).loss
+        (loss * 0).backward()
+        fake.backward(torch.zeros_like(fake))
+        state.ratio_optimizer.zero_grad(set_to_none=True)
+        state.generator_optimizer.zero_grad(set_to_none=True)
+
+    def begin(self) -> bool:
+        """Whether the generator trains in this step."""
+        config, state = self.config, self.state
+        step = state.step
+        self.rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU
+        factor = learning_rate_factor(config, step)
+        set_rate(state.ratio_optimizer, config.ratio_lr * factor)
+        generator_share = generator_factor(config, step)
+        set_rate(state.generator_optimizer, config.generator_lr * factor * generator_share)
+        if state.ratio_average is not None and config.ratio_ema_half_life_images is not None:
+            decay = ema_decay(
+                step, config.batch_size, config.ratio_ema_half_life_images, config.ema_rampup_ratio
+            )
+            self.set("ratio_average", 1 - decay)
+        update = step - config.warmup_and_ramp()[0]
+        if update >= 0:
+            self.set("average", 1 - average_decay(config, update, step))
+            for name, weight in kept_weights(config, update).items():
+                self.set(name, weight)
+        return generator_share > 0
+
+    def compute(self, batches: list[Batch], variant: Hashable) -> None:
+        state, trains = self.state, bool(variant)
+        state.ratio.train()
+        state.generator.train()
+        self.fakes_of.prepare()
+
+        # one forward serves both steps: detached for the ratio, with its graph for the generator; unless the
+        # batch comes in parts, of which only one graph may be in memory at a time
+        keeps = trains and len(self.parts) == 1
+        whole = self._ratio_step(batches[0], 0, keeps)
+        for substep, batch in enumerate(batches[1:], 1):
+            self._ratio_step(batch, substep, False)
+        if state.ratio_average is not None:
+            update_average(state.ratio_average, state.ratio, self.numbers["ratio_average"])
+        if trains:
+            state.ratio.eval()
+            if self._generator_step(batches[0], whole if keeps else None):
+                update_average(state.average, state.generator, self.numbers["average"])
+                update_kept(self.config, state.kept, state.generator, self.numbers)
+        ratio, generator = self.checks["ratio"], self.checks["generator"]
+        self.watch.note([*ratio.latest, generator.gradient_norm] if trains else ratio.latest)

@@ -1,0 +1,123 @@
+"""What steps of every kind share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffratio_fast import ops
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.data.scaling import Scaling, to_model
+from diffratio_fast.objectives.augmentation import flip
+from diffratio_fast.training.processes.world import World
+from diffratio_fast.training.state.run_state import RunState, run_dtype
+
+Batch = tuple[Tensor, Tensor]
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """The schedule's factor at ``step``: rising to 1, then constant, or falling.
+
+    "inverse_sqrt" is EDM2's 1 / sqrt(max(t / t_ref, 1)) (Karras et al. 2024).
+    """
+    rise = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    if config.lr_schedule == "inverse_sqrt":
+        return rise / math.sqrt(max(step / config.lr_decay_steps, 1.0))
+    done = min(step / config.steps, 1.0)
+    fall = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return (config.lr_final + (1.0 - config.lr_final) * fall[config.lr_schedule]) * rise
+
+
+class Stepper:
+    """What the iterations of every kind of run share: images, precision, parts of a batch.
+
+    A process takes its slice of a step's batch in parts of ``micro_batch`` images, whose gradients add up to
+    the slice's. ``index`` are its places in the whole batch: the sample indices of all random numbers.
+    """
+
+    state: RunState
+
+    def __init__(
+        self, config: RunConfig, scaling: Scaling, step: int, device: torch.device, world: World
+    ) -> None:
+        self.config, self.scaling, self.device, self.world = config, scaling, device, world
+        self.dtype = run_dtype(config)
+        local = config.batch_size // world.size
+        self.index = torch.arange(world.rank * local, (world.rank + 1) * local, device=device)
+        size = config.micro_batch or local
+        self.parts = [slice(start, start + size) for start in range(0, local, size)]
+        self.rng = ops.make_rng(config.seed, step, device)
+        self.numbers: dict[str, Any] = {}
+
+    def begin(self) -> Hashable:
+        """Set everything of the state's step that is no tensor's content yet; what Python decides in it."""
+        raise NotImplementedError
+
+    def compute(self, batches: list[Batch], variant: Hashable) -> None:
+        """Everything else of the step, on the device alone: what ``begin`` has returned, but no other number.
+
+        Nothing here waits for the device or depends on the step by a value of Python, so that it can be
+        captured in a CUDA graph.
+        """
+        raise NotImplementedError
+
+    def run(self, batches: list[Batch]) -> None:
+        """Advance the state by one step, on as many batches of (records, labels) as the step takes."""
+        self.compute(batches, self.begin())
+        self.state.step += 1
+
+    def set(self, name: str, value: float) -> None:
+        """Set a number of the step: in memory where a graph is to read it, else as it is."""
+        if not self.config.capture:
+            self.numbers[name] = value
+            return
+        if name not in self.numbers:
+            self.numbers[name] = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.numbers[name].fill_(value)
+
+    def in_precision(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``network`` compiled, under autocast and with images in the configured memory format."""
+        config = self.config
+        compiled = torch.compile(network) if config.compile else network
+
+        def call(images: Tensor, *arguments: Tensor) -> Tensor:
+            if config.channels_last and images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
+            if config.precision != "bfloat16":
+                return compiled(images, *arguments)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                output = compiled(images, *arguments)
+            return output.float()
+
+        return call
+
+    def to_device(
+        self, batch: Batch, rng: Tensor | None = None, index: Tensor | None = None, *, substep: int = 0
+    ) -> Batch:
+        """Records and labels as x0 in the run's dtype and labels, on its device.
+
+        Latents are drawn from their moments under (rng, index, substep); without ``rng`` always the same.
+        """
+        records, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        if rng is None or index is None:
+            fixed = ops.make_rng(self.config.seed, 0, self.device)
+            places = torch.arange(len(labels), device=self.device)
+            return to_model(self.scaling, records, fixed, places, draw=1).to(self.dtype), labels
+        return to_model(self.scaling, records, rng, index, substep=substep).to(self.dtype), labels
+
+    def part(self, batch: Batch, part: slice, substep: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0, labels, sample indices) of a part of a batch, with the data's random flips."""
+        index = self.index[part]
+        x0, labels = self.to_device((batch[0][part], batch[1][part]), self.rng, index, substep=substep)
+        return flip(x0, self.rng, index, self.config.flip_probability, substep=substep), labels, index
+
+    def share(self, index: Tensor) -> float:
+        """What a part of so many samples counts for in a mean over this process's slice of the batch."""
+        return len(index) / len(self.index)
+
+    def is_last(self, part: slice) -> bool:
+        return part is self.parts[-1]

@@ -1,0 +1,1 @@
+"""The ratio network as a verifier: calibration, noise level, selection."""
