@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command
 from diffratio_fast.errors import UserError
+from diffratio_fast.runs.paths import RunPaths
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -59,7 +60,7 @@ def snapshots(run: Path) -> list[Snapshot]:
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory")
     found = []
-    for path in run.glob("snapshots/ema-*.safetensors"):
+    for path in RunPaths(run).kept_averages():
         try:
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffratio_fast import command, report
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.measurements import keep_evaluation
+from diffratio_fast.runs.paths import DEFAULT_RUN, RunPaths
 
 if TYPE_CHECKING:
     from diffratio_fast.metrics.protocol import Options
@@ -28,7 +29,7 @@ def parser() -> command.Parser:
     )
     add = result.add_argument
     add(
-        "subject", type=Path, nargs="?", default=Path("runs/digits"), metavar="SUBJECT",
+        "subject", type=Path, nargs="?", default=DEFAULT_RUN, metavar="SUBJECT",
         help="run directory, a generator's .safetensors, a folder of images, or an .npz of images",
     )  # fmt: skip
     add(
@@ -98,11 +99,11 @@ def main(argv: list[str]) -> int:
     result = evaluate(options)
     print(json.dumps(result, indent=1, allow_nan=False) if arguments.json else table(result))
     run: Path = arguments.subject
-    if (run / "config.yaml").exists() and os.access(run, os.W_OK):
+    if RunPaths(run).config.exists() and os.access(run, os.W_OK):
         keep_evaluation(run, result)
         report.write(run)
         if not arguments.json:
-            print(f"{run / 'report.html'}: the report, with these figures")
+            print(f"{RunPaths(run).report}: the report, with these figures")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from diffratio_fast import command, report
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.measurements import keep_measurements
+from diffratio_fast.runs.paths import DEFAULT_RUN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,9 +35,7 @@ def parser() -> command.Parser:
         "`sample --candidates`: on training data, stopped, calibrated and given its noise level on "
         "validation data. Writes ratio_refit.safetensors into the run directory.",
     )
-    result.add_argument(
-        "run", type=Path, nargs="?", default=Path("runs/digits"), metavar="RUN", help="run directory"
-    )
+    result.add_argument("run", type=Path, nargs="?", default=DEFAULT_RUN, metavar="RUN", help="run directory")
     result.add_argument("--steps", type=int, default=2000, metavar="N", help="steps of each fit, at most")
     result.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: the run's)")
     result.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="at the start")

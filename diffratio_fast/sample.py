@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffratio_fast import command, launch
 from diffratio_fast.errors import UserError
+from diffratio_fast.runs.paths import DEFAULT_RUN
 
 MAX_GRID = 10_000
 MAX_CANDIDATES = 4096
@@ -22,7 +23,7 @@ def parser() -> command.Parser:
         epilog=EPILOG,
     )
     result.add_argument(
-        "run", type=Path, nargs="?", default=Path("runs/digits"), metavar="RUN",
+        "run", type=Path, nargs="?", default=DEFAULT_RUN, metavar="RUN",
         help="run directory, or a generator's .safetensors file",
     )  # fmt: skip
     result.add_argument("--count", type=int, default=120, metavar="N", help="number of images")

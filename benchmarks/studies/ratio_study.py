@@ -1,6 +1,7 @@
 """The study that chose the RatioMixer: candidate ratio networks at equal training time, in plain PyTorch.
 
-    python -m benchmarks.studies.ratio_study [--out FILE] [--seconds S] [--only 'NAME;...'] [--data digits|DIRECTORY]
+    python -m benchmarks.studies.ratio_study [--out FILE] [--seconds S] [--only 'NAME;...']
+        [--data digits|DIRECTORY]
 
 Each candidate replaces the ratio network of the digits preset. Two figures, never touching the test split:
 

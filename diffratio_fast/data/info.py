@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from diffratio_fast.data.dataset import SPLITS
+from diffratio_fast.data.pictures import grid, png, viewable
 from diffratio_fast.data.shards import ShardDataSet
+from diffratio_fast.storage.writing import replace_file
 
 COLUMNS = 12
 ROWS = 12
-GAP = 2
 
 
 def describe(data: ShardDataSet) -> str:
@@ -46,35 +49,26 @@ def _row(values: tuple[float, ...]) -> str:
 
 
 def contact_sheet(data: ShardDataSet, path: Path) -> None:
-    """Write a PNG of training records: a class a row (the first ``ROWS`` of them), ``COLUMNS`` of each.
+    """Write a PNG of training records: a class per row (the first ``ROWS`` of them), ``COLUMNS`` of each.
 
-    Latents show the first three channels of their mean, three standard deviations to either side.
+    Latents are drawn as ``pictures.viewable`` draws them.
     """
-    from PIL import Image
-
     first, end = data.manifest.splits["train"]
     labels = data.labels(first, min(end, first + 100_000))
     rows = [first + np.flatnonzero(labels == c)[:COLUMNS] for c in range(len(data.class_names))]
     rows = [row for row in rows if len(row)][:ROWS]
-    if len(data.class_names) == 1:  # no classes to tell apart: fill the sheet
+    if len(data.class_names) == 1:  # without classes the records fill the sheet
         rows = np.array_split(np.arange(first, min(end, first + ROWS * COLUMNS)), ROWS)
-    height, width = data.shape[1:]
-    sheet = np.full((len(rows) * (height + GAP) + GAP, COLUMNS * (width + GAP) + GAP, 3), 255, np.uint8)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(to_pixels(data, row)):
-            top, left = GAP + r * (height + GAP), GAP + c * (width + GAP)
-            sheet[top : top + height, left : left + width] = image
-    zoom = max(1, 96 // height)
-    Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
+    records, _ = data.read(np.concatenate(rows))
+    cells = torch.full((len(rows) * COLUMNS, 3, *data.shape[1:]), 255, dtype=torch.uint8)
+    filled = np.concatenate([r * COLUMNS + np.arange(len(row)) for r, row in enumerate(rows)])
+    cells[torch.from_numpy(filled)] = _viewable(data, records)
+    replace_file(path, png(grid(cells, COLUMNS, background=255)))
 
 
-def to_pixels(data: ShardDataSet, rows: np.ndarray) -> np.ndarray:
-    """uint8 [b, H, W, 3] to look at, of records ``rows``."""
-    records, _ = data.read(rows)
-    if data.kind == "image":
-        pixels = records.numpy()
-    else:
-        model = data.scaling.to_model(records[:, : data.shape[0] // 2].float())
-        pixels = (model / 3 + 0.5).clamp(0, 1).mul(255).round().numpy().astype(np.uint8)
-    channels = [min(c, pixels.shape[1] - 1) for c in range(3)]
-    return pixels[:, channels].transpose(0, 2, 3, 1)
+def _viewable(data: ShardDataSet, records: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] of stored records; of latents, of the mean of their moments."""
+    if data.kind != "image":
+        records = records[:, : data.shape[0] // 2]
+    pictures = viewable(data.scaling.to_model(records.float()), data.scaling)
+    return pictures[:, [min(channel, pictures.shape[1] - 1) for channel in range(3)]]

@@ -39,14 +39,16 @@ def viewable(x0: Tensor, scaling: Scaling) -> Tensor:
     return ((x0[:, :3].float().cpu() / 3 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
+def grid(images: Tensor, columns: int, *, background: int = 24) -> npt.NDArray[np.uint8]:
     """uint8 images [N, C, H, W] as one picture [rows*cell, columns*cell, 3], row by row, with a thin gap."""
     count, channels, height, width = images.shape
     factor = max(1, round(TARGET_CELL / max(height, width)))
     gap = max(1, factor // 2)
     rows = -(-count // columns)
     canvas = np.full(
-        (rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, 3), 24, np.uint8
+        (rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, 3),
+        background,
+        np.uint8,
     )
     pixels = images.expand(count, 3, height, width) if channels == 1 else images[:, :3]
     enlarged = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3).permute(0, 2, 3, 1).numpy()

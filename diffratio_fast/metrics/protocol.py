@@ -15,6 +15,7 @@ from diffratio_fast.config.options import read_yaml
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.data.dataset import DataSet
+from diffratio_fast.data.manifest import MANIFEST
 from diffratio_fast.devices import choose_device, device_name
 from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.classifiers import Classifier, ExportedProgram, SupportVectors
@@ -34,6 +35,7 @@ from diffratio_fast.metrics.reference import (
     saved_shape,
 )
 from diffratio_fast.progress import ImageProgress
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.sampling.sampler import Sampler
 
 CHUNK = 256
@@ -183,9 +185,9 @@ def _sampler(options: Options, device: torch.device) -> Sampler | None:
         return Sampler(path, device=device, vae=options.vae)
     if not path.is_dir():
         return None
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         raise UserError(f"{path}: is a prepared data set; give it as --reference")
-    if any((path / name).exists() for name in ("generator.safetensors", "config.yaml", "snapshots")):
+    if RunPaths(path).is_run():
         return Sampler(path, device=device, vae=options.vae)
     return None
 
@@ -194,8 +196,9 @@ def _trained_on(options: Options, sampler: Sampler | None) -> str:
     """The data set of the run that the generator is of."""
     if sampler is not None:
         for root in (options.subject, options.subject.parent, options.subject.parent.parent):
-            if (root / "config.yaml").is_file():
-                return str(read_yaml(TrainConfig, root / "config.yaml")["data"])
+            config = RunPaths(root).config
+            if config.is_file():
+                return str(read_yaml(TrainConfig, config)["data"])
     raise UserError(f"{options.subject}: says nothing of the data it is of; name them with --reference")
 
 

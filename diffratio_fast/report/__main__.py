@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffratio_fast import command, report
 from diffratio_fast.errors import UserError
+from diffratio_fast.runs.paths import DEFAULT_RUN, RunPaths
 
 
 def main(argv: list[str]) -> int:
@@ -13,11 +14,9 @@ def main(argv: list[str]) -> int:
         prog="python -m diffratio_fast.report",
         description="Write a run's report.html anew, from the files of its directory.",
     )
-    parser.add_argument(
-        "run", type=Path, nargs="?", default=Path("runs/digits"), metavar="RUN", help="run directory"
-    )
+    parser.add_argument("run", type=Path, nargs="?", default=DEFAULT_RUN, metavar="RUN", help="run directory")
     run: Path = parser.parse_args(argv).run
-    if not (run / "config.yaml").exists():
+    if not RunPaths(run).config.exists():
         raise UserError(f"{run}: not a run directory (it holds no config.yaml)")
     print(f"{report.write(run)}: written")
     return 0

@@ -13,6 +13,7 @@ from diffratio_fast.report.charts import Axis, Series, bar_chart, line_chart, nu
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.report.run_files import RunFiles, read
 from diffratio_fast.report.style import SCRIPT, STYLE
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import DAMAGE, one_line
 from diffratio_fast.storage.writing import replace_file
 
@@ -24,7 +25,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 def write(root: Path) -> Path:
     """Write ``root``/report.html from the run's other files; its path."""
-    path = root / "report.html"
+    path = RunPaths(root).report
     try:
         content = page(read(root))
     except DAMAGE as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffratio_fast.runs.measurements import read_measurements
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import parse_json, read_yaml
 
 MOST_GRIDS = 12
@@ -38,17 +39,16 @@ class RunFiles:
 
 def read(root: Path) -> RunFiles:
     """The files of a run directory; damaged ones count as not there."""
-    lines = []
-    for text in _text(root / "metrics.jsonl").splitlines():
+    paths, lines = RunPaths(root), []
+    for text in _text(paths.metrics).splitlines():
         try:
             line = parse_json(text)
         except ValueError:  # cut off by a kill
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
-    neighbours = root / "neighbours.png"
     try:
-        config = read_yaml(root / "config.yaml")
+        config = read_yaml(paths.config)
     except (OSError, ValueError):
         config = {}
     return RunFiles(
@@ -57,10 +57,10 @@ def read(root: Path) -> RunFiles:
         logged=[line for line in lines if "images_per_second" in line],
         evaluated=[line for line in lines if "images_per_second" not in line],
         measured=[line for line in lines if "sigma" in line],
-        summary=_json(root / "summary.json"),
+        summary=_json(paths.summary),
         measurements=read_measurements(root),
-        grids=_grids(root / "samples"),
-        neighbours=neighbours.read_bytes() if neighbours.exists() else None,
+        grids=_grids(paths.sample_grids()),
+        neighbours=paths.neighbours.read_bytes() if paths.neighbours.exists() else None,
     )
 
 
@@ -76,11 +76,10 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _grids(folder: Path) -> list[tuple[int, bytes]]:
-    found = sorted(folder.glob("step-*.png"))
+def _grids(found: list[tuple[int, Path]]) -> list[tuple[int, bytes]]:
     if not found:
         return []
-    largest = max(path.stat().st_size for path in found)
+    largest = max(path.stat().st_size for _, path in found)
     count = max(1, min(MOST_GRIDS, len(found), MOST_BYTES // max(largest, 1)))
     chosen = {len(found) - 1 - i * len(found) // count for i in range(count)}
-    return [(int(found[i].stem.removeprefix("step-")), found[i].read_bytes()) for i in sorted(chosen)]
+    return [(found[i][0], found[i][1].read_bytes()) for i in sorted(chosen)]

@@ -15,48 +15,22 @@ from diffratio_fast.config.options import changed_fields, read_yaml
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.environment import environment
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.writing import make_directory, replace_file
 
-EVENTS = "events.out.tfevents.*"
-"""TensorBoard's files."""
 
-
-class RunDirectory:
-    """Paths of a run's files, its lock and its configuration."""
+class RunDirectory(RunPaths):
+    """A run's files, its lock and its configuration."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.config = root / "config.yaml"
-        self.metrics = root / "metrics.jsonl"
-        self.samples = root / "samples"
-        self.checkpoint = root / "checkpoint"
-        self.snapshots = root / "snapshots"
-        self.generator = root / "generator.safetensors"
-        self.ratio = root / "ratio.safetensors"
-        self.denoiser = root / "denoiser.safetensors"
-        self.ratio_average = root / "ratio_ema.safetensors"
-        self.refitted = root / "ratio_refit.safetensors"
-        self.measurements = root / "measurements.json"
-        self.neighbours = root / "neighbours.png"
-        self.report = root / "report.html"
-        self.summary = root / "summary.json"
+        super().__init__(root)
         self._lock: IO[str] | None = None
-
-    def kept_average(self, width: float, step: int) -> Path:
-        """A snapshot of the average of that relative width (``average`` combines them)."""
-        return self.snapshots / f"ema-{width:g}-{step:08d}.safetensors"
-
-    def finished(self) -> bool:
-        return self.summary.exists()
-
-    def has_results(self) -> bool:
-        return self.generator.exists() or self.denoiser.exists() or self.finished()
 
     def open(self) -> None:
         """Create the directory and hold it against a second process; a ``UserError`` where that fails."""
         make_directory(self.root)
         try:
-            self._lock = open(self.root / ".lock", "w")  # noqa: SIM115
+            self._lock = open(self.lock, "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.root}: another process is training there") from None
@@ -79,7 +53,7 @@ class RunDirectory:
             self.refitted,
             self.metrics,
         ]
-        files += [self.config, self.measurements, self.neighbours, self.report, *self.root.glob(EVENTS)]
+        files += [self.config, self.measurements, self.neighbours, self.report, *self.events()]
         for path in files:
             path.unlink(missing_ok=True)
         for directory in (self.checkpoint, self.samples, self.snapshots):

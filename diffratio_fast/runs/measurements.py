@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import parse_json
 from diffratio_fast.storage.writing import replace_file
-
-FILE = "measurements.json"
 
 
 def read_measurements(root: Path) -> dict[str, Any]:
     """What is kept there; nothing where there is none, or it is damaged."""
-    path = root / FILE
+    path = RunPaths(root).measurements
     try:
         found = parse_json(path.read_text()) if path.exists() else {}
     except ValueError:
@@ -24,7 +23,7 @@ def read_measurements(root: Path) -> dict[str, Any]:
 
 def keep_measurements(root: Path, **values: Any) -> None:
     """Put ``values`` beside what is kept there, in place of those of the same name."""
-    replace_file(root / FILE, json.dumps(read_measurements(root) | values, indent=1) + "\n")
+    replace_file(RunPaths(root).measurements, json.dumps(read_measurements(root) | values, indent=1) + "\n")
 
 
 def keep_evaluation(root: Path, result: dict[str, Any]) -> None:

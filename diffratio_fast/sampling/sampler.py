@@ -14,6 +14,7 @@ from diffratio_fast import networks
 from diffratio_fast.data.pictures import to_uint8
 from diffratio_fast.data.scaling import Scaling
 from diffratio_fast.errors import UserError
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import DAMAGE, one_line
 from diffratio_fast.storage.writing import sha256_of_file
 from diffratio_fast.verifier.selection import LOWEST_SHARE, Verifier, effective_share, select
@@ -27,7 +28,7 @@ class Sampler:
     """
 
     def __init__(self, run: Path, *, device: torch.device, vae: Path | None = None) -> None:
-        path = run / "generator.safetensors" if run.is_dir() else run
+        path = RunPaths(run).generator if run.is_dir() else run
         if run.is_dir() and not path.exists():
             raise UserError(
                 f"{run}: holds no generator.safetensors yet; finish its training, or name a snapshot"
@@ -90,7 +91,7 @@ class VerifiedSampler(Sampler):
         how: str = "resample", sigma: float | None = None, draws: int = 16, verifier: Path | None = None,
     ) -> None:  # fmt: skip
         super().__init__(run, device=device, vae=vae)
-        path = verifier or (run if run.is_dir() else run.parent) / "ratio_refit.safetensors"
+        path = verifier or RunPaths(run if run.is_dir() else run.parent).refitted
         if not path.exists():
             raise UserError(
                 f"{path}: no such file; make the verifier with `python -m diffratio_fast.refit RUN`, or name "

@@ -20,6 +20,7 @@ from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.denoising import heun
 from diffratio_fast.progress import figure
 from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.runs.paths import default_root
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.run import Run, run
 from diffratio_fast.training.state.denoiser import PretrainState, initial_state
@@ -107,8 +108,8 @@ class Pretrainer(Run):
         images = heun(self.measured.average, noise, labels)
         return png(grid(viewable(images, self.dataset.scaling), columns))
 
-    def snapshot(self, name: str) -> None:
-        self._save(self.directory.snapshots / f"denoiser-{name}.safetensors", self.measured.state.average)
+    def snapshot(self) -> None:
+        self._save(self.directory.snapshot("denoiser", self.state.step), self.measured.state.average)
         self._keep_averages()
 
     def _keep_averages(self) -> None:
@@ -142,7 +143,7 @@ class Pretrainer(Run):
 
 def pretrain(preset: str, config: PretrainConfig, *, fresh: bool = False) -> int:
     """Run or continue the pre-training that ``config`` describes; the process's exit status."""
-    root = Path(config.run_dir or f"runs/{preset}-denoiser")
+    root = Path(config.run_dir or default_root(preset, denoiser=True))
     if run(Pretrainer, preset, config, root, fresh=fresh) is not None:
         chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
         print(f"  look: {root / 'samples'}")

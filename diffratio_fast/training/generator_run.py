@@ -15,6 +15,7 @@ from diffratio_fast.objectives.refit import Refitted
 from diffratio_fast.progress import figure
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.measurements import keep_measurements
+from diffratio_fast.runs.paths import default_root
 from diffratio_fast.storage.writing import replace_file
 from diffratio_fast.training.methods import METHODS
 from diffratio_fast.training.processes.world import ALONE, World
@@ -109,11 +110,11 @@ class Trainer(Run):
             state.best = {
                 "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
             }  # fmt: skip
-            path = self.directory.snapshots / "best.safetensors"
+            path = self.directory.best
             self._save_network(path, "generator", self._networks.average)
 
-    def snapshot(self, name: str) -> None:
-        path = self.directory.snapshots / f"generator-{name}.safetensors"
+    def snapshot(self) -> None:
+        path = self.directory.snapshot("generator", self.state.step)
         self._save_network(path, "generator", self._networks.average)
         self._keep_averages()
 
@@ -180,7 +181,7 @@ class Trainer(Run):
 
 def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
     """Run or continue the training that ``config`` describes; the process's exit status."""
-    root = Path(config.run_dir or f"runs/{preset}")
+    root = Path(config.run_dir or default_root(preset))
     summary = run(Trainer, preset, config, root, fresh=fresh)
     if summary is not None:
         _say_summary(root, summary)

@@ -16,11 +16,12 @@ from diffratio_fast.config.run import RunConfig
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.data.dataset import SPLITS, DataSet, InMemoryDataSet
-from diffratio_fast.data.scaling import LATENT_SCALINGS, SD_VAE, Scaling
+from diffratio_fast.data.scaling import EDM_PIXELS, LATENT_SCALINGS, SD_VAE
 from diffratio_fast.devices import choose_device
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.environment import environment
+from diffratio_fast.runs.paths import default_root
 from diffratio_fast.training.denoiser_run import Pretrainer
 from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.memory import Cost, cost
@@ -42,7 +43,7 @@ def planned_data(preset: str, config: RunConfig) -> tuple[DataSet, bool]:
     data = InMemoryDataSet(
         name=f"{config.data} (not there yet)",
         class_names=tuple(str(number) for number in range(classes if config.class_conditional else 1)),
-        scaling=LATENT_SCALINGS[SD_VAE] if latents else Scaling((127.5,), (63.75,), 0.0, 255.0),
+        scaling=LATENT_SCALINGS[SD_VAE] if latents else EDM_PIXELS,
         splits=dict.fromkeys(SPLITS, empty),
         kind=kind,
     )
@@ -85,7 +86,7 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     A run that does not fit into the device's memory (or ``memory`` GiB, where given) is a ``UserError`` that
     says what to change.
     """
-    root = Path(config.run_dir or f"runs/{preset}{'' if isinstance(config, TrainConfig) else '-denoiser'}")
+    root = Path(config.run_dir or default_root(preset, denoiser=not isinstance(config, TrainConfig)))
     directory = RunDirectory(root)
     device = choose_device(config.device)
     dataset, there = planned_data(preset, config)

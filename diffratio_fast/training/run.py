@@ -135,7 +135,7 @@ class Run:
         """Measure the state on the validation split, and draw a sample grid."""
         raise NotImplementedError
 
-    def snapshot(self, name: str) -> None:
+    def snapshot(self) -> None:
         """Write the average under ``snapshots/``."""
         raise NotImplementedError
 
@@ -200,7 +200,7 @@ class Run:
                     if state.step % config.snapshot_every == 0:
                         self._check_finite()
                         self.refresh()
-                        world.on_main(lambda: self.snapshot(f"{state.step:08d}"))
+                        world.on_main(self.snapshot)
                     if last or stop or state.step % config.checkpoint_every == 0:
                         self._check_finite()
                         self._tick()
@@ -329,7 +329,7 @@ class Run:
     def picture(self, image: bytes) -> None:
         """Keep the PNG of a sample grid of this step."""
         make_directory(self.directory.samples)
-        replace_file(self.directory.samples / f"step-{self.state.step:08d}.png", image)
+        replace_file(self.directory.sample_grid(self.state.step), image)
         self.events.picture("samples", image, self.state.step)
 
     def finish(self) -> dict[str, Any]:

@@ -10,16 +10,13 @@ from torch import nn
 
 from diffratio_fast import networks
 from diffratio_fast.data.dataset import DataSet
-from diffratio_fast.data.scaling import Scaling
+from diffratio_fast.data.scaling import EDM_PIXELS, Scaling
 from diffratio_fast.errors import UserError
 from diffratio_fast.networks import load_published
 from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio, copy_weights
 from diffratio_fast.networks.unet import Denoiser
+from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import parse_json
-
-DENOISER = "denoiser.safetensors"
-PUBLISHED_PIXELS = Scaling((127.5,), (63.75,), 0.0, 255.0)
-"""What published weights take pixels to be scaled by: to [-1, 1]."""
 
 
 def load_initial(
@@ -32,15 +29,18 @@ def load_initial(
     network where that is an encoder.
     """
     if source.is_dir():
-        if (source / DENOISER).exists():
-            _from_denoiser(source / DENOISER, generator, ratio, dataset)
+        run = RunPaths(source)
+        if run.denoiser.exists():
+            _from_denoiser(run.denoiser, generator, ratio, dataset)
             return
-        if not (source / "generator.safetensors").exists():
-            raise UserError(f"--init {source}: holds no finished run (no generator or {DENOISER})")
+        if not run.generator.exists():
+            raise UserError(
+                f"--init {source}: holds no finished run (no {run.generator.name} or {run.denoiser.name})"
+            )
         if generator is not None:
-            _copy(source / "generator.safetensors", "generator", generator)
+            _copy(run.generator, "generator", generator)
         if ratio is not None:
-            _copy(source / "ratio.safetensors", "ratio", ratio)
+            _copy(run.ratio, "ratio", ratio)
     elif "architecture" in _metadata(source):
         _from_denoiser(source, generator, ratio, dataset)
     elif generator is not None:
@@ -51,18 +51,19 @@ def load_initial(
 
 def load_teacher(source: Path, denoisers: tuple[Denoiser, Denoiser], dataset: DataSet) -> None:
     """Copy a denoiser's weights into the teacher and the student of score distillation, in place."""
-    if source.is_dir() and not (source / DENOISER).exists():
-        raise UserError(f"--teacher {source}: holds no finished run of pretrain (no {DENOISER})")
+    denoiser = RunPaths(source).denoiser
+    if source.is_dir() and not denoiser.exists():
+        raise UserError(f"--teacher {source}: holds no finished run of pretrain (no {denoiser.name})")
     loaded = load_denoiser(source, dataset, option="--teacher")
-    for denoiser in denoisers:
-        take(source, denoiser, loaded, option="--teacher")
+    for network in denoisers:
+        take(source, network, loaded, option="--teacher")
 
 
 def load_denoiser(source: Path, dataset: DataSet, *, option: str = "--init") -> Denoiser:
     """The denoiser of a ``pretrain`` directory or a converted file, for data scaled as ``dataset`` is."""
-    path = source / DENOISER if source.is_dir() else source
+    path = RunPaths(source).denoiser if source.is_dir() else source
     denoiser, metadata = load_published(path)
-    theirs = PUBLISHED_PIXELS if dataset.kind == "image" else None
+    theirs = EDM_PIXELS if dataset.kind == "image" else None
     if "scaling" in metadata:
         try:
             theirs = Scaling.parse(parse_json(metadata["scaling"]))

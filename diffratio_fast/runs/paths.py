@@ -1,0 +1,138 @@
+"""What a run directory contains: the one place that knows its file names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEFAULT_RUN = Path("runs/digits")
+"""The run of ``python -m diffratio_fast.train`` without arguments."""
+
+
+def default_root(preset: str, *, denoiser: bool = False) -> Path:
+    """Where a run of ``preset`` is kept without ``--run-dir``."""
+    return Path("runs") / (f"{preset}-denoiser" if denoiser else preset)
+
+
+class RunPaths:
+    """Paths of the files in the run directory ``root``; none of them need exist."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def config(self) -> Path:
+        """The resolved options, as YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Locked while a process trains there."""
+        return self.root / ".lock"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON object per log line and per evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def measurements(self) -> Path:
+        """What the report shows beside the log, as JSON."""
+        return self.root / "measurements.json"
+
+    @property
+    def summary(self) -> Path:
+        """The final metrics, as JSON; it marks the run as finished."""
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The report, one HTML page."""
+        return self.root / "report.html"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.root / "checkpoint"
+
+    @property
+    def samples(self) -> Path:
+        """Directory of the sample grids."""
+        return self.root / "samples"
+
+    @property
+    def neighbours(self) -> Path:
+        """Samples beside their nearest training images."""
+        return self.root / "neighbours.png"
+
+    @property
+    def generator(self) -> Path:
+        """The averaged generator."""
+        return self.root / "generator.safetensors"
+
+    @property
+    def ratio(self) -> Path:
+        """The ratio network."""
+        return self.root / "ratio.safetensors"
+
+    @property
+    def ratio_average(self) -> Path:
+        """The average of the ratio network."""
+        return self.root / "ratio_ema.safetensors"
+
+    @property
+    def refitted(self) -> Path:
+        """The ratio network that ``refit`` fitted to the final generator."""
+        return self.root / "ratio_refit.safetensors"
+
+    @property
+    def denoiser(self) -> Path:
+        """The averaged denoiser of a pre-training run."""
+        return self.root / "denoiser.safetensors"
+
+    @property
+    def snapshots(self) -> Path:
+        """Directory of networks saved along the way."""
+        return self.root / "snapshots"
+
+    @property
+    def best(self) -> Path:
+        """The generator of the best evaluation on the validation split."""
+        return self.snapshots / "best.safetensors"
+
+    def sample_grid(self, step: int) -> Path:
+        """The sample grid of ``step``."""
+        return self.samples / f"step-{step:08d}.png"
+
+    def sample_grids(self) -> list[tuple[int, Path]]:
+        """(step, path) of the sample grids that exist, earliest first."""
+        return [
+            (int(path.stem.removeprefix("step-")), path) for path in sorted(self.samples.glob("step-*.png"))
+        ]
+
+    def snapshot(self, role: str, step: int) -> Path:
+        """The snapshot of the average at ``step``; ``role`` is generator or denoiser."""
+        return self.snapshots / f"{role}-{step:08d}.safetensors"
+
+    def kept_average(self, width: float, step: int) -> Path:
+        """A snapshot of the average of that relative width (``average`` combines them)."""
+        return self.snapshots / f"ema-{width:g}-{step:08d}.safetensors"
+
+    def kept_averages(self) -> list[Path]:
+        """The files of ``kept_average`` that exist."""
+        return sorted(self.snapshots.glob("ema-*.safetensors"))
+
+    def events(self) -> list[Path]:
+        """TensorBoard's files that exist."""
+        return sorted(self.root.glob("events.out.tfevents.*"))
+
+    def is_run(self) -> bool:
+        """Whether ``root`` looks like the directory of a run, finished or not."""
+        return any(path.exists() for path in (self.generator, self.config, self.snapshots))
+
+    def finished(self) -> bool:
+        """Whether the run has reached its last step."""
+        return self.summary.exists()
+
+    def has_results(self) -> bool:
+        """Whether the run has written a network or its summary."""
+        return self.generator.exists() or self.denoiser.exists() or self.finished()
