@@ -1,7 +1,8 @@
 """Training in processes that work together, forked from one that has imported everything.
 
 Usage: ranks.py PLAN.json. A plan is a list of entries, each with the number of "processes" and a file "out":
-{"kind": "train" | "pretrain", "options": {...}, "steps": N}, whose state ends up in the file, or
+{"kind": "train" | "pretrain", "options": {...}, "steps": N}, whose state ends up in the file ("taped": true
+replays recorded steps in the place of a CUDA graph), or
 {"command": [NAME, argument, ...]}, whose output ends up in FILE.0, FILE.1, ... Prints the exit statuses.
 """
 
@@ -19,14 +20,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tape import NothingIsWrong, Recorder
 
 from diffratio_fast import command
 from diffratio_fast.config.pretrain import PretrainConfig
 from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data import open_dataset
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.training.denoiser_run import Pretrainer
 from diffratio_fast.training.generator_run import Trainer
-from diffratio_fast.training.processes.world import is_sharded, joined
+from diffratio_fast.training.processes.world import World, is_sharded, joined
+from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.state.run_state import RunState
+from diffratio_fast.training.step.capture import Captured
+from diffratio_fast.training.step.generator import Iteration
 
 
 def free_port() -> int:
@@ -67,20 +74,39 @@ def wait_for(children: list[int]) -> list[int]:
 
 def steps(entry: dict[str, Any]) -> None:
     """Make the steps of a plan's entry; rank 0 writes the weights."""
-    kind, config = {"train": (Trainer, TrainConfig), "pretrain": (Pretrainer, PretrainConfig)}[entry["kind"]]
-    settings = config(device="cpu", threads=1, **entry["options"])
-    out = Path(entry["out"])
     with joined(torch.device("cpu")) as world:
-        run = kind("digits", settings, RunDirectory(out.parent / "none"), world=world)
-        batches = run.batches()
-        for _ in range(entry["steps"]):
-            run.advance(next(batches))
+        state = (taped_steps if entry.get("taped") else run_steps)(entry, world)
         tensors = {
             name: (tensor.full_tensor() if is_sharded(tensor) else tensor).detach().contiguous().clone()
-            for name, tensor in run.state.tensors()
+            for name, tensor in state.tensors()
         }
         if world.main:
-            save_file(tensors, out)
+            save_file(tensors, Path(entry["out"]))
+
+
+def run_steps(entry: dict[str, Any], world: World) -> RunState:
+    kind, config = {"train": (Trainer, TrainConfig), "pretrain": (Pretrainer, PretrainConfig)}[entry["kind"]]
+    settings = config(device="cpu", threads=1, **entry["options"])
+    run = kind("digits", settings, RunDirectory(Path(entry["out"]).parent / "none"), world=world)
+    batches = run.batches()
+    for _ in range(entry["steps"]):
+        run.advance(next(batches))
+    return run.state
+
+
+def taped_steps(entry: dict[str, Any], world: World) -> RunState:
+    """The steps as ``--capture`` makes them, with a tape in the place of a CUDA graph."""
+    settings = TrainConfig(device="cpu", threads=1, capture=True, **entry["options"])
+    device, dataset = torch.device("cpu"), open_dataset(settings.data)
+    state = initial_state(settings, dataset, device, world=world)
+    step = Captured(Iteration(settings, dataset.scaling, state, device, world), Recorder())
+    source = dataset.batches(
+        "train", settings.batch_size, seed=settings.seed, rank=world.rank, world_size=world.size
+    )
+    with NothingIsWrong():
+        for _ in range(entry["steps"]):
+            step.run([next(source) for _ in range(settings.ratio_steps)])
+    return state
 
 
 def call(entry: dict[str, Any]) -> None:

@@ -1,23 +1,12 @@
-"""A step that is captured: the same numbers, from device operations alone.
+"""A captured step: the same numbers, from device operations alone. ``Tape`` stands for the CUDA graph."""
 
-A CUDA graph repeats operations on the same memory. ``Tape`` does that on the CPU: it records every operation
-that PyTorch dispatches, with the tensors it was given, and repeats them without running any Python of the
-training step. What depends on the step by a value of Python stays what it was when it was recorded, and what
-the host would read from the device is refused.
-"""
-
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import SMALL, one_error_line, run
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tape import NothingIsWrong, Recorder
 
 from diffratio_fast.config.pretrain import PretrainConfig
 from diffratio_fast.config.run import RunConfig
@@ -33,88 +22,6 @@ from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.training.step.stepper import Stepper
 
 CPU = torch.device("cpu")
-aten = torch.ops.aten
-READS = {
-    aten._local_scalar_dense, aten.item, aten.equal, aten.nonzero, aten.is_nonzero, aten._unique2,
-    aten.masked_select, aten.lift_fresh, aten.allclose,
-}  # fmt: skip
-"""What makes the host wait for the device, or brings the host's numbers there."""
-
-
-def storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class Tape(TorchDispatchMode):
-    """Records operations while it is entered. Like a capture, recording leaves every tensor as it was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.made: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        assert func._overloadpacket not in READS, f"{func} in a captured step"
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func._schema.is_mutable:
-            for tensor in inputs:
-                if storage(tensor) not in self.made and id(tensor) not in self.kept:
-                    self.kept[id(tensor)] = tensor, tensor.clone()
-        out = func(*args, **kwargs)
-        known = {storage(tensor) for tensor in inputs}
-        fresh = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and storage(leaf) not in known]
-        self.made |= {storage(tensor) for tensor in fresh}
-        if fresh or func._schema.is_mutable:  # a view stays one
-            self.operations.append((func, args, kwargs, fresh))
-        return out
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        with torch.no_grad():
-            for tensor, before in reversed(self.kept.values()):  # views of one storage may overlap
-                tensor.copy_(before)
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for func, args, kwargs, fresh in self.operations:
-            inputs = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            out = func(*args, **kwargs)
-            made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and storage(x) not in inputs]
-            for target, source in zip(fresh, made, strict=True):
-                target.copy_(source)
-
-
-class Recorder:
-    """``Tape`` in the place of CUDA graphs."""
-
-    def __init__(self) -> None:
-        self.tapes: list[Tape] = []
-        self.replayed = 0
-
-    def ordinary(self, function: Callable[[], None]) -> None:
-        function()
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        with Tape() as tape:
-            function()
-        self.tapes.append(tape)
-
-        def replay() -> None:
-            self.replayed += 1
-            tape.replay()
-
-        return replay
-
-
-class NothingIsWrong(TorchFunctionMode):
-    """Answers the questions that are asked on the CPU alone: is a label out of range, a noise level NaN?"""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__bool__ and inspect.stack()[1].function in ("class_vectors", "level"):
-            return False
-        return func(*args, **(kwargs or {}))
 
 
 def stepper_of(config: RunConfig, dataset: DataSet) -> Stepper:
@@ -218,8 +125,11 @@ def test_what_cannot_be_captured_is_said(options: dict[str, Any], says: str) -> 
     with pytest.raises(UserError, match=says):
         check_capture(TrainConfig(capture=True, **options), device)
     check_capture(TrainConfig(**options), device)
-    with pytest.raises(UserError, match="one process"):
-        check_capture(TrainConfig(capture=True), torch.device("cuda"), processes=2)
+    sharded = TrainConfig(capture=True, parallel="fsdp")
+    with pytest.raises(UserError, match="--parallel ddp"):
+        check_capture(sharded, torch.device("cuda"), processes=2)
+    check_capture(sharded, torch.device("cuda"))
+    check_capture(TrainConfig(capture=True), torch.device("cuda"), processes=2)
 
 
 def test_capture_on_a_cpu_leaves_nothing_behind(tmp_path: Path) -> None:

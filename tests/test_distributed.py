@@ -50,12 +50,15 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 ROUNDED = {"two": (2, {}), "two, bfloat16": (2, {"reduce_dtype": "bfloat16"})}
 FEWER = ("one", "two", "two, parts", "fsdp")
+CAPTURED = ("mixer", "backbone")
+"""Cases that are also made by recorded steps."""
 
 
 def ways(case: str) -> dict[str, tuple[int, dict[str, Any]]]:
     if case == "rounded":
         return ROUNDED
-    return {name: way for name, way in WAYS.items() if case == "dense" or name in FEWER}
+    chosen = {name: way for name, way in WAYS.items() if case == "dense" or name in FEWER}
+    return chosen | ({"two, captured": (2, {})} if case in CAPTURED else {})
 
 
 Statuses = list[list[int]]
@@ -81,7 +84,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     plan = [
         {
             "processes": processes, "kind": kind, "options": options | extra, "steps": steps,
-            "out": str(where / f"{case}-{way}.safetensors"),
+            "taped": way == "two, captured", "out": str(where / f"{case}-{way}.safetensors"),
         }
         for case, (kind, options, steps) in CASES.items()
         for way, (processes, extra) in ways(case).items()

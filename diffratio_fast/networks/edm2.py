@@ -151,6 +151,8 @@ class Block(ResidualBlock):
     branch; decoder blocks do neither.
     """
 
+    resample_kernel: Tensor | None
+
     def __init__(
         self,
         entry: Entry,
@@ -170,8 +172,11 @@ class Block(ResidualBlock):
         self.resample: Literal["down", "up"] | None = (
             "down" if entry.kind == "down" else "up" if entry.kind == "up" else None
         )
-        self.resample_filter = None if is_box(resample_filter) else tuple(resample_filter)
-        separable_filter(resample_filter)  # raises if it cannot be one
+        # A constant of the architecture: on the device with the weights, but not among them.
+        kernel = separable_filter(resample_filter)
+        self.register_buffer(
+            "resample_kernel", None if is_box(resample_filter) else kernel, persistent=False
+        )
         self.dropout = Dropout(dropout)
         self.res_balance = res_balance
         self.attn_balance = attn_balance
@@ -188,9 +193,8 @@ class Block(ResidualBlock):
 
     def body(self, x: Tensor, embedding: Tensor) -> Tensor:
         if self.resample is not None:
-            taps = self.resample_filter
-            kernel = None if taps is None else separable_filter(taps).to(x.device)
-            x = downsample(x, kernel) if self.resample == "down" else upsample(x, kernel)
+            resample = downsample if self.resample == "down" else upsample
+            x = resample(x, self.resample_kernel)
         if self.encoder:
             x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=1)
         condition = self.emb_linear(embedding, gain=self.emb_gain) + 1

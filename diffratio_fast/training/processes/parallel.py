@@ -1,8 +1,9 @@
 """Data-parallel training of one network, by PyTorch's own engine: DDP or FSDP2.
 
 Each process takes its slice of a batch; gradients are averaged over the processes while the backward pass
-runs. A step's numbers are those of one process but for the order of sums: random numbers belong to a sample's
-index in the whole batch.
+runs. A step that is captured in a CUDA graph averages them after the backward pass instead: DDP's reducer
+keeps state on the host, which a replay would skip. A step's numbers are those of one process but for the
+order of sums: random numbers belong to a sample's index in the whole batch.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Parallel:
         self.sharded = any(map(is_sharded, network.parameters()))
         self._call: Callable[..., Any] = function
         self._replicas: DistributedDataParallel | None = None
-        if world.size > 1 and not self.sharded:
+        self.reduce_dtype = torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
+        self._averages_after = world.size > 1 and not self.sharded and config.capture
+        if world.size > 1 and not self.sharded and not config.capture:
             self._call = self._replicas = replicas(Objective(network, function), config)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -68,6 +71,23 @@ class Parallel:
         yield
         if self.sharded and last:
             self._average_scalars()
+        if self._averages_after and last:
+            self._average_gradients()
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        """Replace every gradient by its mean over the processes: one all-reduce for each dtype."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(self.world.size)
+            means = self.world.sum(flat if self.reduce_dtype is None else flat.to(self.reduce_dtype))
+            parts = means.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(
+                gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
+            )
 
     def _average_scalars(self) -> None:
         """FSDP2 leaves out what has no dimension to cut."""

@@ -100,8 +100,11 @@ def check_capture(config: RunConfig, device: torch.device, processes: int = 1) -
         return
     if device.type != "cuda":
         raise UserError(f"--capture makes CUDA graphs, and the device is {device.type}; leave it out")
-    if processes > 1:
-        raise UserError("--capture is for one process: several ask the device in each step; leave it out")
+    if processes > 1 and config.parallel == "fsdp":
+        raise UserError(
+            "--capture: FSDP gathers weights by steps of Python, which a CUDA graph does not repeat; use "
+            "--parallel ddp, or leave --capture out"
+        )
     if config.on_nonfinite == "skip":
         raise UserError("--capture: --on-nonfinite skip must ask the device in each step; use one of the two")
     if config.optimizer == "apex":
