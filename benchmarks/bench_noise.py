@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Settings, rotation
 from diffratio_fast import ops
-from diffratio_fast.ops import Purpose, reference
+from diffratio_fast.ops import Purpose, reference_noise
 
 SHAPES = ((128, 4, 64, 64), (512, 3, 32, 32))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,7 +52,7 @@ def check_against_reference(inputs: Inputs) -> None:
     some = torch.tensor([0, 1, len(inputs.index) - 1], device=inputs.index.device)
     (real, fake), n = inputs(0), len(inputs.index)
     fused = ops.add_noise((real, fake), inputs.sigma, inputs.rng, inputs.index, BOTH)
-    expected = reference.add_noise(
+    expected = reference_noise.add_noise(
         (real[some], fake[some]), inputs.sigma[some], inputs.rng, inputs.index[some], BOTH
     )
     assert torch.equal(fused[torch.cat((some, n + some))], expected), "add_noise differs from its reference"

@@ -1,5 +1,5 @@
 // The operations as torch sees them: schemas, checks, allocation, dispatch to the CPU and CUDA twins.
-// The checks here keep memory safe; diffratio_fast/ops/_checks.py says the same to people, sooner.
+// The checks here keep memory safe; diffratio_fast/ops/noise_checks.py says the same to people, sooner.
 #include "bindings.h"
 
 #include <ATen/Parallel.h>

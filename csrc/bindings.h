@@ -8,7 +8,7 @@
 
 namespace diffratio {
 
-// Raised with every change of a schema; diffratio_fast/ops/_module.py holds the same number.
+// Raised with every change of a schema; diffratio_fast/ops/compiled.py holds the same number.
 constexpr int interface_version = 3;
 
 // The SIMD level in use, and its name.

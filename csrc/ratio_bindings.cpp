@@ -1,5 +1,5 @@
 // The ratio operations as torch sees them: schemas, checks that keep memory safe, allocation. People are told more,
-// and sooner, by diffratio_fast/ops/_ratio_checks.py.
+// and sooner, by diffratio_fast/ops/ratio_checks.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -16,6 +16,6 @@ def build_info() -> dict[str, Any]:
     are. Otherwise: ``compiler``, ``cuda_archs`` (empty without CUDA), ``cuda_version`` (None without),
     ``torch_version``, ``simd_levels`` (compiled), ``simd_level`` (in use), ``openmp``.
     """
-    from diffratio_fast.ops import _module  # imports torch: only when asked
+    from diffratio_fast.ops import compiled  # imports torch: only when asked
 
-    return _module.build_info()
+    return compiled.build_info()

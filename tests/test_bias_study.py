@@ -23,7 +23,7 @@ from benchmarks.studies.mixtures import (
 )
 from benchmarks.studies.score_estimators import Settings, draw_sigma, train_ratio
 from diffratio_fast.errors import UserError
-from diffratio_fast.objectives.divergences import DIVERGENCES
+from diffratio_fast.ops.divergences import DIVERGENCES
 
 
 def two() -> Mixture:

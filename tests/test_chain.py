@@ -23,7 +23,7 @@ from diffratio_fast.config.options import read_yaml
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.networks.generate import latents_for
-from diffratio_fast.objectives.divergences import LOG_2
+from diffratio_fast.objectives.held_out import LOG_2
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.training.generator_run import Trainer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffratio_fast.ops import _module
+from diffratio_fast.ops import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +59,6 @@ def test_the_kernels_compile_at_run_time_too():
 
 
 def test_no_module_is_claimed_to_have_cuda_without_architectures():
-    info = _module.build_info()
+    info = compiled.build_info()
     if info["built"]:
         assert bool(info["cuda_archs"]) == (info["cuda_version"] is not None)

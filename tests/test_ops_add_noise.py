@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffratio_fast import ops
-from diffratio_fast.ops import Purpose, _module, reference
+from diffratio_fast.ops import Purpose, compiled, reference_noise
 
-compiled = pytest.mark.skipif(_module.module is None, reason="the compiled module was not built")
+needs_compiled = pytest.mark.skipif(compiled.module is None, reason="the compiled module was not built")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 RNG = ops.make_rng(17, 4)
 
@@ -58,7 +58,7 @@ def test_equals_the_reference_bit_for_bit(
     rng, index = ops.make_rng(seed, step), torch.randint(-(2**40), 2**40, (batch,))
     call = (tuple(x), sigma, rng, index, tuple(range(inputs)))
     options = {"substep": draw % 256, "draw": draw, "scale": scale, "dtype": target}
-    got, expected = ops.add_noise(*call, **options), reference.add_noise(*call, **options)
+    got, expected = ops.add_noise(*call, **options), reference_noise.add_noise(*call, **options)
     assert got.shape == (batch * inputs, *rest) and got.dtype == (target or source)
     assert got.is_contiguous() and torch.equal(got, expected)
     assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
@@ -93,7 +93,7 @@ def test_special_values_survive():
     x, sigma = values.repeat(2, 1), torch.tensor([0.0, 1e30])
     for target in FLOATS:
         got = ops.add_noise(x, sigma, RNG, torch.arange(2), 0, dtype=target)
-        expected = reference.add_noise(x, sigma, RNG, torch.arange(2), 0, dtype=target)
+        expected = reference_noise.add_noise(x, sigma, RNG, torch.arange(2), 0, dtype=target)
         assert torch.equal(got.isnan(), expected.isnan()) and got[:, -1].isnan().all()
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -121,7 +121,7 @@ def test_narrowing_rounds_as_torch_does(target):
     assert torch.equal(got, x.to(target))
 
 
-@pytest.mark.parametrize("function", [ops.add_noise, reference.add_noise])
+@pytest.mark.parametrize("function", [ops.add_noise, reference_noise.add_noise])
 def test_gradient_float64(function):
     (real, fake), sigma, rng, index, purposes = arguments(3, 2, 5, dtype=torch.float64, inputs=2)
     scale = torch.rand(3, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_gradient_float64(function):
         )
 
 
-@pytest.mark.parametrize("function", [ops.add_noise, reference.add_noise])
+@pytest.mark.parametrize("function", [ops.add_noise, reference_noise.add_noise])
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(FLOATS, FLOATS)))
 def test_gradient_of_all_types(function, source, target):
     (real, fake), sigma, rng, index, purposes = arguments(3, 2, 5, dtype=source, inputs=2)
@@ -146,7 +146,7 @@ def test_gradient_of_all_types(function, source, target):
     assert torch.equal(fake.grad, (upstream[3:].float() * scale.view(3, 1, 1)).to(source))
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_opcheck(dtype):
     (real, fake), sigma, rng, index, _ = arguments(3, 2, 5, dtype=dtype, inputs=2)
@@ -157,13 +157,13 @@ def test_opcheck(dtype):
         )
 
 
-@compiled
+@needs_compiled
 def test_opcheck_of_the_generators():
     torch.library.opcheck(torch.ops.diffratio.random_words, (RNG, torch.arange(3), 1, 5, 2, 3))
     torch.library.opcheck(torch.ops.diffratio.normal, (RNG, torch.arange(3), [2, 5], 1, 2, 3))
 
 
-@compiled
+@needs_compiled
 def test_compiles_without_graph_breaks():
     (real, fake), sigma, _, index, purposes = arguments(4, 3, 8, inputs=2)
     fake.requires_grad_()
@@ -197,7 +197,7 @@ def test_does_not_mutate():
     assert versions == [t._version for t in tensors]
 
 
-@pytest.mark.parametrize("function", [ops.add_noise, reference.add_noise])
+@pytest.mark.parametrize("function", [ops.add_noise, reference_noise.add_noise])
 def test_nan_sigma_raises(function):
     x, sigma, rng, index, purpose = arguments(4, 6)
     sigma[2] = float("nan")
@@ -205,7 +205,7 @@ def test_nan_sigma_raises(function):
         function(x, sigma, rng, index, purpose)
 
 
-@pytest.mark.parametrize("function", [ops.add_noise, reference.add_noise])
+@pytest.mark.parametrize("function", [ops.add_noise, reference_noise.add_noise])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -239,7 +239,7 @@ def test_wrong_arguments(function, change, error, message):
         function(**call)
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize(
     "change",
     [

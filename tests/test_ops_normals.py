@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from diffratio_fast import ops
-from diffratio_fast.ops import Purpose, _module, reference
+from diffratio_fast.ops import Purpose, compiled, reference_noise
 
-compiled = pytest.mark.skipif(_module.module is None, reason="the compiled module was not built")
-LEVELS = _module.build_info().get("simd_levels", [])
+needs_compiled = pytest.mark.skipif(compiled.module is None, reason="the compiled module was not built")
+LEVELS = compiled.build_info().get("simd_levels", [])
 
 
 def exact_normals(words: np.ndarray) -> np.ndarray:
@@ -42,14 +42,14 @@ def test_the_error_bound_over_radii_and_angles():
     words = radii << 8
     radius_error, largest = 0.0, 0.0
     angles = torch.arange(0, 1 << 32, 65521, dtype=torch.int64)
-    cosine, sine = reference._cosine_sine(angles)
+    cosine, sine = reference_noise._cosine_sine(angles)
     theta = angles.double() * (2 * math.pi / 2**32)
     angle_error = max(
         float((cosine.double() - theta.cos()).abs().max()), float((sine.double() - theta.sin()).abs().max())
     )
     assert angle_error < 8e-8
     for part in words.split(1 << 20):
-        radius = reference._radius(part).double()
+        radius = reference_noise._radius(part).double()
         exact = torch.sqrt(-2 * torch.log(((part >> 8) + 1).double() * 2.0**-24))
         error = (radius - exact).abs()
         rounding = torch.where(radius > 4, 2.0**-22, 2.0**-23)  # half a unit in the last place
@@ -59,24 +59,24 @@ def test_the_error_bound_over_radii_and_angles():
     assert largest < 1e-6
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_simd_level_gives_the_bits_of_the_reference(level):
     try:
-        _module.module.use_simd_level(level)
+        compiled.module.use_simd_level(level)
     except RuntimeError as error:
         assert "does not support" in str(error)  # this processor
         return
     try:
         rng, index = ops.make_rng(-3, 2**40 + 7), torch.tensor([0, 5, 2**35 + 9, -1])
         for size in (1, 2, 3, 5, 63, 64, 65, 1000, 2048, 2049, 7001):
-            expected = reference.normal(rng, index, (size,), 3, substep=2, draw=9)
+            expected = reference_noise.normal(rng, index, (size,), 3, substep=2, draw=9)
             assert torch.equal(ops.normal(rng, index, (size,), 3, substep=2, draw=9), expected)
     finally:
-        _module.module.use_simd_level(os.environ.get("DIFFRATIO_SIMD", ""))
+        compiled.module.use_simd_level(os.environ.get("DIFFRATIO_SIMD", ""))
 
 
-@compiled
+@needs_compiled
 def test_the_level_is_chosen_by_the_environment():
     code = "from diffratio_fast import build_info; print(build_info().get('simd_level'))"
     environment = os.environ | {"DIFFRATIO_SIMD": "portable"}
@@ -109,11 +109,11 @@ def test_a_prefix_of_a_longer_sample_is_the_shorter_sample():
 
 def test_extreme_words():
     words = torch.tensor([0, 255, 0xFFFFFF00, 0xFFFFFFFF])
-    radius = reference._radius(words)
+    radius = reference_noise._radius(words)
     assert radius.tolist()[0] == radius.tolist()[1] == pytest.approx(math.sqrt(48 * math.log(2)), abs=1e-6)
     assert radius.tolist()[2:] == [0.0, 0.0]  # u = 1
     # The four quarter turns are exact.
-    cosine, sine = reference._cosine_sine(torch.tensor([0, 1 << 30, 1 << 31, 3 << 30]))
+    cosine, sine = reference_noise._cosine_sine(torch.tensor([0, 1 << 30, 1 << 31, 3 << 30]))
     assert cosine.tolist() == [1, 0, -1, 0] and sine.tolist() == [0, 1, 0, -1]
 
 
@@ -154,7 +154,7 @@ def test_neighbours_and_purposes_are_independent():
         assert abs(float(((x**2 - 1) * (y**2 - 1)).mean())) < 4.5 * 2 / math.sqrt(n), lag
 
 
-@pytest.mark.parametrize("function", [ops.normal, reference.normal])
+@pytest.mark.parametrize("function", [ops.normal, reference_noise.normal])
 def test_shapes_and_errors(function):
     rng, index = ops.make_rng(0, 0), torch.arange(3)
     assert function(rng, index, (), 0).shape == (3,)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
-from diffratio_fast.ops import _module, ratio, reference_ratio
+from diffratio_fast.ops import compiled, ratio, reference_ratio
 from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.ratio import HAS_OPERATIONS, weight_shapes
 
 pytestmark = pytest.mark.skipif(not HAS_OPERATIONS, reason="the compiled module was not built")
-LEVELS = _module.module.build_info()["simd_levels"] if _module.module is not None else []
+LEVELS = compiled.module.build_info()["simd_levels"] if compiled.module is not None else []
 
 # channels, height, across, patch, width, depth, hidden
 SIZES = {
@@ -29,13 +29,13 @@ SIZES = {
 
 @pytest.fixture(params=LEVELS)
 def level(request) -> Iterator[str]:
-    before = _module.module.build_info()["simd_level"]
+    before = compiled.module.build_info()["simd_level"]
     try:
-        _module.module.use_simd_level(request.param)
+        compiled.module.use_simd_level(request.param)
     except RuntimeError:
         pytest.skip("this processor does not support it")
     yield request.param
-    _module.module.use_simd_level(before)
+    compiled.module.use_simd_level(before)
 
 
 def problem(size: str, batch: int = 5, draws: int = 2) -> dict[str, Any]:
@@ -232,15 +232,15 @@ def test_the_choice_of_cuda_kernels_compiles_without_graph_breaks(monkeypatch):
         asked.append(sizes)
         return True
 
-    monkeypatch.setattr(_module.module, "ratio_kernels_fit", fit, raising=False)
+    monkeypatch.setattr(compiled.module, "ratio_kernels_fit", fit, raising=False)
     p = problem("colour")
 
     def step(x: Tensor) -> Tensor:
         sizes = ratio.checks.layout(p["weights"], x)
         return x + 1 if ratio._kernels_fit(*sizes, 99) else x
 
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(p["real"]), p["real"] + 1) and torch.equal(compiled(p["fake"]), p["fake"] + 1)
+    traced = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(traced(p["real"]), p["real"] + 1) and torch.equal(traced(p["fake"]), p["fake"] + 1)
     assert asked == [(3, 16, 16, 2, 64, 64, 1, 128, 99)]
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffratio_fast import ops
-from diffratio_fast.ops import Purpose, _module, reference
+from diffratio_fast.ops import Purpose, compiled, reference_noise
 
-compiled = pytest.mark.skipif(_module.module is None, reason="the compiled module was not built")
-LEVELS = _module.build_info().get("simd_levels", [])
+needs_compiled = pytest.mark.skipif(compiled.module is None, reason="the compiled module was not built")
+LEVELS = compiled.build_info().get("simd_levels", [])
 
 # Random123's tests/kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -23,15 +23,15 @@ VECTORS = [tuple([int(word, 16) for word in part.split()] for part in vector) fo
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
 def test_known_answers_of_the_reference(counter, key, expected):
     as_tensors = [torch.tensor(word) for word in counter], [torch.tensor(word) for word in key]
-    assert [int(word) for word in reference.philox4x32_10(*as_tensors)] == expected
+    assert [int(word) for word in reference_noise.philox4x32_10(*as_tensors)] == expected
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
 def test_known_answers_of_every_simd_level(level, counter, key, expected):
     try:
-        assert _module.module.philox(level, counter, key) == expected
+        assert compiled.module.philox(level, counter, key) == expected
     except ValueError as error:
         assert "does not support" in str(error)  # this processor
 
@@ -42,7 +42,7 @@ def test_the_counter_is_laid_out_as_the_contract_says():
     words = ops.random_words(rng, torch.tensor([index]), 3, 12, substep=0x70, draw=0x7344)
     for element in (0, 4, 8):
         counter = [element // 4, step & 0xFFFFFFFF, index & 0xFFFFFFFF, 0x03707344]
-        expected = reference.philox4x32_10(
+        expected = reference_noise.philox4x32_10(
             tuple(torch.tensor(c) for c in counter), (torch.tensor(0xA4093822), torch.tensor(0x299F31D0))
         )
         assert words[0, element : element + 4].tolist() == [int(word) for word in expected]
@@ -53,7 +53,7 @@ def test_words_equal_the_reference(count):
     rng, index = ops.make_rng(-7, 11), torch.tensor([0, 3, 2**32 - 1, 2**40 + 1, -1])
     words = ops.random_words(rng, index, Purpose.LATENT, count, substep=255, draw=65535)
     assert words.shape == (5, count) and words.dtype == torch.int64
-    assert torch.equal(words, reference.random_words(rng, index, 0, count, substep=255, draw=65535))
+    assert torch.equal(words, reference_noise.random_words(rng, index, 0, count, substep=255, draw=65535))
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -118,13 +118,13 @@ def test_purposes_are_unique_and_fit_the_counter():
         ((torch.zeros(2, dtype=torch.int64), torch.arange(3), 0, 2**34 + 1), {}, "at most 2\\^34"),
     ],
 )
-@pytest.mark.parametrize("function", [ops.random_words, reference.random_words])
+@pytest.mark.parametrize("function", [ops.random_words, reference_noise.random_words])
 def test_wrong_arguments(function, arguments, options, message):
     with pytest.raises(ValueError, match=message):
         function(*arguments, **options)
 
 
-@compiled
+@needs_compiled
 @pytest.mark.parametrize(
     "arguments",
     [

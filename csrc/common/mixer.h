@@ -15,7 +15,7 @@ struct MixerSizes {
   DR_HOST_DEVICE int64_t conditioning() const { return width + depth * hidden; }  // D
 };
 
-// The weights in the order of ops/_ratio_checks.py, which has their shapes.
+// The weights in the order of ops/ratio_checks.py, which has their shapes.
 enum Weight { w_patch, w_position, w_mix, w_mix_bias, w_up, w_down, w_head, weights };
 
 enum class Objective {

@@ -6,7 +6,7 @@
 // files that include this one are compiled without contraction (-ffp-contract=off, --fmad=false), so every
 // device computes the same bits. Against exact formulas on the same words the error is below 1e-6: at most 3.53e-7
 // from the radius (over all 2^24), 7.5e-8 r from the angle and 2.4e-7 from the product, together below 9.35e-7.
-// diffratio_fast/ops/reference.py repeats these lines in PyTorch and must change with them.
+// diffratio_fast/ops/reference_noise.py repeats these lines in PyTorch and must change with them.
 #pragma once
 
 #include "host_device.h"

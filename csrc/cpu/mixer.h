@@ -18,7 +18,7 @@ namespace diffratio::cpu {
 // sample * draws + draw in sigma and weight.
 struct Mixer {
   MixerSizes sizes;
-  const float* weight[weights];  // contiguous, shapes as in ops/_ratio_checks.py
+  const float* weight[weights];  // contiguous, shapes as in ops/ratio_checks.py
   float sigma_data;
   int64_t batch, draws;
   int halves;                     // 1 or 2

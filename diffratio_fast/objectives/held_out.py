@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,9 @@ from torch.nn.functional import softplus
 
 from diffratio_fast import ops
 from diffratio_fast.objectives.diffratio import RatioNetwork, log_ratio_pair
-from diffratio_fast.objectives.divergences import LOG_2
 from diffratio_fast.objectives.noise_laws import NoiseLaw
+
+LOG_2 = math.log(2.0)
 
 CHUNK = 512
 """Images of each half that go through a network at a time."""
@@ -57,8 +59,10 @@ def log_ratios(
 
 
 def pair_bounds(log_ratio_real: Tensor, log_ratio_fake: Tensor) -> Tensor:
-    """What each pair adds to the bound on the Jensen-Shannon divergence, nats: same shape.
+    """Contribution of each pair to the bound on the Jensen-Shannon divergence, in nats: same shape.
 
-    The mean over pairs is ``divergences.jensen_shannon_bound``.
+    The mean over pairs is a lower bound, which may be negative and holds for the current ratio network only:
+    log 2 - (E_real softplus(-l) + E_fake softplus(l)) / 2 (Nguyen, Wainwright and Jordan 2010;
+    Goodfellow et al. 2014).
     """
     return LOG_2 - (softplus(-log_ratio_real) + softplus(log_ratio_fake)) / 2

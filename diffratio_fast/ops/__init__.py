@@ -4,9 +4,9 @@ Each operation runs as compiled code where that was built for the tensors' devic
 the noise is the same bit for bit either way.
 """
 
-from diffratio_fast.ops import reference, reference_ratio
-from diffratio_fast.ops._purpose import Purpose
+from diffratio_fast.ops import reference_noise, reference_ratio
 from diffratio_fast.ops.noise import add_noise, make_rng, normal, random_words, uniform
+from diffratio_fast.ops.purpose import Purpose
 from diffratio_fast.ops.ratio import log_ratio, pack_weights, ratio_loss, score_difference
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "pack_weights",
     "random_words",
     "ratio_loss",
-    "reference",
+    "reference_noise",
     "reference_ratio",
     "score_difference",
     "uniform",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffratio_fast.ops import _checks, _module, reference
+from diffratio_fast.ops import compiled, noise_checks, reference_noise
 
 
 def make_rng(seed: int, step: int, device: torch.device | str | None = None) -> Tensor:
@@ -46,10 +46,10 @@ def random_words(
     :class:`Purpose`), ``substep`` < 256 and ``draw`` < 65536 name the stream. Raises ``ValueError`` for a
     wrong shape, dtype or device.
     """
-    if not _module.compiled_for(rng):
-        return reference.random_words(rng, index, purpose, count, substep=substep, draw=draw)
-    _checks.stream(rng, index, [purpose], substep, draw)
-    _checks.size(count)
+    if not compiled.compiled_for(rng):
+        return reference_noise.random_words(rng, index, purpose, count, substep=substep, draw=draw)
+    noise_checks.stream(rng, index, [purpose], substep, draw)
+    noise_checks.size(count)
     return torch.ops.diffratio.random_words(rng, index, int(purpose), count, substep, draw)
 
 
@@ -72,10 +72,10 @@ def normal(
     Arguments and errors as :func:`random_words`. These are the eps that :func:`add_noise` adds under the same
     (rng, index, purpose, substep, draw).
     """
-    if not _module.compiled_for(rng):
-        return reference.normal(rng, index, shape, purpose, substep=substep, draw=draw)
-    _checks.stream(rng, index, [purpose], substep, draw)
-    _checks.size(*shape)
+    if not compiled.compiled_for(rng):
+        return reference_noise.normal(rng, index, shape, purpose, substep=substep, draw=draw)
+    noise_checks.stream(rng, index, [purpose], substep, draw)
+    noise_checks.size(*shape)
     return torch.ops.diffratio.normal(rng, index, list(shape), int(purpose), substep, draw)
 
 
@@ -106,11 +106,11 @@ def add_noise(
     raise ``ValueError`` or ``TypeError``. The variance-exploding noising is the only one a ratio needs: see
     Karras et al., "Elucidating the design space of diffusion-based generative models", 2022, section 2.
     """
-    if not _module.compiled_for(rng):
-        return reference.add_noise(
+    if not compiled.compiled_for(rng):
+        return reference_noise.add_noise(
             x0, sigma, rng, index, purpose, substep=substep, draw=draw, scale=scale, dtype=dtype
         )
-    a = _checks.add_noise(x0, sigma, rng, index, purpose, substep, draw, scale, dtype)
+    a = noise_checks.add_noise(x0, sigma, rng, index, purpose, substep, draw, scale, dtype)
     return torch.ops.diffratio.add_noise(
         a.inputs, a.sigma, rng, index, a.purposes, substep, draw, a.scale, a.dtype
     )
@@ -153,5 +153,5 @@ def _register() -> None:
     torch.library.register_autograd("diffratio::add_noise", _add_noise_backward, setup_context=_setup_context)
 
 
-if _module.module is not None:
+if compiled.module is not None:
     _register()

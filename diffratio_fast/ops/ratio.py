@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from diffratio_fast.ops import _module, reference_ratio
-from diffratio_fast.ops import _ratio_checks as checks
-from diffratio_fast.ops._purpose import Purpose
-from diffratio_fast.ops._ratio_checks import weight_shapes
+from diffratio_fast.ops import compiled, reference_ratio
+from diffratio_fast.ops import ratio_checks as checks
+from diffratio_fast.ops.purpose import Purpose
+from diffratio_fast.ops.ratio_checks import weight_shapes
 from diffratio_fast.ops.ratio_scratch import cuda_packed_bytes
 from diffratio_fast.ops.reference_ratio import RatioLoss, ScoreDifference
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-HAS_OPERATIONS = _module.module is not None and hasattr(torch.ops.diffratio, "ratio_loss")
+HAS_OPERATIONS = compiled.module is not None and hasattr(torch.ops.diffratio, "ratio_loss")
 
 
 def _compiled(weights: Sequence[Tensor], images: Tensor) -> bool:
@@ -65,7 +65,7 @@ def _kernels_fit(*sizes_and_device: int) -> bool:
 
 @functools.cache
 def _fit_and_say(*sizes_and_device: int) -> bool:
-    fit = getattr(_module.module, "ratio_kernels_fit", None)
+    fit = getattr(compiled.module, "ratio_kernels_fit", None)
     if fit is not None and fit(*sizes_and_device):
         return True
     reason = "was built without CUDA" if fit is None else "has no kernel for it that fits this GPU"
@@ -86,7 +86,7 @@ def pack_weights(weights: Sequence[Tensor]) -> Tensor | None:
     """
     if not HAS_OPERATIONS or weights[0].dtype == torch.float64:
         return None
-    if weights[0].device.type == "cuda" and not hasattr(_module.module, "ratio_kernels_fit"):
+    if weights[0].device.type == "cuda" and not hasattr(compiled.module, "ratio_kernels_fit"):
         return None
     packed: Tensor = torch.ops.diffratio.pack_weights([w.detach() for w in weights])
     return packed

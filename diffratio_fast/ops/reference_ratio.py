@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from diffratio_fast.ops import _ratio_checks as checks
-from diffratio_fast.ops import reference
-from diffratio_fast.ops._purpose import Purpose
+from diffratio_fast.ops import ratio_checks as checks
+from diffratio_fast.ops import reference_noise
 from diffratio_fast.ops.divergences import DIVERGENCES
+from diffratio_fast.ops.purpose import Purpose
 
 RESIDUAL = 0.7
 """The factor on a block's output: the sum of its two branches keeps its size without a norm."""
@@ -106,7 +106,7 @@ def score_difference(
     gradient = torch.zeros_like(fake, dtype=sigma.dtype)
     log_ratios = []
     for k in range(draws):
-        noised = reference.add_noise(
+        noised = reference_noise.add_noise(
             fake.detach().to(sigma.dtype), sigma[:, k], rng, index, purpose, substep=substep, draw=k
         ).requires_grad_()
         with torch.enable_grad():
@@ -167,7 +167,7 @@ def ratio_loss(
         values = []
         for x0, e, purpose in zip((real, fake), leaves[-2:], purposes, strict=True):
             clean = x0.detach().to(sigma.dtype)
-            noised = reference.add_noise(clean, sigma, rng, index, purpose, substep=substep)
+            noised = reference_noise.add_noise(clean, sigma, rng, index, purpose, substep=substep)
             values.append(log_ratio(leaves[:-2], noised, sigma, e, sigma_data=sigma_data))
         loss = softplus(-values[0]).mean() + softplus(values[1]).mean()
         gradients = torch.autograd.grad(loss, leaves)

@@ -23,7 +23,6 @@ from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.objectives.augmentation import flip
 from diffratio_fast.objectives.bin_means import bins
 from diffratio_fast.objectives.diffratio import score_difference
-from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_levels, pair_bounds
 from diffratio_fast.objectives.noise_laws import NoiseLaw
 from diffratio_fast.objectives.refit import (
@@ -34,6 +33,7 @@ from diffratio_fast.objectives.refit import (
     Refitted,
     refit,
 )
+from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.verifier.calibration import calibrate
 

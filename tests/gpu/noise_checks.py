@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from diffratio_fast import ops
-from diffratio_fast.ops import _module
+from diffratio_fast.ops import compiled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +18,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def check_built() -> None:
-    assert _module.CUDA, "the module was built without CUDA: set DIFFRATIO_CUDA=1 and build again"
+    assert compiled.CUDA, "the module was built without CUDA: set DIFFRATIO_CUDA=1 and build again"
 
 
 def check_words_and_normals() -> None:

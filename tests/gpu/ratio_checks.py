@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
-from diffratio_fast.ops import _module, reference_ratio
+from diffratio_fast.ops import compiled, reference_ratio
 from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.ratio import weight_shapes
 
@@ -118,11 +118,11 @@ def compare(p: Problem, operation: Operation) -> None:
 
 @contextlib.contextmanager
 def form(name: str, workspace_bytes: int) -> Iterator[None]:
-    _module.module.use_ratio_loss_form(name, workspace_bytes)
+    compiled.module.use_ratio_loss_form(name, workspace_bytes)
     try:
         yield
     finally:
-        _module.module.use_ratio_loss_form("automatic", 256 << 20)
+        compiled.module.use_ratio_loss_form("automatic", 256 << 20)
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> None:

@@ -20,9 +20,9 @@ from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.augmentation import roll, roll_shifts
 from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, update_means
 from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDifference
-from diffratio_fast.objectives.divergences import DIVERGENCES
 from diffratio_fast.objectives.noise_laws import NoiseLaw, parse_noise_law, sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
+from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training.processes.parallel import Parallel
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.state.ema import average_decay, ema_decay, update_average

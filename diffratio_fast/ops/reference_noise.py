@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffratio_fast.ops import _checks
+from diffratio_fast.ops import noise_checks
 
 _MASK = 0xFFFFFFFF
 
@@ -49,8 +49,8 @@ def random_words(
     rng: Tensor, index: Tensor, purpose: int, count: int, *, substep: int = 0, draw: int = 0
 ) -> Tensor:
     """See :func:`diffratio_fast.ops.random_words`."""
-    _checks.stream(rng, index, [purpose], substep, draw)
-    _checks.size(count)
+    noise_checks.stream(rng, index, [purpose], substep, draw)
+    noise_checks.size(count)
     return _words(rng, index, count, int(purpose), substep, draw)[:, :count].contiguous()
 
 
@@ -129,8 +129,8 @@ def normal(
     rng: Tensor, index: Tensor, shape: Sequence[int], purpose: int, *, substep: int = 0, draw: int = 0
 ) -> Tensor:
     """See :func:`diffratio_fast.ops.normal`."""
-    _checks.stream(rng, index, [purpose], substep, draw)
-    _checks.size(*shape)
+    noise_checks.stream(rng, index, [purpose], substep, draw)
+    noise_checks.size(*shape)
     return _normals(rng, index, shape, int(purpose), substep, draw).contiguous()
 
 
@@ -159,7 +159,7 @@ def add_noise(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`diffratio_fast.ops.add_noise`."""
-    a = _checks.add_noise(x0, sigma, rng, index, purpose, substep, draw, scale, dtype)
+    a = noise_checks.add_noise(x0, sigma, rng, index, purpose, substep, draw, scale, dtype)
     if a.sigma.device.type == "cpu" and not torch.compiler.is_compiling() and bool(a.sigma.isnan().any()):
         raise ValueError("sigma contains NaN")
     column = (-1,) + (1,) * (a.inputs[0].dim() - 1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffratio_fast.ops import _checks
+from diffratio_fast.ops import noise_checks
 from diffratio_fast.ops.divergences import DIVERGENCES
 
 NAMES = ("patch", "position", "mix", "mix_bias", "up", "down", "head")
@@ -67,7 +67,7 @@ def layout(weights: Sequence[Tensor], images: Tensor) -> Layout:
             raise ValueError(f"weight {name} must be {list(shape)}, got {list(weight.shape)}")
         if weight.dtype != weights[0].dtype or weight.dtype not in DTYPES:
             raise TypeError(f"weights must all be float32, bfloat16 or float64, {name} is {weight.dtype}")
-        _checks.same_device(f"weight {name}", weight, "the image tensor", images)
+        noise_checks.same_device(f"weight {name}", weight, "the image tensor", images)
     if images.dtype not in DTYPES:
         raise TypeError(f"images must be float32, bfloat16 or float64, got {images.dtype}")
     if (images.dtype == torch.float64) != (weights[0].dtype == torch.float64):
@@ -92,7 +92,7 @@ def column(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> 
         raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    _checks.same_device(name, value, "the image tensor", images)
+    noise_checks.same_device(name, value, "the image tensor", images)
     return value.to(compute_type(images))
 
 
@@ -107,8 +107,8 @@ def level(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> T
 
 
 def stream(images: Tensor, rng: Tensor, index: Tensor, purposes: Sequence[int], substep: int) -> None:
-    _checks.stream(rng, index, purposes, substep, 0)
-    _checks.same_device("index", index, "the image tensor", images)
+    noise_checks.stream(rng, index, purposes, substep, 0)
+    noise_checks.same_device("index", index, "the image tensor", images)
     if index.shape[0] != images.shape[0]:
         raise ValueError(f"index must have one entry per sample: {index.shape[0]} for {images.shape[0]}")
 
