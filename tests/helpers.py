@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+from diffratio_fast.errors import UserError
 
 SMALL = [
     "--threads", "1", "--device", "cpu", "--batch-size", "16", "--generator-width", "16",
@@ -25,6 +31,40 @@ def run(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess
     return subprocess.run(
         command(name, *arguments), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def in_child(act: Callable[[], object], *, memory: int = 2 << 30, seconds: int = 120) -> str:
+    """What ``act`` returns, as text, in a forked process; an error's message where it raises ``UserError``.
+
+    The child may take ``memory`` bytes of address space beyond those it begins with, and so many seconds of
+    processor time.
+    """
+    source, sink = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            try:
+                said = str(act())
+            except UserError as error:
+                said = str(error)
+            os.write(sink, said.encode()[:10_000])
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(sink)
+    with os.fdopen(source, "rb") as stream:
+        said = stream.read().decode()
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, said
+    return said
 
 
 def one_error_line(result: subprocess.CompletedProcess[str]) -> str:

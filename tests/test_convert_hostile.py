@@ -17,7 +17,7 @@ import numpy as np
 import published_snapshots
 import pytest
 import torch
-from helpers import one_error_line, run
+from helpers import in_child, one_error_line, run
 from published_snapshots import (
     Call,
     Published,
@@ -29,6 +29,7 @@ from published_snapshots import (
 
 from diffratio_fast import convert
 from diffratio_fast.errors import UserError
+from diffratio_fast.storage import pickles
 
 # Hostile pickles: nothing runs.
 
@@ -139,6 +140,53 @@ def test_a_hostile_pickle_is_refused_by_name(case: str, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def doubled(times: int) -> bytes:
+    """Instructions that build a tuple of two of a tuple of two ...: 2^times items in a few bytes."""
+    return b")" + b"2\x86" * times  # DUP, TUPLE2
+
+
+SWELLING: dict[str, tuple[bytes, str]] = {
+    "a key of nested tuples": (raw(b"}", doubled(60), b"K\x01s"), "a tuple as a key"),
+    "keys of nested tuples": (raw(b"}(", doubled(60), b"K\x01u"), "a tuple as a key"),
+    "a set of nested tuples": (raw(b"\x8f(", doubled(60), b"\x90"), "a tuple as a key"),
+    "a frozen set of nested tuples": (raw(b"(", doubled(60), b"\x91"), "a tuple as a key"),
+    "a key without end": (raw(b"}", text("k" * (64 << 20)), b"K\x01s"), "a key of more than 1000 characters"),
+    "a number as a key": (raw(b"}\x8b", struct.pack("<I", 1 << 20), b"\x01" * (1 << 20), b"K\x01s"), "a key of"),
+    "a name without end": (raw(text("k" * (64 << 20)), text("x"), b"\x93"), "refused: the pickle asks for kkk"),
+    "a line without end": (b"I" + b"7" * (64 << 20) + b"\n.", "a line of more than"),
+    "a text encoded over and over": (
+        raw(
+            stack_global("_codecs", "encode"), b"\x94", text("k" * 500_000), text("latin1"), b"\x86\x94",
+            b"h\x00h\x01R" * 100_000,
+        ),
+        "more bytes than the file has",
+    ),
+    "instructions without end": (raw(b"}0" * 1500), "more than 2000 instructions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SWELLING)
+def test_a_pickle_that_swells_is_refused(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, message = SWELLING[case]
+    if "2000" in message:
+        monkeypatch.setattr(pickles, "OPERATIONS", 2000)
+    path = tmp_path / "n.pkl"
+    path.write_bytes(content)
+    assert message in in_child(lambda: convert.main([str(path), str(tmp_path / "o.safetensors")]))
+
+
+@pytest.mark.usefixtures("code")
+def test_arguments_that_swell_are_refused(tmp_path: Path) -> None:
+    shared: Any = ()
+    for _ in range(40):
+        shared = (shared, shared)
+    path = tmp_path / "n.pkl"
+    path.write_bytes(in_network("arguments", shared))
+    assert "the arguments of Precond are not plain data" in fails(path)
+
+
 @pytest.mark.usefixtures("code")
 def test_the_source_in_a_published_pickle_is_never_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,7 +240,7 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any) -> Call:
         (lambda: _view(_storage(4), 0, (1,) * 100, (1,) * 100), "freqs"),
         (lambda: _view(torch.Size([1]), 0, (1,), (1,)), "tuple where a tensor's storage is needed"),
         (lambda: storage_call(_legacy(torch.ones(3))), "a Tensor where a tensor's storage is needed"),
-        (lambda: storage_call(b""), "refused: a tensor's storage (EOFError"),
+        (lambda: storage_call(b""), "refused: a tensor's storage (damaged, or not a pickle"),
         (lambda: storage_call(_legacy(torch.zeros(4).storage())[:-3]), "refused: a tensor's storage"),
         (lambda: Call(torch.storage._load_from_bytes, "text"), "where a tensor is needed"),
         (lambda: 7, "int where a tensor is needed"),

@@ -114,7 +114,7 @@ def published_network(value: Any) -> PublishedNetwork:
             f"the network is of class {ascii(name)[1:-1][:100]}; known: EDMPrecond (EDM), Precond (EDM2)"
         )
     try:
-        config = json.loads(json.dumps(config, allow_nan=False))
+        config = json.loads(json.dumps(pickles.plain(config), allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         raise ValueError(f"the arguments of {name} are not plain data") from None
     return PublishedNetwork(architecture, config, tensors(value))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickletools
 import warnings
+import zipfile
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -18,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from diffratio_fast.storage.reading import DAMAGE
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Refused(ValueError):
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 STORAGE = "torch.storage._load_from_bytes"
 TENSOR = "torch._utils._rebuild_tensor_v2"
+PERSISTENT_ID = "persistent id"
+"""Name of the record of a persistent id, which is no class or function."""
 PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _DICTIONARIES = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 _AS_GIVEN = ("torch.Size", "builtins.set", "builtins.frozenset")  # stand for their argument
@@ -63,20 +68,63 @@ ALLOWED = frozenset(
 )  # fmt: skip
 
 
-def read(data: BinaryIO) -> Any:
+OPERATIONS = 4_000_000
+"""Instructions of a pickle, at most."""
+LINE_LIMIT = 1 << 24
+"""Bytes of a line of protocol 0, at most."""
+KEY_LIMIT = 1000
+"""Characters, bytes or bits of a dictionary's key or a set's member, at most."""
+PLAIN_LIMIT = 100_000
+"""Items of plain data that ``plain`` copies, at most."""
+
+
+def read(data: BinaryIO, *, any_name: bool = False) -> Any:
     """The content of a pickle: plain data, ``Name`` and ``Record``; the file must be seekable.
 
-    A name outside ``ALLOWED`` is ``Refused``; every kind of damage is a ``ValueError``.
+    A name outside ``ALLOWED`` is ``Refused``, unless ``any_name`` (which also allows persistent ids, as
+    ``torch.save`` writes them); every kind of damage is a ``ValueError``. Time and memory are proportional to
+    the size of the file: keys are short and plain, instructions are counted, and no instruction copies.
     """
-    machine = _Machine()
+    bounded = _Bounded(data)
+    machine = _Machine(any_name, bounded.size)
     try:
-        for opcode, argument, _ in pickletools.genops(_Bounded(data)):  # type: ignore[arg-type]
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(bounded)):  # type: ignore[arg-type]
+            if number == OPERATIONS:
+                raise ValueError(f"more than {OPERATIONS} instructions")
             machine.step(opcode.name, argument)
         return machine.pop()
     except Refused:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"damaged, or not a pickle ({ascii(str(error))[1:-1][:200]})") from None
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        raise ValueError(f"damaged, or not a pickle ({_shown(str(error), 200)})") from None
+
+
+def plain(value: Any) -> Any:
+    """A copy of plain data in which nothing is shared; ``ValueError`` where that is large or not plain.
+
+    A pickle of a hundred bytes can stand for a list of lists with 2^30 items.
+    """
+    left = PLAIN_LIMIT
+
+    def copy(item: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > 50:
+            raise ValueError("plain data of too many items, or nested too deeply")
+        if isinstance(item, (list, tuple)):
+            return [copy(part, depth + 1) for part in item]
+        if isinstance(item, dict):
+            return {key: copy(part, depth + 1) for key, part in item.items()}
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return item
+        raise ValueError(f"a {_kind(item)} where plain data is needed")
+
+    return copy(value, 0)
+
+
+def _shown(text: str, limit: int) -> str:
+    """The beginning of a text, without what a terminal would obey."""
+    return ascii(text[:limit])[1:-1][:limit]
 
 
 class _Bounded:
@@ -87,18 +135,27 @@ class _Bounded:
         start = file.tell()
         self._end = file.seek(0, io.SEEK_END)
         file.seek(start)
-        self.readline, self.tell = file.readline, file.tell
+        self.size = self._end - start
+        self.tell = file.tell
 
     def read(self, count: int) -> bytes:
         if not 0 <= count <= self._end - self._file.tell():
             raise ValueError("it is cut short")
         return self._file.read(count)
 
+    def readline(self) -> bytes:
+        line = self._file.readline(LINE_LIMIT + 1)
+        if len(line) > LINE_LIMIT:
+            raise ValueError(f"a line of more than {LINE_LIMIT} bytes")
+        return line
+
 
 class _Machine:
     """The stack machine: ``step`` carries out one instruction."""
 
-    def __init__(self) -> None:
+    def __init__(self, any_name: bool = False, encoded: int = 0) -> None:
+        self.any_name = any_name
+        self.encoded = encoded  # bytes that calls of encode may still make
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -163,7 +220,7 @@ class _Machine:
             case "EMPTY_SET":
                 self.push(set())
             case "FROZENSET":
-                self.push(frozenset(self.pop_to_mark()))
+                self.push(frozenset(map(_key, self.pop_to_mark())))
             case "APPEND":
                 item = self.pop()
                 _of_type(self.stack[-1], list).append(item)
@@ -172,32 +229,58 @@ class _Machine:
                 _of_type(self.stack[-1], list).extend(added)
             case "ADDITEMS":
                 added = self.pop_to_mark()
-                _of_type(self.stack[-1], set).update(added)
+                _of_type(self.stack[-1], set).update(map(_key, added))
             case "SETITEM":
                 value, key = self.pop(), self.pop()
-                _of_type(self.stack[-1], dict)[key] = value
+                _of_type(self.stack[-1], dict)[_key(key)] = value
             case "SETITEMS":
                 added = self.pop_to_mark()
                 _of_type(self.stack[-1], dict).update(_pairs(added))
             case "GLOBAL":
-                self.push(_allowed(*argument.split(" ", 1)))
+                self.push(self.allowed(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 attribute, module = self.pop(), self.pop()
-                self.push(_allowed(_of_type(module, str), _of_type(attribute, str)))
+                self.push(self.allowed(_of_type(module, str), _of_type(attribute, str)))
             case "INST":
-                function = _allowed(*argument.split(" ", 1))
-                self.push(_call(function.name, tuple(self.pop_to_mark())))
+                function = self.allowed(*argument.split(" ", 1))
+                self.push(self.call(function.name, tuple(self.pop_to_mark())))
             case "OBJ":
                 function, *items = self.pop_to_mark()
-                self.push(_call(_of_type(function, Name).name, tuple(items)))
+                self.push(self.call(_of_type(function, Name).name, tuple(items)))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = self.pop(), self.pop()
-                self.push(_call(_of_type(function, Name).name, _of_type(arguments, tuple)))
+                self.push(self.call(_of_type(function, Name).name, _of_type(arguments, tuple)))
             case "BUILD":
                 state = self.pop()
                 _build(self.stack[-1], state)
+            case "BINPERSID" if self.any_name:
+                self.push(Record(PERSISTENT_ID, (self.pop(),)))
             case _:
                 raise Refused(f"refused: the pickle instruction {opcode}")
+
+    def allowed(self, module: str, attribute: str) -> Name:
+        name = f"{_OLD_MODULES.get(module, module)}.{attribute}"
+        if name not in ALLOWED and not self.any_name:
+            raise Refused(f"refused: the pickle asks for {_shown(name, 200)}")
+        return Name(name)
+
+    def call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """The record of a call, or the plain data that it stands for."""
+        if name in _DICTIONARIES and not arguments:
+            return {}
+        if name in _AS_GIVEN and len(arguments) == 1:
+            return arguments[0]
+        if name == "_codecs.encode":  # how protocols 0 to 2 spell bytes
+            text, encoding = arguments
+            if encoding != "latin1":
+                raise ValueError("bytes are not encoded as latin1")
+            self.encoded -= len(_of_type(text, str))
+            if self.encoded < 0:  # one text of the file, encoded over and over
+                raise ValueError("more bytes than the file has")
+            return text.encode("latin1")
+        if name == _RECONSTRUCTOR:
+            return self.call(_of_type(arguments[0], Name).name, ())
+        return Record(name, arguments)
 
 
 def _of_type(value: Any, kind: type | tuple[type, ...]) -> Any:
@@ -212,30 +295,20 @@ def _kind(value: Any) -> str:
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return dict(zip(map(_key, items[::2]), items[1::2], strict=True))
 
 
-def _allowed(module: str, attribute: str) -> Name:
-    name = f"{_OLD_MODULES.get(module, module)}.{attribute}"
-    if name not in ALLOWED:
-        raise Refused(f"refused: the pickle asks for {ascii(name)[1:-1][:200]}")
-    return Name(name)
-
-
-def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """The record of a call, or the plain data that it stands for."""
-    if name in _DICTIONARIES and not arguments:
-        return {}
-    if name in _AS_GIVEN and len(arguments) == 1:
-        return arguments[0]
-    if name == "_codecs.encode":  # how protocols 0 to 2 spell bytes
-        text, encoding = arguments
-        if encoding != "latin1":
-            raise ValueError("bytes are not encoded as latin1")
-        return _of_type(text, str).encode("latin1")
-    if name == _RECONSTRUCTOR:
-        return _call(_of_type(arguments[0], Name).name, ())
-    return Record(name, arguments)
+def _key(value: Any) -> Any:
+    """What may be hashed: short and not nested, as the hash of a tuple of tuples can take years."""
+    if isinstance(value, (str, bytes)):
+        long = len(value) > KEY_LIMIT
+    elif isinstance(value, int):
+        long = value.bit_length() > KEY_LIMIT
+    else:
+        raise TypeError(f"a {_kind(value)} as a key, where strings, integers and bytes are read")
+    if long:
+        raise ValueError(f"a key of more than {KEY_LIMIT} characters")
+    return value
 
 
 def _build(target: Any, state: Any) -> None:
@@ -268,8 +341,8 @@ def tensor(value: Any) -> Tensor:
     return flat.as_strided(size, stride, offset).contiguous() if count else flat.new_empty(size)
 
 
-def array(value: Any) -> npt.NDArray[Any]:
-    """The array of floating-point numbers that a record rebuilds; anything else is a ``ValueError``."""
+def array(value: Any, kinds: tuple[str, ...] = ("f2", "f4", "f8")) -> npt.NDArray[Any]:
+    """The array of numbers of ``kinds`` (NumPy's codes) that a record rebuilds; else a ``ValueError``."""
     if not isinstance(value, Record) or not value.name.startswith("numpy."):
         raise ValueError(f"{_kind(value)} where an array is needed")
     try:
@@ -281,8 +354,10 @@ def array(value: Any) -> npt.NDArray[Any]:
             content, dtype, shape, order = value.arguments
             fortran = order == "F"
         kind = dtype.arguments[0]
-        if value.name.endswith(".scalar") or kind not in ("f2", "f4", "f8") or dtype.state[1] not in "<=|":
-            raise ValueError(f"numbers of kind {ascii(kind)[:20]}")
+        if value.name.endswith(".scalar") or kind not in kinds or dtype.state[1] not in "<=|":
+            raise ValueError(f"numbers of kind {_shown(str(kind), 20)}")
+        if isinstance(content, str):  # bytes of Python 2
+            content = content.encode("latin1")
         flat = np.frombuffer(_of_type(content, (bytes, bytearray)), f"<{kind}")
         return flat.reshape(_of_type(shape, tuple), order="F" if fortran else "C")
     except (TypeError, AttributeError, IndexError) as error:
@@ -298,6 +373,10 @@ def _storage(value: Any) -> Tensor:
         raise ValueError(f"a tensor's storage is {'used twice' if payload is None else 'not bytes'}")
     value.arguments = (None,)
     try:
+        check_torch_file(io.BytesIO(payload))
+    except ValueError as error:
+        raise ValueError(f"refused: a tensor's storage ({_shown(str(error), 200)})") from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of storages' deprecation
             storage = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
@@ -312,6 +391,62 @@ def _storage(value: Any) -> Tensor:
 
 def _reason(error: Exception) -> str:
     """What torch.load has against its input, in one line: "Unsupported global: ..." where it says so."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error)[:10_000].split())
     start = max(text.find("Unsupported"), text.find("WeightsUnpickler error:"), 0)
-    return ascii(f"{type(error).__name__}: {text[start:]}"[:200])[1:-1]
+    return _shown(f"{type(error).__name__}: {text[start:]}", 200)
+
+
+_LEGACY_PICKLES = 5
+"""Magic number, protocol, system, content, keys of the storages."""
+
+
+def check_torch_file(file: BinaryIO) -> None:
+    """See that ``torch.load(weights_only=True)`` takes time and memory in proportion to a file's size.
+
+    It would inflate a compressed archive without limit, reserve what a legacy file declares, and hash nested
+    tuples. ``ValueError`` where the file would lead it to; whatever else is wrong is left to ``torch.load``.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    packed = file.read(2) == b"PK"
+    file.seek(0)
+    if packed:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if sum(info.file_size for info in archive.infolist()) > size:
+                    raise ValueError("a compressed archive, or one that overlaps; torch.save stores as it is")
+                for info in archive.infolist():
+                    if info.filename.endswith(".pkl"):
+                        _check_storages(read(io.BytesIO(archive.read(info)), any_name=True), size)
+        except (RuntimeError, *DAMAGE) as error:  # zipfile wants a password by a RuntimeError
+            raise ValueError(_shown(str(error), 200)) from None
+        file.seek(0)
+        return
+    for _ in range(_LEGACY_PICKLES):
+        _check_storages(read(file, any_name=True), size)
+    file.seek(0)
+
+
+def _check_storages(content: Any, size: int) -> None:
+    """Storages that a pickle of torch.save declares, each once, are no larger than the file."""
+    declared: dict[Any, int] = {}
+    todo, seen = [content], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        if isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, (list, tuple)):
+            todo += item
+        elif isinstance(item, Record):
+            todo += item.arguments
+            todo.append(item.state)
+            if item.name == PERSISTENT_ID and isinstance(item.arguments[0], tuple):
+                _, _, key, _, numbers, *_ = item.arguments[0]
+                declared[_key(key)] = max(declared.get(key, 0), numbers)
+        else:
+            continue
+        seen.add(id(item))
+    if not sum(declared.values()) <= size:
+        raise ValueError(f"its tensors claim {sum(declared.values())} numbers, more than the file holds")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import pickle
 import re
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ import numpy as np
 
 from diffratio_fast.data.sources.base import TEST, TRAIN, Source, check_member, digest
 from diffratio_fast.errors import UserError
+from diffratio_fast.storage import pickles
 from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
 
 
@@ -124,14 +124,14 @@ def _cifar10_binary(files: Files, name: str) -> np.ndarray:
 
 def _cifar10_python(files: Files, name: str) -> np.ndarray:
     try:
-        content = _BatchUnpickler(io.BytesIO(files[name]), encoding="bytes").load()
+        content = pickles.read(io.BytesIO(files[name]))
         content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-        data, labels = content["data"].array(), content["labels"]
+        data, labels = pickles.array(content["data"], ("u1",)), content["labels"]
         return _with_labels(data.reshape(len(labels), PIXELS), labels)
-    except UserError:
-        raise
-    except Exception as error:  # a hostile or damaged pickle fails in any way it likes
-        raise UserError(f"{files.path}: {name} is not a CIFAR-10 python batch ({error})") from None
+    except DAMAGE as error:
+        raise UserError(
+            f"{files.path}: {name} is not a CIFAR-10 python batch ({one_line(error)})"
+        ) from None
 
 
 def _cifar10_sheets(files: Files, name: str) -> np.ndarray:
@@ -153,44 +153,6 @@ def _cifar10_sheets(files: Files, name: str) -> np.ndarray:
 
 def _with_labels(pixels: np.ndarray, labels: list[int]) -> np.ndarray:
     return np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1)
-
-
-class _PickledDtype:
-    """Stands for ``numpy.dtype`` within a pickle."""
-
-    def __init__(self, code: object, *_: object) -> None:
-        self.code = code.decode() if isinstance(code, bytes) else code
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _PickledArray:
-    """Stands for ``numpy.ndarray`` within a pickle: keeps bytes; no code of NumPy sees the pickle."""
-
-    state: tuple[Any, ...] = ()
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.state = state
-
-    def array(self) -> np.ndarray:
-        _, shape, dtype, fortran, content = self.state
-        if dtype.code not in ("u1", "uint8") or fortran:
-            raise ValueError(f"dtype {dtype.code!r}, fortran order {fortran}")
-        return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, strings and uint8 arrays; refuses every other global."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda *_: _PickledArray()
-        if module == "numpy" and name == "ndarray":
-            return _PickledArray
-        if module == "numpy" and name == "dtype":
-            return _PickledDtype
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 # --------------------------------------------------------------------------------------- IDX files

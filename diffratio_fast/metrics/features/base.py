@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.frechet import Moments, RunningMoments
+from diffratio_fast.storage import pickles
 from diffratio_fast.storage.writing import sha256_of_file
 
 Array = npt.NDArray[np.float32]
@@ -104,13 +105,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         sha256 = sha256_of_file(path)
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path), sha256
+        with path.open("rb") as file:
+            pickles.check_torch_file(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storages
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, Exception) as error:  # torch.load raises whatever a damaged file leads it to
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error)[:10_000].splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: damaged, or no file of weights ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict of tensors")
