@@ -145,15 +145,16 @@ def doubled(times: int) -> bytes:
     return b")" + b"2\x86" * times  # DUP, TUPLE2
 
 
+MANY = 64 << 20
 SWELLING: dict[str, tuple[bytes, str]] = {
     "a key of nested tuples": (raw(b"}", doubled(60), b"K\x01s"), "a tuple as a key"),
     "keys of nested tuples": (raw(b"}(", doubled(60), b"K\x01u"), "a tuple as a key"),
     "a set of nested tuples": (raw(b"\x8f(", doubled(60), b"\x90"), "a tuple as a key"),
     "a frozen set of nested tuples": (raw(b"(", doubled(60), b"\x91"), "a tuple as a key"),
-    "a key without end": (raw(b"}", text("k" * (64 << 20)), b"K\x01s"), "a key of more than 1000 characters"),
-    "a number as a key": (raw(b"}\x8b", struct.pack("<I", 1 << 20), b"\x01" * (1 << 20), b"K\x01s"), "a key of"),
-    "a name without end": (raw(text("k" * (64 << 20)), text("x"), b"\x93"), "refused: the pickle asks for kkk"),
-    "a line without end": (b"I" + b"7" * (64 << 20) + b"\n.", "a line of more than"),
+    "a key without end": (raw(b"}", text("k" * MANY), b"K\x01s"), "a key of more than 1000 characters"),
+    "a number as a key": (raw(b"}\x8b", struct.pack("<I", MANY), b"\x01" * MANY, b"K\x01s"), "a key of more"),
+    "a name without end": (raw(text("k" * MANY), text("x"), b"\x93"), "refused: the pickle asks for kkk"),
+    "a line without end": (b"I" + b"7" * MANY + b"\n.", "a line of more than"),
     "a text encoded over and over": (
         raw(
             stack_global("_codecs", "encode"), b"\x94", text("k" * 500_000), text("latin1"), b"\x86\x94",
@@ -166,9 +167,7 @@ SWELLING: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", SWELLING)
-def test_a_pickle_that_swells_is_refused(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_that_swells_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content, message = SWELLING[case]
     if "2000" in message:
         monkeypatch.setattr(pickles, "OPERATIONS", 2000)

@@ -8,7 +8,6 @@ import io
 import re
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -129,9 +128,7 @@ def _cifar10_python(files: Files, name: str) -> np.ndarray:
         data, labels = pickles.array(content["data"], ("u1",)), content["labels"]
         return _with_labels(data.reshape(len(labels), PIXELS), labels)
     except DAMAGE as error:
-        raise UserError(
-            f"{files.path}: {name} is not a CIFAR-10 python batch ({one_line(error)})"
-        ) from None
+        raise UserError(f"{files.path}: {name} is not a CIFAR-10 python batch ({one_line(error)})") from None
 
 
 def _cifar10_sheets(files: Files, name: str) -> np.ndarray:
