@@ -6,10 +6,12 @@ the noise is the same bit for bit either way.
 
 from diffratio_fast.ops import reference_noise, reference_ratio
 from diffratio_fast.ops.noise import add_noise, make_rng, normal, random_words, uniform
-from diffratio_fast.ops.purpose import Purpose
+from diffratio_fast.ops.purpose import SEPARATE_NOISE, SHARED_NOISE, Purpose
 from diffratio_fast.ops.ratio import log_ratio, pack_weights, ratio_loss, score_difference
 
 __all__ = [
+    "SEPARATE_NOISE",
+    "SHARED_NOISE",
     "Purpose",
     "add_noise",
     "log_ratio",
