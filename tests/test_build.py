@@ -174,7 +174,7 @@ def test_a_cuda_compiler_that_does_not_work(tmp_path):
     nvcc.chmod(0o755)
     result = build(tmp_path, DIFFRATIO_CUDA="1", CUDACXX=str(nvcc))
     assert result.returncode != 0 and "cannot use the CUDA compiler" in result.stderr
-    for name in ("bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # what is compiled does not matter here
+    for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # what is compiled does not matter here
         (tmp_path / "csrc" / name).write_text("")
     result = build(tmp_path, DIFFRATIO_CUDA="auto", CUDACXX=str(nvcc))
     assert result.returncode == 0, result.stderr
@@ -208,7 +208,7 @@ def test_a_build_in_place_imports_without_a_gpu(tmp_path):
     # A moved tree configures and builds afresh instead of failing on the old one's cache.
     moved = tmp_path.parent / f"{tmp_path.name}-moved"
     tmp_path.rename(moved)
-    for name in ("bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # slow; only their turn counts
+    for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # slow; only their turn counts
         (moved / "csrc" / name).write_text("")
     again = build(moved, DIFFRATIO_CUDA="0")
     assert again.returncode == 0 and "Building C" in again.stdout, again.stderr

@@ -26,9 +26,9 @@ def test_ptxas_report_is_within_the_limits():
 
 
 NVRTC_SOURCE = b"""
-#include "csrc/cuda/mixer_gradients.cuh"
-#include "csrc/cuda/mixer_pack.cuh"
-#include "csrc/cuda/noise_kernel.cuh"
+#include "csrc/cuda/ratio/mixer_gradients.cuh"
+#include "csrc/cuda/ratio/mixer_pack.cuh"
+#include "csrc/cuda/noise/noise_kernel.cuh"
 namespace diffratio::cuda {
 using Small = Shape<64, 16>;
 template __global__ void mixer_kernel<Small, Pass::forward>(const MixerCall);

@@ -140,7 +140,7 @@ def test_ratio_kernels_need_every_synchronisation(simt_programs: Programs):
     result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "mutate")
     assert result.returncode == 0, result.stdout + result.stderr
     files = (
-        ROOT / "csrc/cuda" / name for name in ("mixer_kernel.cuh", "mixer_gradients.cuh", "mixer_sample.cuh")
+        ROOT / "csrc/cuda/ratio" / name for name in ("mixer_kernel.cuh", "mixer_gradients.cuh", "mixer_sample.cuh")
     )
     assert_every_line_is_tried(files, result.stdout, least=29, helpers=r"= take\(|fetch\(0\);")
 

@@ -42,7 +42,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def imitated(
     weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor, residual: bool, stream: bool
 ) -> tuple[Tensor, Tensor]:
-    """The log ratio [B] and its gradient by x [B, ...], as csrc/cuda/mixer_kernel.cuh rounds them."""
+    """The log ratio [B] and its gradient by x [B, ...], as csrc/cuda/ratio/mixer_kernel.cuh rounds them."""
     patch, position, mix, mix_bias, up, down, head = weights
     depth, hidden = up.shape[:2]
     width = patch.shape[0]

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/noise.h"
-#include "mixer_layout.h"
+#include "ratio/mixer_layout.h"
 
 namespace diffratio::cuda {
 

@@ -21,7 +21,7 @@ def _up(count: int, multiple: int) -> int:
 
 
 def cuda_packed_bytes(weights: Sequence[Tensor]) -> int:
-    """What ``pack_weights`` makes on CUDA, as csrc/cuda/mixer_layout.h lays it out."""
+    """What ``pack_weights`` makes on CUDA, as csrc/cuda/ratio/mixer_layout.h lays it out."""
     (width, patch), (tokens, _), (depth, hidden, _) = weights[0].shape, weights[1].shape, weights[4].shape
     tokens, hidden, patch = _up(tokens, 32 if tokens > 128 else 16), _up(hidden, 32), _up(patch, 16)
     width = 64 if width <= 64 else 128 if width <= 128 else 256

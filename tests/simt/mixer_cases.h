@@ -6,8 +6,8 @@
 #include <memory>
 
 #include "../../csrc/cpu/mixer.h"
-#include "../../csrc/cuda/mixer_launch.h"
-#include "../../csrc/cuda/mixer_pack.cuh"
+#include "../../csrc/cuda/ratio/mixer_launch.h"
+#include "../../csrc/cuda/ratio/mixer_pack.cuh"
 #include "global_memory.h"
 #include "harness.h"
 

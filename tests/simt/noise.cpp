@@ -4,7 +4,7 @@
 #include "simt.h"
 
 #include "../../csrc/cpu/noise.h"
-#include "../../csrc/cuda/noise_kernel.cuh"
+#include "../../csrc/cuda/noise/noise_kernel.cuh"
 
 #include <cstdio>
 #include <cstdlib>

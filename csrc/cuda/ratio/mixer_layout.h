@@ -4,8 +4,8 @@
 // what padded tokens and channels hold never reaches the log ratio, and their gradients are zero.
 #pragma once
 
-#include "../common/mixer.h"
-#include "../common/types.h"
+#include "../../common/mixer.h"
+#include "../../common/types.h"
 
 namespace diffratio::cuda {
 

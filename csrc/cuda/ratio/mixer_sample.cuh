@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mixer_tiles.cuh"
-#include "noise_values.cuh"
+#include "../noise/noise_values.cuh"
 
 namespace diffratio::cuda {
 

@@ -3,7 +3,7 @@
 // are no atomics.
 #pragma once
 
-#include "../common/divergences.h"
+#include "../../common/divergences.h"
 #include "mixer_kernel.cuh"
 
 namespace diffratio::cuda {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mixer_layout.h"
-#include "ptx.cuh"
+#include "../ptx.cuh"
 
 namespace diffratio::cuda {
 

@@ -1,9 +1,9 @@
 // What every kernel that makes noise shares.
 #pragma once
 
-#include "../common/noise.h"
-#include "../common/normal.h"
-#include "../common/philox.h"
+#include "../../common/noise.h"
+#include "../../common/normal.h"
+#include "../../common/philox.h"
 
 namespace diffratio::cuda {
 

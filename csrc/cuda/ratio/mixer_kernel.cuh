@@ -11,7 +11,7 @@
 // of which one is parked in global memory; each stage of a block does one part, then the other.
 #pragma once
 
-#include "../common/divergences.h"
+#include "../../common/divergences.h"
 #include "mixer_sample.cuh"
 
 namespace diffratio::cuda {

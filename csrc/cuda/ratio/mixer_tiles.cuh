@@ -5,9 +5,9 @@
 // activation goes from one product into the next without leaving the registers.
 #pragma once
 
-#include "fragment.cuh"
+#include "../fragment.cuh"
 #include "mixer_layout.h"
-#include "ptx.cuh"
+#include "../ptx.cuh"
 
 namespace diffratio::cuda {
 

@@ -1,7 +1,7 @@
 // Launchers of the noise kernels.
 #include <type_traits>
 
-#include "launch.h"
+#include "../launch.h"
 #include "noise_kernel.cuh"
 
 namespace diffratio::cuda {

@@ -1,5 +1,5 @@
 // Launchers of the ratio kernels.
-#include "launch.h"
+#include "../launch.h"
 #include "mixer_pack.cuh"
 #include "mixer_width.h"
 
