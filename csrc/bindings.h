@@ -22,7 +22,8 @@ void use_simd_level(const char* name);
 #if defined(DIFFRATIO_WITH_CUDA)
 // Whether the CUDA kernels have the shape of this network, and the device the shared memory for it.
 bool ratio_kernels_fit(const MixerSizes& sizes, int device);
-// How CUDA's ratio_loss is launched: "automatic", "one launch" or "several"; and how much memory it may use for staging.
+// How CUDA's ratio_loss is launched: "automatic", "one launch" or "several"; and how much memory it may use for
+// staging.
 void use_ratio_loss_form(const std::string& name, int64_t workspace_bytes);
 #endif
 

@@ -60,7 +60,8 @@ void check_size(int64_t n) { TORCH_CHECK_VALUE(n >= 0 && n <= int64_t{1} << 34, 
 
 // Runs a launcher of the CPU or CUDA twin, whichever the tensor lives on.
 template <class Arguments>
-void run([[maybe_unused]] const at::Tensor& on, const Arguments& a, void (*cpu_twin)(const cpu::Level&, const Arguments&, cpu::ParallelFor),
+void run([[maybe_unused]] const at::Tensor& on, const Arguments& a,
+         void (*cpu_twin)(const cpu::Level&, const Arguments&, cpu::ParallelFor),
 #if defined(DIFFRATIO_WITH_CUDA)
          cudaError_t (*cuda_twin)(const Arguments&, cudaStream_t)) {
   if (on.is_cuda()) {
@@ -158,8 +159,9 @@ at::Tensor add_noise(at::TensorList x0, const at::Tensor& sigma_, const at::Tens
   TORCH_CHECK_VALUE(index_.size(0) == batch, "index must have one entry per sample");
   TORCH_CHECK_VALUE(index_.device() == first.device(), "index must be on the device of x0");
   for (const at::Tensor& x : x0) {
-    TORCH_CHECK_VALUE(x.sizes() == first.sizes() && x.scalar_type() == first.scalar_type() && x.device() == first.device(),
-                      "inputs must have one shape, dtype and device");
+    TORCH_CHECK_VALUE(
+        x.sizes() == first.sizes() && x.scalar_type() == first.scalar_type() && x.device() == first.device(),
+        "inputs must have one shape, dtype and device");
   }
   TORCH_CHECK_TYPE((compute == at::kDouble) == (dtype == at::kDouble), "float64 inputs give float64, others do not");
 
@@ -221,9 +223,9 @@ TORCH_LIBRARY(diffratio, m) {
       "Tensor? scale, ScalarType dtype) -> Tensor");
 }
 
-#define DR_IMPLEMENT(m)                     \
-  m.impl("random_words", &random_words);    \
-  m.impl("normal", &normal);                \
+#define DR_IMPLEMENT(m)                  \
+  m.impl("random_words", &random_words); \
+  m.impl("normal", &normal);             \
   m.impl("add_noise", &add_noise)
 
 TORCH_LIBRARY_IMPL(diffratio, CPU, m) { DR_IMPLEMENT(m); }

@@ -121,7 +121,8 @@ at::Tensor log_ratio(at::TensorList weights, const at::Tensor& noised, const at:
 
 std::tuple<at::Tensor, Tensors, at::Tensor> log_ratio_backward(const at::Tensor& upstream, at::TensorList weights,
                                                                const at::Tensor& noised, const at::Tensor& sigma,
-                                                               const at::Tensor& conditioning, double sigma_data, const Packed&) {
+                                                               const at::Tensor& conditioning, double sigma_data,
+                                                               const Packed&) {
   Call call = begin(weights, {noised}, sigma, {conditioning}, 1, sigma_data);
   check("upstream", upstream, {call.mixer.batch}, at::kCPU);
   at::Tensor values = like_float(sigma, sigma.sizes()), image = like_float(noised, noised.sizes());
@@ -140,10 +141,12 @@ std::tuple<at::Tensor, Tensors, at::Tensor> log_ratio_backward(const at::Tensor&
   return {image.to(noised.scalar_type()), gradients, by_conditioning.to(conditioning.scalar_type())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> score_difference(
-    at::TensorList weights, const at::Tensor& fake, const at::Tensor& sigma, const at::Tensor& conditioning,
-    const at::Tensor& weight, const at::Tensor& rng, const at::Tensor& index, int64_t divergence, int64_t purpose,
-    int64_t substep, double sigma_data, const Packed&) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> score_difference(at::TensorList weights, const at::Tensor& fake,
+                                                                const at::Tensor& sigma, const at::Tensor& conditioning,
+                                                                const at::Tensor& weight, const at::Tensor& rng,
+                                                                const at::Tensor& index, int64_t divergence,
+                                                                int64_t purpose, int64_t substep, double sigma_data,
+                                                                const Packed&) {
   TORCH_CHECK_VALUE(sigma.dim() == 2 && sigma.size(1) > 0, "sigma must be [B, K]");
   TORCH_CHECK_VALUE(divergence >= 0 && divergence < divergences, "no such divergence: ", divergence);
   Call call = begin(weights, {fake}, sigma, {conditioning}, sigma.size(1), sigma_data);
@@ -192,7 +195,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, Tensors, at::Tensor, at::Tensor> 
   at::Tensor loss = like_float(sigma, {});
   *loss.mutable_data_ptr<float>() = static_cast<float>(sum / static_cast<double>(batch));
   cast(gradients, weights);
-  return {loss,    values[0].clone(), values[1].clone(), gradients, by_real.to(conditioning_real.scalar_type()),
+  return {loss,
+          values[0].clone(),
+          values[1].clone(),
+          gradients,
+          by_real.to(conditioning_real.scalar_type()),
           by_fake.to(conditioning_fake.scalar_type())};
 }
 
@@ -200,7 +207,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, Tensors, at::Tensor, at::Tensor> 
 
 TORCH_LIBRARY_FRAGMENT(diffratio, m) {
   m.def("pack_weights(Tensor[] weights) -> Tensor");
-  m.def("log_ratio(Tensor[] weights, Tensor noised, Tensor sigma, Tensor conditioning, float sigma_data, "
+  m.def(
+      "log_ratio(Tensor[] weights, Tensor noised, Tensor sigma, Tensor conditioning, float sigma_data, "
       "Tensor? packed) -> Tensor");
   m.def(
       "log_ratio_backward(Tensor upstream, Tensor[] weights, Tensor noised, Tensor sigma, Tensor conditioning, "

@@ -11,7 +11,8 @@
 namespace diffratio {
 
 inline void check(const char* name, const at::Tensor& t, std::vector<int64_t> shape, at::Device device) {
-  TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(shape), name, " must be ", at::IntArrayRef(shape), ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(shape), name, " must be ", at::IntArrayRef(shape), ", got ",
+                    t.sizes());
   TORCH_CHECK_VALUE(t.device() == device, name, " must be on ", device);
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, name,
                    " must be float32 or bfloat16");
@@ -22,8 +23,7 @@ inline MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
   const at::Device device = images.device();
   TORCH_CHECK_VALUE(weights.size() == diffratio::weights, "weights must be ", int{diffratio::weights}, " tensors");
   TORCH_CHECK_VALUE(images.dim() == 4, "images must be [B, channels, H, W]");
-  TORCH_CHECK_VALUE(weights[w_patch].dim() == 2 && weights[w_position].dim() == 2 &&
-                        weights[w_up].dim() == 3,
+  TORCH_CHECK_VALUE(weights[w_patch].dim() == 2 && weights[w_position].dim() == 2 && weights[w_up].dim() == 3,
                     "patch and position must be matrices, up a stack of matrices");
   MixerSizes s{};
   s.channels = images.size(1);
@@ -53,8 +53,9 @@ inline void check_noise(const at::Tensor& rng, const at::Tensor& index, at::IntA
                         int64_t batch, int64_t draws, int64_t halves, at::Device device) {
   TORCH_CHECK_VALUE(rng.scalar_type() == at::kLong && rng.device() == device && rng.sizes() == at::IntArrayRef({2}),
                     "rng must be int64 [2] on ", device);
-  TORCH_CHECK_VALUE(index.scalar_type() == at::kLong && index.device() == device && index.sizes() == at::IntArrayRef({batch}),
-                    "index must be int64 [B] on ", device);
+  TORCH_CHECK_VALUE(
+      index.scalar_type() == at::kLong && index.device() == device && index.sizes() == at::IntArrayRef({batch}),
+      "index must be int64 [B] on ", device);
   TORCH_CHECK_VALUE(static_cast<int64_t>(purposes.size()) == halves, "one purpose for each half");
   TORCH_CHECK_VALUE(substep >= 0 && substep < 256 && draws <= 65536, "substep must be 0 to 255, draws at most 65536");
   for (int64_t purpose : purposes) TORCH_CHECK_VALUE(purpose >= 0 && purpose < 256, "purpose must be 0 to 255");

@@ -37,7 +37,9 @@ cudaStream_t stream_of(at::Device device) {
   return static_cast<cudaStream_t>(guard.getStreamNativeHandle(guard.getStream(device)));
 }
 
-void succeed(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error)); }
+void succeed(cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
+}
 
 Type type_of(const at::Tensor& t) { return t.scalar_type() == at::kFloat ? Type::float32 : Type::bfloat16; }
 
@@ -84,7 +86,9 @@ struct Call {
     return held.back().const_data_ptr<float>();
   }
 
-  at::Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, at::TensorOptions().device(device).dtype(at::kFloat)); }
+  at::Tensor empty(at::IntArrayRef shape) const {
+    return at::empty(shape, at::TensorOptions().device(device).dtype(at::kFloat));
+  }
 };
 
 Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigma, at::TensorList conditioning,
@@ -94,8 +98,8 @@ Call begin(at::TensorList weights, at::TensorList images, const at::Tensor& sigm
   call.device = images[0].device();
   TORCH_CHECK_VALUE(call.device.is_cuda(), "images must be on the GPU, as other arguments are");
   call.sizes = network_of(weights, images[0]);
-  TORCH_CHECK_VALUE(cuda::shape_exists(call.sizes), "no kernel for ", call.sizes.tokens, " tokens of ", call.sizes.width,
-                    " channels, patches of ", call.sizes.vector());
+  TORCH_CHECK_VALUE(cuda::shape_exists(call.sizes), "no kernel for ", call.sizes.tokens, " tokens of ",
+                    call.sizes.width, " channels, patches of ", call.sizes.vector());
   m.packing = cuda::packing_of(call.sizes);
   m.staging = cuda::staging_of(m.packing);
   m.sigma_data = static_cast<float>(sigma_data);
@@ -139,9 +143,11 @@ void run(const Call& call, Pass pass) {
   if (call.mixer.batch == 0) return;
   const auto form = static_cast<Form>(form_in_use.load());
   const MixerPlan plan = cuda::plan_mixer(call.sizes, call.mixer, pass, workspace_limit.load(), form);
-  TORCH_CHECK(plan.blocks > 0, "the RatioMixer's kernels need ", plan.shared, " bytes of shared memory, more than this GPU has");
+  TORCH_CHECK(plan.blocks > 0, "the RatioMixer's kernels need ", plan.shared,
+              " bytes of shared memory, more than this GPU has");
   at::Tensor workspace = at::empty({plan.bytes}, at::TensorOptions().device(call.device).dtype(at::kByte));
-  succeed(cuda::run_mixer(call.mixer, call.gradients, pass, plan, workspace.mutable_data_ptr<uint8_t>(), stream_of(call.device)));
+  succeed(cuda::run_mixer(call.mixer, call.gradients, pass, plan, workspace.mutable_data_ptr<uint8_t>(),
+                          stream_of(call.device)));
 }
 
 Tensors weight_gradients(Call& call, at::TensorList weights) {
@@ -155,7 +161,8 @@ Tensors weight_gradients(Call& call, at::TensorList weights) {
 }
 
 at::Tensor pack_weights(at::TensorList weights) {
-  TORCH_CHECK_VALUE(weights.size() == diffratio::weights && weights[w_patch].dim() == 2, "weights must be those of a RatioMixer");
+  TORCH_CHECK_VALUE(weights.size() == diffratio::weights && weights[w_patch].dim() == 2,
+                    "weights must be those of a RatioMixer");
   const c10::OptionalDeviceGuard guard(weights[0].device());
   // Any image that these weights fit: the packed form does not depend on it.
   const int64_t tokens = weights[w_position].dim() == 2 ? weights[w_position].size(0) : 0;
@@ -196,10 +203,12 @@ std::tuple<at::Tensor, Tensors, at::Tensor> log_ratio_backward(const at::Tensor&
   return {image.to(noised.scalar_type()), gradients, by_conditioning.to(conditioning.scalar_type())};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> score_difference(
-    at::TensorList weights, const at::Tensor& fake, const at::Tensor& sigma, const at::Tensor& conditioning,
-    const at::Tensor& weight, const at::Tensor& rng, const at::Tensor& index, int64_t divergence, int64_t purpose,
-    int64_t substep, double sigma_data, const Packed& packed) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> score_difference(at::TensorList weights, const at::Tensor& fake,
+                                                                const at::Tensor& sigma, const at::Tensor& conditioning,
+                                                                const at::Tensor& weight, const at::Tensor& rng,
+                                                                const at::Tensor& index, int64_t divergence,
+                                                                int64_t purpose, int64_t substep, double sigma_data,
+                                                                const Packed& packed) {
   TORCH_CHECK_VALUE(sigma.dim() == 2 && sigma.size(1) > 0, "sigma must be [B, K]");
   TORCH_CHECK_VALUE(divergence >= 0 && divergence < divergences, "no such divergence: ", divergence);
   const c10::OptionalDeviceGuard guard(fake.device());
@@ -236,7 +245,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, Tensors, at::Tensor, at::Tensor> 
   call.mixer.conditioning_gradient[1] = by_fake.mutable_data_ptr<float>();
   call.gradients.loss = loss.mutable_data_ptr<float>();
   run(call, Pass::weights);
-  return {loss,    values[0].clone(), values[1].clone(), gradients, by_real.to(conditioning_real.scalar_type()),
+  return {loss,
+          values[0].clone(),
+          values[1].clone(),
+          gradients,
+          by_real.to(conditioning_real.scalar_type()),
           by_fake.to(conditioning_fake.scalar_type())};
 }
 

@@ -34,7 +34,7 @@ DR_HOST_DEVICE float divergence_factor(int divergence, float log_ratio, bool* cl
     case 3: return exponential(l);                   // forward_kl
     case 4: return exponential(0.5f * l);            // squared_hellinger
     case 5: return 1.0f + exponential(l);            // jeffreys
-    default: return 1.0f;                                     // reverse_kl
+    default: return 1.0f;                            // reverse_kl
   }
 }
 

@@ -11,7 +11,7 @@ struct MixerSizes {
   int64_t tokens, width, depth, hidden;     // T, C, L, H
 
   DR_HOST_DEVICE int64_t image() const { return channels * height * across; }
-  DR_HOST_DEVICE int64_t vector() const { return channels * patch * patch; }  // P
+  DR_HOST_DEVICE int64_t vector() const { return channels * patch * patch; }      // P
   DR_HOST_DEVICE int64_t conditioning() const { return width + depth * hidden; }  // D
 };
 

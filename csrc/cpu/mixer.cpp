@@ -125,8 +125,9 @@ MixerLayout mixer_layout(const Level& level, const Mixer& call) {
   l.vector = rounded(s.vector(), l.vector_panel);
   l.token_panel = l.tokens % l.panel ? l.lanes : l.panel;
   const int64_t tc = l.tokens * l.width, tt = s.depth * l.tokens * l.tokens, ch = s.depth * l.width * l.hidden;
-  const int64_t pieces[packs] = {s.vector() * l.width, tc, tt, s.depth * l.tokens, ch, ch, tc, back ? tt : 0,
-                                 back ? ch : 0, back ? ch : 0, back ? l.width * l.vector : 0};
+  const int64_t pieces[packs] = {
+      s.vector() * l.width,         tc, tt, s.depth * l.tokens, ch, ch, tc, back ? tt : 0, back ? ch : 0, back ? ch : 0,
+      back ? l.width * l.vector : 0};
   for (int i = 0; i < packs; ++i) {
     l.packed[i] = l.packed_floats;
     l.packed_floats += rounded(pieces[i], 16);

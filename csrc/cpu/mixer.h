@@ -21,18 +21,18 @@ struct Mixer {
   const float* weight[weights];  // contiguous, shapes as in ops/ratio_checks.py
   float sigma_data;
   int64_t batch, draws;
-  int halves;                     // 1 or 2
-  const float* images[2];         // each [batch][image]
-  const float* sigma;             // [batch][draws]
-  const float* conditioning[2];   // each [batch][draws][conditioning]
-  const int64_t* rng;             // null: images are already noised
-  const int64_t* index;           // [batch]
-  uint32_t streams[2];            // stream word of each half, draw 0
+  int halves;                    // 1 or 2
+  const float* images[2];        // each [batch][image]
+  const float* sigma;            // [batch][draws]
+  const float* conditioning[2];  // each [batch][draws][conditioning]
+  const int64_t* rng;            // null: images are already noised
+  const int64_t* index;          // [batch]
+  uint32_t streams[2];           // stream word of each half, draw 0
   Objective objective;
-  const float* upstream;          // given: [batch]; score: the weights [batch][draws]
+  const float* upstream;  // given: [batch]; score: the weights [batch][draws]
   int divergence;
-  float* log_ratio;               // [halves][batch][draws]
-  float* image_gradient;          // [batch][image], summed over draws, or null
+  float* log_ratio;                 // [halves][batch][draws]
+  float* image_gradient;            // [batch][image], summed over draws, or null
   float* conditioning_gradient[2];  // each [batch][draws][conditioning], or null
   float* weight_gradient[weights];  // null: none
 };
@@ -41,17 +41,30 @@ struct Mixer {
 // panels [X / panel][T][panel]: as the right factor of a product rows are whole registers, as the left one its
 // elements are broadcast.
 struct MixerLayout {
-  int64_t lanes, panel;              // floats in a register, and in a panel: two registers
-  int64_t tokens, width, hidden;     // padded
-  int64_t vector, vector_panel;      // patch vectors: padded, one or two registers wide
-  int64_t token_panel;               // panel of matrices whose columns are tokens
-  int64_t packed[11], packed_floats; // offsets of the packed weights, see mixer.cpp
+  int64_t lanes, panel;                        // floats in a register, and in a panel: two registers
+  int64_t tokens, width, hidden;               // padded
+  int64_t vector, vector_panel;                // patch vectors: padded, one or two registers wide
+  int64_t token_panel;                         // panel of matrices whose columns are tokens
+  int64_t packed[11], packed_floats;           // offsets of the packed weights, see mixer.cpp
   int64_t gradient[weights], gradient_floats;  // offsets of a group's weight gradients
-  int64_t workspace_floats;          // for one thread
-  int64_t groups;                    // of samples, for weight gradients; 0 without
+  int64_t workspace_floats;                    // for one thread
+  int64_t groups;                              // of samples, for weight gradients; 0 without
 };
 
-enum Packed { p_patch, p_position, p_mix, p_mix_bias, p_up, p_down, p_head, p_mix_t, p_up_t, p_down_t, p_patch_t, packs };
+enum Packed {
+  p_patch,
+  p_position,
+  p_mix,
+  p_mix_bias,
+  p_up,
+  p_down,
+  p_head,
+  p_mix_t,
+  p_up_t,
+  p_down_t,
+  p_patch_t,
+  packs
+};
 
 MixerLayout mixer_layout(const Level& level, const Mixer& call);
 

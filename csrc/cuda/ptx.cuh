@@ -13,7 +13,8 @@
 
 #include "../common/integers.h"
 
-#define DR_HERE ::diffratio::ptx::Site {}
+#define DR_HERE \
+  ::diffratio::ptx::Site {}
 
 namespace diffratio::ptx {
 
@@ -91,12 +92,14 @@ DR_DEVICE void store(T* p, T value, Site = DR_HERE) {
   *p = value;
 }
 
-#define DR_LOAD16(instruction)                          \
-  asm volatile(instruction " {%0, %1, %2, %3}, [%4];"   \
-               : "=r"(x.v[0]), "=r"(x.v[1]), "=r"(x.v[2]), "=r"(x.v[3]) : "l"(p) : "memory")
-#define DR_STORE16(instruction)                         \
-  asm volatile(instruction " [%0], {%1, %2, %3, %4};"   \
-               ::"l"(p), "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]) : "memory")
+#define DR_LOAD16(instruction)                                          \
+  asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                   \
+               : "=r"(x.v[0]), "=r"(x.v[1]), "=r"(x.v[2]), "=r"(x.v[3]) \
+               : "l"(p)                                                 \
+               : "memory")
+#define DR_STORE16(instruction)                                                                                    \
+  asm volatile(instruction " [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]) \
+               : "memory")
 
 // 16 bytes at a multiple of 16.
 template <Cache cache = Cache::keep>
@@ -107,7 +110,8 @@ DR_DEVICE Vector16 load16(const void* p, Site = DR_HERE) {
   if constexpr (cache == Cache::streaming) DR_LOAD16("ld.global.cs.v4.u32");
   if constexpr (cache == Cache::constant) {  // not volatile: the compiler may move it anywhere
     asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(x.v[0]), "=r"(x.v[1]), "=r"(x.v[2]), "=r"(x.v[3]) : "l"(p));
+        : "=r"(x.v[0]), "=r"(x.v[1]), "=r"(x.v[2]), "=r"(x.v[3])
+        : "l"(p));
   }
   return x;
 }
@@ -229,11 +233,13 @@ DR_DEVICE float tanh_approximate(float x) {
 // lanes' stores need a warp_sync or more in between anyway, which it does not cross. fragment.cuh has the lane maps.
 DR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row, Site = DR_HERE) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
 }
 DR_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row, Site = DR_HERE) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
 }
 DR_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t row, Site = DR_HERE) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(row));

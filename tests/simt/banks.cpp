@@ -17,7 +17,7 @@ struct Passes {
 };
 std::map<std::string, Passes> passes;
 
-using Lane = std::tuple<std::string, unsigned, unsigned>;           // place, block, thread
+using Lane = std::tuple<std::string, unsigned, unsigned>;                   // place, block, thread
 using Instruction = std::tuple<std::string, unsigned, unsigned, uint64_t>;  // place, block, warp, occurrence
 std::map<Lane, uint64_t> occurrences;
 struct Group {

@@ -34,9 +34,7 @@ struct Access {
       : block(who.block), thread(who.thread), clock(who.clock[who.thread]), phase(who.phase), site(site) {}
 
   // Whether `who` has heard of this access.
-  bool before(const Accessor& who) const {
-    return block == who.block ? clock <= who.clock[thread] : phase < who.phase;
-  }
+  bool before(const Accessor& who) const { return block == who.block ? clock <= who.clock[thread] : phase < who.phase; }
 };
 
 // "thread 33 (warp 1, lane 1)"

@@ -69,8 +69,8 @@ void Context::start(void (*entry)(void*), void* argument) {
   entry_ = entry;
   argument_ = argument;
   if (!stack_) {
-    void* memory = mmap(nullptr, guard + stack_size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, guard + stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stack_ = static_cast<char*>(memory);
     mprotect(stack_, guard, PROT_NONE);

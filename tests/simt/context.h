@@ -34,7 +34,7 @@ class Context {
 
   void (*entry_)(void*) = nullptr;
   void* argument_ = nullptr;
-  char* stack_ = nullptr;  // a guard page, then the stack
+  char* stack_ = nullptr;         // a guard page, then the stack
   const void* bottom_ = nullptr;  // for AddressSanitizer, as is size_
   std::size_t size_ = 0;
 #if !defined(SIMT_UCONTEXT)

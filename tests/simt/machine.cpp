@@ -185,13 +185,14 @@ std::string to_string(Mode mode) {
 Thread& current() { return *execution->current; }
 Mode current_mode() { return execution->mode; }
 
-void arrive(Barrier& barrier, unsigned expected, bool waits, bool same_place, const char* operation,
-            const Site& site) {
+void arrive(Barrier& barrier, unsigned expected, bool waits, bool same_place, const char* operation, const Site& site) {
   Thread& t = current();
   const bool last = add(barrier, expected, same_place, operation, site);
   if (waits) barrier.waiting.push_back(&t);
-  if (last) release(barrier);
-  else if (waits) wait(t, operation, site);
+  if (last)
+    release(barrier);
+  else if (waits)
+    wait(t, operation, site);
 }
 
 void arrive_at_grid(const Site& site) {
@@ -215,8 +216,8 @@ void collective(const char* operation, uint32_t lanes, bool same_place, void* op
   Warp& warp = warp_of(t);
   Collective& c = warp.collective;
   if (!(lanes >> t.lane() & 1)) {
-    throw Error("divergence", thread_name(t.thread) + " is not among the lanes of its " + operation + " at " +
-                                  to_string(site));
+    throw Error("divergence",
+                thread_name(t.thread) + " is not among the lanes of its " + operation + " at " + to_string(site));
   }
   if (c.arrived == 0) {
     c.operation = operation;

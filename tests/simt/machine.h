@@ -40,11 +40,11 @@ constexpr Mode modes[] = {{Schedule::forward, Landing::issue},  {Schedule::forwa
 std::string to_string(Mode mode);  // "forward/issue"
 
 struct Launch {
-  const char* kernel;          // for reports
+  const char* kernel;  // for reports
   Dim3 grid;
-  unsigned threads;            // of a block, a multiple of 32
-  uint32_t shared_bytes = 0;   // of dynamic shared memory, as the launcher computes them
-  bool cooperative = false;    // all blocks alive at once, so that they may wait for one another
+  unsigned threads;           // of a block, a multiple of 32
+  uint32_t shared_bytes = 0;  // of dynamic shared memory, as the launcher computes them
+  bool cooperative = false;   // all blocks alive at once, so that they may wait for one another
 };
 
 // Runs a kernel: body() once per thread. Throws Error at the first thing that is wrong.

@@ -7,7 +7,8 @@ using cuda::Pass;
 
 int main(int argc, char** argv) {
   // channels, height, width, patch, tokens, width, depth, hidden
-  const MixerSizes small{1, 8, 24, 2, 48, 64, 2, 64}, odd{3, 6, 10, 2, 15, 40, 2, 50}, tall{2, 26, 10, 2, 65, 64, 1, 32};
+  const MixerSizes small{1, 8, 24, 2, 48, 64, 2, 64}, odd{3, 6, 10, 2, 15, 40, 2, 50},
+      tall{2, 26, 10, 2, 65, 64, 1, 32};
   const MixerSizes wide{1, 4, 32, 2, 32, 128, 2, 64}, widest{4, 4, 8, 2, 8, 256, 1, 48};
   std::vector<simt::Case> cases{
       mixer("log_ratio", {small, 4, 1, 1, Pass::forward, Objective::none, false}),
@@ -16,12 +17,13 @@ int main(int argc, char** argv) {
       mixer("ratio_loss, one launch", {small, 3, 1, 2, Pass::weights, Objective::logistic, true, Form::one_launch, 3}),
   };
   // Three steps of tokens a unit: an odd number, so that the next tile's first copies meet the last step's readers.
-  cases.push_back(mixer("ratio_loss, 65 tokens", {tall, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::several, 3}));
+  cases.push_back(
+      mixer("ratio_loss, 65 tokens", {tall, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::several, 3}));
   const MixerSizes paired{1, 12, 20, 2, 60, 64, 2, 32}, largest{1, 16, 36, 2, 144, 200, 2, 24};
   cases.push_back(mixer("score_difference, two parts",
                         {paired, 3, 2, 1, Pass::image, Objective::score, true, Form::several, 1, Type::float32, 0, 2}));
-  cases.push_back(mixer("ratio_loss, two parts",
-                        {paired, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::several, 3, Type::float32, 0, 2}));
+  cases.push_back(mixer("ratio_loss, two parts", {paired, 2, 1, 2, Pass::weights, Objective::logistic, true,
+                                                  Form::several, 3, Type::float32, 0, 2}));
   const std::string command = argc > 1 ? argv[1] : "";
   if (command == "packing") {  // the bytes of packed weights, for the sizes above
     for (const MixerSizes& s : {small, odd, tall, wide, widest, largest}) {
@@ -32,20 +34,28 @@ int main(int argc, char** argv) {
   }
   if (command != "mutate") {
     cases.push_back(mixer("log_ratio, odd", {odd, 7, 1, 3, Pass::forward, Objective::none, true}));
-    cases.push_back(mixer("log_ratio, bf16", {odd, 2, 1, 3, Pass::forward, Objective::none, false, Form::several, 1, Type::bfloat16}));
+    cases.push_back(mixer("log_ratio, bf16",
+                          {odd, 2, 1, 3, Pass::forward, Objective::none, false, Form::several, 1, Type::bfloat16}));
     for (int divergence = 0; divergence < divergences; ++divergence) {
-      cases.push_back(mixer("score_difference, odd, " + std::to_string(divergence),
-                            {odd, 3, 3, 2, Pass::image, Objective::score, true, Form::several, 1, Type::float32, divergence}));
+      cases.push_back(
+          mixer("score_difference, odd, " + std::to_string(divergence),
+                {odd, 3, 3, 2, Pass::image, Objective::score, true, Form::several, 1, Type::float32, divergence}));
     }
-    cases.push_back(mixer("log_ratio_backward", {odd, 5, 1, 2, Pass::weights, Objective::given, false, Form::several, 2}));
-    cases.push_back(mixer("ratio_loss, bf16", {odd, 2, 1, 3, Pass::weights, Objective::logistic, true, Form::one_launch, 100, Type::bfloat16}));
+    cases.push_back(
+        mixer("log_ratio_backward", {odd, 5, 1, 2, Pass::weights, Objective::given, false, Form::several, 2}));
+    cases.push_back(mixer("ratio_loss, bf16", {odd, 2, 1, 3, Pass::weights, Objective::logistic, true, Form::one_launch,
+                                               100, Type::bfloat16}));
     cases.push_back(mixer("score_difference, 128", {wide, 3, 1, 1, Pass::image, Objective::score, true}));
-    cases.push_back(mixer("ratio_loss, 128", {wide, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::one_launch, 3}));
-    cases.push_back(mixer("log_ratio, two parts",
-                          {paired, 3, 1, 2, Pass::forward, Objective::none, true, Form::several, 1, Type::float32, 0, 2}));
-    cases.push_back(mixer("score_difference, 256 wide, two parts", {largest, 2, 1, 1, Pass::image, Objective::score, true}));
-    cases.push_back(mixer("log_ratio_backward, 256 wide, two parts", {largest, 1, 1, 1, Pass::weights, Objective::given, false}));
-    cases.push_back(mixer("ratio_loss, 256", {widest, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::automatic, 3}));
+    cases.push_back(
+        mixer("ratio_loss, 128", {wide, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::one_launch, 3}));
+    cases.push_back(mixer("log_ratio, two parts", {paired, 3, 1, 2, Pass::forward, Objective::none, true, Form::several,
+                                                   1, Type::float32, 0, 2}));
+    cases.push_back(
+        mixer("score_difference, 256 wide, two parts", {largest, 2, 1, 1, Pass::image, Objective::score, true}));
+    cases.push_back(
+        mixer("log_ratio_backward, 256 wide, two parts", {largest, 1, 1, 1, Pass::weights, Objective::given, false}));
+    cases.push_back(
+        mixer("ratio_loss, 256", {widest, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::automatic, 3}));
   }
   if (command == "once") {  // each in one mode, for the sanitizers
     for (const simt::Case& c : cases) {

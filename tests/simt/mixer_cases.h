@@ -50,7 +50,7 @@ struct Config {
   Objective objective;
   bool noise;
   cuda::Form form = cuda::Form::several;
-  int slice = 1 << 20;     // units
+  int slice = 1 << 20;        // units
   Type type = Type::float32;  // of images and weights
   int divergence = 0;
   int parts = 1;  // at least
@@ -74,7 +74,8 @@ struct Launcher {
 
 // Memory of exactly that many bytes, at a multiple of 128, full of NaN.
 struct Memory {
-  explicit Memory(int64_t bytes) : data(static_cast<unsigned char*>(std::aligned_alloc(128, (bytes + 127) / 128 * 128))) {
+  explicit Memory(int64_t bytes)
+      : data(static_cast<unsigned char*>(std::aligned_alloc(128, (bytes + 127) / 128 * 128))) {
     std::memset(data.get(), 0xff, (bytes + 127) / 128 * 128);
   }
   struct Free {
@@ -93,11 +94,12 @@ struct Problem {
   explicit Problem(const Config& config) : g(config) {
     const MixerSizes& s = g.sizes;
     Random random;
-    const float scale[weights] = {1.7f / std::sqrt(float(s.vector())), 0.5f, 1.7f / std::sqrt(float(s.tokens)), 0.3f,
-                                  2.4f / std::sqrt(float(s.width)), 1.7f / std::sqrt(float(s.hidden)),
+    const float scale[weights] = {1.7f / std::sqrt(float(s.vector())),        0.5f,
+                                  1.7f / std::sqrt(float(s.tokens)),          0.3f,
+                                  2.4f / std::sqrt(float(s.width)),           1.7f / std::sqrt(float(s.hidden)),
                                   3.0f / std::sqrt(float(s.tokens * s.width))};
-    const int64_t counts[weights] = {s.width * s.vector(), s.tokens * s.width, s.depth * s.tokens * s.tokens,
-                                     s.depth * s.tokens, s.depth * s.hidden * s.width, s.depth * s.width * s.hidden,
+    const int64_t counts[weights] = {s.width * s.vector(), s.tokens * s.width,           s.depth * s.tokens * s.tokens,
+                                     s.depth * s.tokens,   s.depth * s.hidden * s.width, s.depth * s.width * s.hidden,
                                      s.tokens * s.width};
     for (int i = 0; i < weights; ++i) {
       weight[i] = random.uniform(counts[i], scale[i]);
@@ -198,7 +200,8 @@ struct Problem {
     c.halves = halves;
     c.type = g.type;
     for (int half = 0; half < halves; ++half) {
-      c.images[half] = g.type == Type::float32 ? static_cast<const void*>(images[half].data()) : images_bf16[half].data();
+      c.images[half] =
+          g.type == Type::float32 ? static_cast<const void*>(images[half].data()) : images_bf16[half].data();
       c.conditioning[half] = conditioning[half].data();
       c.streams[half] = stream_word(3 + half, 1, 0);
       c.conditioning_gradient[half] = o.conditioning[half].data();

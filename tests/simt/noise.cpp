@@ -43,8 +43,10 @@ void fill(Buffer& b, Type type) {
     const double d = v;
     const BFloat16 h = from_float<BFloat16>(v);
     const Float16 f = from_float<Float16>(v);
-    const void* source = type == Type::float32 ? static_cast<const void*>(&v) : type == Type::float64 ? &d
-                         : type == Type::bfloat16 ? static_cast<const void*>(&h) : &f;
+    const void* source = type == Type::float32    ? static_cast<const void*>(&v)
+                         : type == Type::float64  ? &d
+                         : type == Type::bfloat16 ? static_cast<const void*>(&h)
+                                                  : &f;
     std::memcpy(b.data() + i * size_of(type), source, size_of(type));
   }
 }

@@ -16,7 +16,8 @@ int lane() { return thread() % 32; }
 // A bug that shows in what is accessed, whatever comes out.
 Planted planted(const char* name, const char* expected, std::function<void()> body, uint32_t shared_bytes = 4096,
                 Dim3 grid = {}, bool cooperative = false) {
-  return {{name, [=](Mode mode) {
+  return {{name,
+           [=](Mode mode) {
              simt::launch({name, grid, threads, shared_bytes, cooperative}, mode, body);
              return std::string();
            }},
@@ -50,8 +51,10 @@ void barrier_in_half_a_block() {
 }
 
 void barriers_in_both_branches() {  // the hardware lets them meet; the language does not
-  if (thread() < 64) ptx::block_sync();
-  else ptx::block_sync();
+  if (thread() < 64)
+    ptx::block_sync();
+  else
+    ptx::block_sync();
 }
 
 void exit_before_barrier() {
@@ -114,8 +117,10 @@ void copies() {
     if (wrong != Copies::no_commit) ptx::copy_commit();
   }
   if (wrong == Copies::wait_after_barrier) ptx::block_sync();
-  if (wrong == Copies::wrong_count) ptx::copy_wait<2>();
-  else if (wrong != Copies::no_wait) ptx::copy_wait<1>();
+  if (wrong == Copies::wrong_count)
+    ptx::copy_wait<2>();
+  else if (wrong != Copies::no_wait)
+    ptx::copy_wait<1>();
   if (wrong != Copies::wait_after_barrier && wrong != Copies::none_but_own) ptx::block_sync();
   if (wrong != Copies::never_waited) x.load(4 * ((thread() + 32) % static_cast<int>(threads)));
   if (wrong == Copies::onto_read) ptx::copy_async(x.address(4 * thread()), source);
@@ -212,8 +217,10 @@ void half_a_warp_multiplies() {
 void two_places_of_a_product() {
   float d[4] = {};
   const uint32_t a[4] = {};
-  if (lane() < 16) ptx::mma_bf16(d, a, 0, 0);
-  else ptx::mma_bf16(d, a, 0, 0);
+  if (lane() < 16)
+    ptx::mma_bf16(d, a, 0, 0);
+  else
+    ptx::mma_bf16(d, a, 0, 0);
 }
 
 // --- global memory ---------------------------------------------------------------------------------------------

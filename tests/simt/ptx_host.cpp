@@ -158,8 +158,10 @@ void copy_async(uint32_t to, const void* from, int valid, Site site) {
   if (valid) watched_read(t, from, valid, site);
   t.home->shared.copy_begins(t, to, 16, site);
   t.uncommitted.push_back({to, from, valid, site});
-  if (current_mode().landing == Landing::issue) land(t, t.uncommitted.back());
-  else t.home->shared.poison(to, 16);
+  if (current_mode().landing == Landing::issue)
+    land(t, t.uncommitted.back());
+  else
+    t.home->shared.poison(to, 16);
 }
 
 void copy_commit(Site site) {

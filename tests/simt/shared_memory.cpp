@@ -96,8 +96,6 @@ void SharedMemory::put(uint32_t address, const void* from, uint32_t bytes) {
   std::memcpy(&bytes_[address - window], from, bytes);
 }
 
-void SharedMemory::poison(uint32_t address, uint32_t bytes) {
-  std::memset(&bytes_[address - window], 0xff, bytes);
-}
+void SharedMemory::poison(uint32_t address, uint32_t bytes) { std::memset(&bytes_[address - window], 0xff, bytes); }
 
 }  // namespace simt

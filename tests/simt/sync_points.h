@@ -12,7 +12,7 @@ namespace simt {
 struct SyncPoint {
   const char* operation;
   Site site;
-  int pending;  // of copy_wait; else -1
+  int pending;    // of copy_wait; else -1
   bool executed;  // since forget_executed()
 };
 std::string to_string(const SyncPoint& point);  // "copy_wait<1> at gemm.cuh:57"

@@ -22,7 +22,8 @@ cudaError_t add_noise(const AddNoise& a, cudaStream_t stream) {
   return visit_types(a, [&](auto* in, auto* out, auto constant) {
     using In = std::remove_pointer_t<decltype(in)>;
     using Out = std::remove_pointer_t<decltype(out)>;
-    add_noise_kernel<In, Out, decltype(constant)::normals_only><<<blocks, threads, 0, stream>>>(a, in_aligned, out_aligned);
+    add_noise_kernel<In, Out, decltype(constant)::normals_only>
+        <<<blocks, threads, 0, stream>>>(a, in_aligned, out_aligned);
     return cudaGetLastError();
   });
 }

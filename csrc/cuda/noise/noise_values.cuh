@@ -25,8 +25,6 @@ DR_HOST_DEVICE void four_normals(const Key& key, uint32_t counter, int64_t index
   box_muller<Scalar>(state[2], state[3], eps[2], eps[3]);
 }
 
-DR_HOST_DEVICE float noised(float x, float sigma, float eps, float scale) {
-  return Scalar::fma(sigma, eps, x) * scale;
-}
+DR_HOST_DEVICE float noised(float x, float sigma, float eps, float scale) { return Scalar::fma(sigma, eps, x) * scale; }
 
 }  // namespace diffratio::cuda

@@ -5,6 +5,6 @@ namespace diffratio::cuda {
 
 template MixerPlan plan_width<64>(const MixerCall&, Pass, int64_t, Form);
 template cudaError_t run_width<64>(const MixerCall&, const GradientCall&, Pass, const MixerPlan&, unsigned char*,
-                                  cudaStream_t);
+                                   cudaStream_t);
 
 }  // namespace diffratio::cuda

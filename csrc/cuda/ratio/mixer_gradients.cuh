@@ -21,13 +21,21 @@ struct Product {
 DR_DEVICE Product product_of(const MixerCall& c, int number) {
   const Packing& p = c.packing;
   const Sums sums = sums_of(p);
-  if (number == 0) return {c.staging.first, c.staging.z, p.width, p.vector, p.tokens, p.width, p.vector, false, sums.patch};
+  if (number == 0)
+    return {c.staging.first, c.staging.z, p.width, p.vector, p.tokens, p.width, p.vector, false, sums.patch};
   const int block = (number - 1) / 3;
   const int64_t wide = int64_t{2} * p.tokens * p.width * block, hidden = int64_t{2} * p.tokens * p.hidden * block;
   const int64_t weight = static_cast<int64_t>(p.hidden) * p.width * block;
   switch ((number - 1) % 3) {
     case 0:
-      return {c.staging.gm + wide, c.staging.h + wide, p.tokens, p.tokens, p.width, p.width, p.width, true,
+      return {c.staging.gm + wide,
+              c.staging.h + wide,
+              p.tokens,
+              p.tokens,
+              p.width,
+              p.width,
+              p.width,
+              true,
               sums.mix + static_cast<int64_t>(p.tokens) * p.tokens * block};
     case 1:
       return {c.staging.gu + hidden, c.staging.m + wide, p.hidden, p.width, p.tokens, p.hidden, p.width, false,
@@ -38,7 +46,7 @@ DR_DEVICE Product product_of(const MixerCall& c, int number) {
   }
 }
 
-constexpr int product_depth = 32;  // of k at a time
+constexpr int product_depth = 32;                        // of k at a time
 constexpr int product_rows = 128, product_columns = 64;  // at most: of the tile of a block with eight warps
 // Elements of an operand's stage, in either layout, rows padded against bank conflicts.
 constexpr int product_stage = product_rows * (product_depth + 8);
@@ -66,7 +74,8 @@ class GradientBlock {
       for (int i = 0; i < rows * columns * g.splits; ++i, ++job) {
         if (job % gridDim.x != blockIdx.x) continue;
         const int tile = i / g.splits;
-        multiply_tile(product, tile / columns * 32 * down, tile % columns * 32 * right, i % g.splits, units, first_slice);
+        multiply_tile(product, tile / columns * 32 * down, tile % columns * 32 * right, i % g.splits, units,
+                      first_slice);
       }
     }
     add_vectors(units, first_slice);
@@ -82,7 +91,8 @@ class GradientBlock {
       const int row = i / (inner / 8), column = i % (inner / 8) * 8;
       const int m = first + (by_rows ? row : column), l = k + (by_rows ? column : row);
       const bool there = m < count && l < depth;  // counts are multiples of 8
-      const int64_t offset = there ? (by_rows ? static_cast<int64_t>(m) * stride + l : static_cast<int64_t>(l) * stride + m) : 0;
+      const int64_t offset =
+          there ? (by_rows ? static_cast<int64_t>(m) * stride + l : static_cast<int64_t>(l) * stride + m) : 0;
       ptx::copy_async(to.address(row * padded + column), from + offset * 2, there ? 16 : 0, site);
     }
   }
@@ -108,7 +118,8 @@ class GradientBlock {
       ptx::block_sync();  // all copies of this step; and the other stage is free
       if (step + 1 < total) fetch_step(step + 1, DR_HERE);
       if (!works) continue;
-      const auto xs = x.part(step % 2 * product_stage, product_stage), ys = y.part(step % 2 * product_stage, product_stage);
+      const auto xs = x.part(step % 2 * product_stage, product_stage),
+                 ys = y.part(step % 2 * product_stage, product_stage);
       DR_UNROLL
       for (int k = 0; k < product_depth; k += 16) {
         uint32_t a[2][4], b[4];
@@ -127,7 +138,8 @@ class GradientBlock {
   }
 
   // Operand a of rows `m` ..., and b of columns `n` ..., from `k` on, in either layout.
-  DR_DEVICE void load_x(uint32_t (&a)[4], const ptx::Shared<BFloat16>& from, int m, int k, bool by_rows, int lane) const {
+  DR_DEVICE void load_x(uint32_t (&a)[4], const ptx::Shared<BFloat16>& from, int m, int k, bool by_rows,
+                        int lane) const {
     if (by_rows) {
       const auto at = fragment::a_row(lane);
       ptx::ldmatrix_x4(a, from.address((m + at.row) * (product_depth + 8) + k + at.column));
@@ -136,7 +148,8 @@ class GradientBlock {
       ptx::ldmatrix_x4_trans(a, from.address((k + at.row) * (32 * down + 8) + m + at.column));
     }
   }
-  DR_DEVICE void load_y(uint32_t (&b)[4], const ptx::Shared<BFloat16>& from, int n, int k, bool by_rows, int lane) const {
+  DR_DEVICE void load_y(uint32_t (&b)[4], const ptx::Shared<BFloat16>& from, int n, int k, bool by_rows,
+                        int lane) const {
     if (by_rows) {
       const auto at = fragment::b_row(lane);
       ptx::ldmatrix_x4(b, from.address((n + at.row) * (product_depth + 8) + k + at.column));
@@ -146,7 +159,8 @@ class GradientBlock {
     }
   }
 
-  DR_DEVICE void add(const Product& p, int row, int column, int split, bool first_slice, const float (&d)[2][4][4]) const {
+  DR_DEVICE void add(const Product& p, int row, int column, int split, bool first_slice,
+                     const float (&d)[2][4][4]) const {
     float* out = g.sums + split * sums_of(c.packing).floats + p.out;
     const auto mine = fragment::accumulator(static_cast<int>(threadIdx.x) % 32);
     DR_UNROLL
@@ -172,7 +186,8 @@ class GradientBlock {
     const Packing& p = c.packing;
     const Sums sums = sums_of(p);
     const int wide = p.tokens * p.width / 8, rows = p.depth * p.tokens;
-    const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), step = static_cast<int>(gridDim.x * blockDim.x);
+    const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x),
+              step = static_cast<int>(gridDim.x * blockDim.x);
     for (int i = first; i < 2 * wide; i += step) {
       const unsigned char* from = c.operands + (i < wide ? c.staging.first : c.staging.last) + i % wide * 16;
       float sum[8] = {};
@@ -188,7 +203,8 @@ class GradientBlock {
     for (int i = first; i < rows / 4; i += step) {
       float sum[4] = {};
       for (int unit = 0; unit < units; ++unit) {
-        const ptx::Vector16 x = ptx::load16<ptx::Cache::l2>(c.operands + unit * c.staging.bytes + c.staging.rows + i * 16);
+        const ptx::Vector16 x =
+            ptx::load16<ptx::Cache::l2>(c.operands + unit * c.staging.bytes + c.staging.rows + i * 16);
         DR_UNROLL
         for (int j = 0; j < 4; ++j) sum[j] += Scalar::as_float(x.v[j]);
       }
@@ -214,8 +230,10 @@ DR_DEVICE int64_t place_in_sums(const Packing& p, const Sums& s, int weight, int
     case w_position: return s.position + static_cast<int64_t>(row) * p.width + permuted(column, 32);
     case w_mix: return s.mix + (static_cast<int64_t>(block) * p.tokens + row) * p.tokens + column;
     case w_mix_bias: return s.mix_bias + static_cast<int64_t>(row) * p.tokens + column;
-    case w_up: return s.up + (static_cast<int64_t>(block) * p.hidden + permuted(row, group)) * p.width + permuted(column, 32);
-    case w_down: return s.down + (static_cast<int64_t>(block) * p.width + permuted(row, 32)) * p.hidden + permuted(column, group);
+    case w_up:
+      return s.up + (static_cast<int64_t>(block) * p.hidden + permuted(row, group)) * p.width + permuted(column, 32);
+    case w_down:
+      return s.down + (static_cast<int64_t>(block) * p.width + permuted(row, 32)) * p.hidden + permuted(column, group);
     default: return s.head + static_cast<int64_t>(row) * p.width + permuted(column, 32);
   }
 }
@@ -230,18 +248,24 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
   for (int weight = 0; weight < weights; ++weight) {
     const bool product = weight == w_patch || weight == w_mix || weight == w_up || weight == w_down;
     const int blocks = weight == w_mix || weight == w_up || weight == w_down ? p.depth : 1;
-    const int rows = weight == w_patch || weight == w_down ? p.real_width : weight == w_mix_bias ? p.depth
-                     : weight == w_up                      ? p.real_hidden : p.real_tokens;
-    const int columns = weight == w_patch ? p.real_vector : weight == w_mix || weight == w_mix_bias ? p.real_tokens
-                        : weight == w_down ? p.real_hidden : p.real_width;
+    const int rows = weight == w_patch || weight == w_down ? p.real_width
+                     : weight == w_mix_bias                ? p.depth
+                     : weight == w_up                      ? p.real_hidden
+                                                           : p.real_tokens;
+    const int columns = weight == w_patch                         ? p.real_vector
+                        : weight == w_mix || weight == w_mix_bias ? p.real_tokens
+                        : weight == w_down                        ? p.real_hidden
+                                                                  : p.real_width;
     for (int64_t i = first; i < static_cast<int64_t>(blocks) * rows * columns; i += step) {
       const int column = static_cast<int>(i % columns), row = static_cast<int>(i / columns % rows);
       const int block = static_cast<int>(i / columns / rows);
       const float* from = g.sums + place_in_sums(p, sums, weight, block, row, column);
       float sum = ptx::load(from);
       for (int split = 1; product && split < g.splits; ++split) sum += ptx::load(from + split * sums.floats);
-      if (g.out_type == Type::float32) static_cast<float*>(g.out[weight])[i] = sum;
-      else static_cast<BFloat16*>(g.out[weight])[i] = from_float<BFloat16>(sum);
+      if (g.out_type == Type::float32)
+        static_cast<float*>(g.out[weight])[i] = sum;
+      else
+        static_cast<BFloat16*>(g.out[weight])[i] = from_float<BFloat16>(sum);
     }
   }
 }

@@ -140,7 +140,7 @@ class MixerBlock : MixerSample<S> {
     const bool backward = number >= forward_steps;
     const int bytes = backward ? S::backward_chunk : S::forward_chunk;
     const int step = number - forward_steps, in_block = step % chunks(), block = step / (S::parts * chunks());
-    const int64_t chunk = backward          ? (p.depth - 1 - block) * chunks() + in_block
+    const int64_t chunk = backward        ? (p.depth - 1 - block) * chunks() + in_block
                           : S::parts == 1 ? number
                                           : number / (S::parts * chunks()) * chunks() + number % chunks();
     const unsigned char* from = c.packed + (backward ? p.backward : p.forward) + chunk * bytes;
@@ -306,7 +306,7 @@ class MixerBlock : MixerSample<S> {
     if constexpr (S::parts == 1) load_checkpoint(operands + c.staging.m + block * wide);
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       const auto w = take(((2 * p.depth - 1 - block) * S::parts + i) * chunks() + chunk);
-      if (chunk == 0) {  // now that everybody has read what the tile held
+      if (chunk == 0) {                 // now that everybody has read what the tile held
         if constexpr (S::parts == 2) {  // where the other part's tokens are not needed now
           checkpoint = tile.rows((1 - part) * (p.tokens / 2), p.tokens / 2);
           load_checkpoint(operands + c.staging.m + block * wide);
@@ -375,7 +375,8 @@ class MixerBlock : MixerSample<S> {
       store_column_sums(columns_of_warp(), g);
     });
     ptx::block_sync();  // the sums of all warps
-    const int size = S::width + p.depth * p.hidden, warps = p.tokens / S::rows, begin = static_cast<int>(blockIdx.x) * warps;
+    const int size = S::width + p.depth * p.hidden, warps = p.tokens / S::rows,
+              begin = static_cast<int>(blockIdx.x) * warps;
     float* out = c.conditioning_gradient[half] + level * p.conditioning();
     for (int i = thread(); i < p.conditioning(); i += threads()) {
       const int unit = i - p.real_width;

@@ -106,7 +106,8 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
 
 // Launches what the plan says. `workspace`: plan.bytes, of which the counters are zero.
 template <int width, class Launcher>
-auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, unsigned char* workspace, Launcher& launcher) {
+auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, unsigned char* workspace,
+               Launcher& launcher) {
   return visit_rows<width>(c.packing, [&](auto shape) {
     using S = decltype(shape);
     const int units = c.halves * c.batch;
@@ -134,7 +135,8 @@ auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, un
       error = launcher.launch(samples, &mixer_kernel<S, Pass::weights>, c);
       if (!error) error = launcher.launch(products, &gradient_kernel, c, g);
     }
-    return error ? error : launcher.launch({"finish", plan.product_blocks, gradient_threads, 0, false}, &finish_kernel, c, g);
+    return error ? error
+                 : launcher.launch({"finish", plan.product_blocks, gradient_threads, 0, false}, &finish_kernel, c, g);
   });
 }
 

@@ -167,16 +167,16 @@ struct MixerCall {
   uint32_t* outside;                // score: [2], zero: log ratios clamped, blocks done
   float* clamped_fraction;          // score
   unsigned char* operands;  // image gradient: each block's checkpoints of m; weight gradients: Staging of each unit
-  unsigned char* parked;   // [blocks] x parked_bytes
-  float* columns;          // weight gradients: [blocks][parts * warps][width + depth * hidden]
-  int first_unit, units;   // of halves * batch, that this launch does
+  unsigned char* parked;    // [blocks] x parked_bytes
+  float* columns;           // weight gradients: [blocks][parts * warps][width + depth * hidden]
+  int first_unit, units;    // of halves * batch, that this launch does
 };
 
 // And of what follows from the staged operands.
 struct GradientCall {
-  float* sums;   // [splits] x Sums
+  float* sums;  // [splits] x Sums
   int splits;
-  bool first;    // the first slice: sums are written, not added to
+  bool first;          // the first slice: sums are written, not added to
   void* out[weights];  // the gradients, like the weights
   Type out_type;       // float32 or bfloat16
   float* loss;         // or null

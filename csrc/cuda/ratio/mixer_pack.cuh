@@ -1,8 +1,8 @@
 // From the weights as PyTorch has them to the packed weights of mixer_layout.h, once per step of the optimizer.
 #pragma once
 
-#include "mixer_layout.h"
 #include "../ptx.cuh"
+#include "mixer_layout.h"
 
 namespace diffratio::cuda {
 
@@ -19,7 +19,8 @@ DR_DEVICE float element(const PackCall& c, const PackedMatrix& m, int block, int
   const int r = m.transposed ? column : row, k = m.transposed ? row : column;
   if (r >= m.rows || k >= m.columns) return 0.0f;
   const int64_t i = (static_cast<int64_t>(block) * m.rows + r) * m.columns + k;
-  return c.type == Type::float32 ? static_cast<const float*>(m.data)[i] : to_float(static_cast<const BFloat16*>(m.data)[i]);
+  return c.type == Type::float32 ? static_cast<const float*>(m.data)[i]
+                                 : to_float(static_cast<const BFloat16*>(m.data)[i]);
 }
 
 // A lane's 16 bytes of the 16 x 16 piece of m that begins at (row, column), as operand a.
@@ -103,7 +104,8 @@ DR_DEVICE ptx::Vector16 packed_at(const PackCall& c, int64_t at) {
 
 static __global__ void __launch_bounds__(pack_threads) pack_kernel(const PackCall c) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * pack_threads * 16;
-  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * pack_threads + threadIdx.x) * 16; at < c.packing.bytes; at += step) {
+  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * pack_threads + threadIdx.x) * 16; at < c.packing.bytes;
+       at += step) {
     ptx::store16(c.packed + at, packed_at(c, at));
   }
 }

@@ -1,8 +1,8 @@
 // One sample's image and what a warp needs of the packed weights: patch vectors, embedding, the way back to pixels.
 #pragma once
 
-#include "mixer_tiles.cuh"
 #include "../noise/noise_values.cuh"
+#include "mixer_tiles.cuh"
 
 namespace diffratio::cuda {
 
@@ -28,8 +28,9 @@ class MixerSample {
       DR_UNROLL
       for (int j = 0; j < 4; ++j) {
         if (i + j >= size) break;
-        const float x0 = c.type == Type::float32 ? static_cast<const float*>(c.images[half])[offset + i + j]
-                                                 : to_float(static_cast<const BFloat16*>(c.images[half])[offset + i + j]);
+        const float x0 = c.type == Type::float32
+                             ? static_cast<const float*>(c.images[half])[offset + i + j]
+                             : to_float(static_cast<const BFloat16*>(c.images[half])[offset + i + j]);
         const float noised_x = c.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
         tile.store(token, start + column, from_float<BFloat16>(noised_x));
         if (++x == p.across) {  // a row ends among the four
@@ -158,7 +159,8 @@ class MixerSample {
   }
 
   DR_DEVICE void load_packed(uint32_t (&b)[4], int64_t matrix, int piece) const {
-    unpack(b, ptx::load16<ptx::Cache::constant>(c.packed + matrix + static_cast<int64_t>(piece) * piece_bytes + lane() * 16));
+    unpack(b, ptx::load16<ptx::Cache::constant>(c.packed + matrix + static_cast<int64_t>(piece) * piece_bytes +
+                                                lane() * 16));
   }
 
   // A block's mixing matrix, from this warp's rows on.
@@ -177,7 +179,9 @@ class MixerSample {
   // Of this lane in the accumulators.
   DR_DEVICE int own_row() const { return first() + lane() / 4; }
   static DR_DEVICE int own_column() { return lane() % 4 * 2; }
-  DR_DEVICE float c_in(float sigma) const { return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data); }
+  DR_DEVICE float c_in(float sigma) const {
+    return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data);
+  }
 
   // Parameters of the kernel are in constant memory and cost no registers, of which there are none to spare.
   const MixerCall& c;

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "../fragment.cuh"
-#include "mixer_layout.h"
 #include "../ptx.cuh"
+#include "mixer_layout.h"
 
 namespace diffratio::cuda {
 
@@ -15,9 +15,9 @@ using ptx::Vector16;
 
 template <int width_, int rows_, int parts_ = 1>
 struct Shape {
-  static constexpr int width = width_, rows = rows_;        // of a warp's residual sum
-  static constexpr int parts = parts_;                      // in which a block takes the tokens, one after the other
-  static constexpr int chunk = chunk_of(width_, rows_);     // hidden units at a time
+  static constexpr int width = width_, rows = rows_;     // of a warp's residual sum
+  static constexpr int parts = parts_;                   // in which a block takes the tokens, one after the other
+  static constexpr int chunk = chunk_of(width_, rows_);  // hidden units at a time
   static constexpr int tiles = rows / 16, columns = width / 8;  // of a warp's accumulators
   static constexpr int stride = width + 8;                      // of activations in shared memory: no bank conflicts
   static constexpr int most_threads = 256;
@@ -36,7 +36,8 @@ using Activations = ptx::SharedTile<BFloat16, S::stride>;
 
 // d += a b over 16 columns of b, a lane's part of which is `b`.
 template <int tiles, int columns>
-DR_DEVICE void multiply(float (&d)[tiles][columns][4], int column, const uint32_t (&a)[tiles][4], const uint32_t (&b)[4]) {
+DR_DEVICE void multiply(float (&d)[tiles][columns][4], int column, const uint32_t (&a)[tiles][4],
+                        const uint32_t (&b)[4]) {
   DR_UNROLL
   for (int i = 0; i < tiles; ++i) {
     ptx::mma_bf16(d[i][column], a[i], b[0], b[1]);
@@ -102,7 +103,8 @@ DR_DEVICE void to_operand(uint32_t (&a)[4], const float (&d)[columns][4], int k)
 // d += x w over a chunk of hidden units: x a chunk as operand a, w pieces [chunk / 16][`parts`][width / 16], of which
 // part `part` counts.
 template <class S>
-DR_DEVICE void from_hidden(Accumulator<S>& d, const Operand<S>& x, const ptx::Shared<BFloat16>& w, int parts, int part) {
+DR_DEVICE void from_hidden(Accumulator<S>& d, const Operand<S>& x, const ptx::Shared<BFloat16>& w, int parts,
+                           int part) {
   DR_UNROLL
   for (int k = 0; k < S::chunk / 16; ++k) {
     uint32_t a[S::tiles][4];
@@ -175,7 +177,8 @@ DR_DEVICE void stage_hidden(unsigned char* to, int first, int column, int hidden
       } else {
         DR_UNROLL
         for (int n = 0; n < 2; ++n) {
-          ptx::store(reinterpret_cast<uint32_t*>(row + lane % 4 * 8) + n, ptx::pack_bf16(d[i][n][2 * half], d[i][n][2 * half + 1]));
+          ptx::store(reinterpret_cast<uint32_t*>(row + lane % 4 * 8) + n,
+                     ptx::pack_bf16(d[i][n][2 * half], d[i][n][2 * half + 1]));
         }
       }
     }

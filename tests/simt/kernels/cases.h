@@ -165,9 +165,17 @@ inline simt::Case operations() {
 
 // Odd grids, partial tiles, one and several samples per block, one to five steps of depth.
 inline std::vector<simt::Case> all() {
-  return {gemm(2, 48, 80, 80, 3), gemm(3, 16, 16, 16, 1), gemm(1, 64, 32, 32, 5), gemm(5, 16, 48, 48, 2),
-          reduce(5, 300, 2),      reduce(3, 1, 1),        mix<32, 16>(5, 2),      mix<64, 64>(3, 1),
-          relay(5),               share(100, 3),           operations()};
+  return {gemm(2, 48, 80, 80, 3),
+          gemm(3, 16, 16, 16, 1),
+          gemm(1, 64, 32, 32, 5),
+          gemm(5, 16, 48, 48, 2),
+          reduce(5, 300, 2),
+          reduce(3, 1, 1),
+          mix<32, 16>(5, 2),
+          mix<64, 64>(3, 1),
+          relay(5),
+          share(100, 3),
+          operations()};
 }
 
 }  // namespace reference_cases

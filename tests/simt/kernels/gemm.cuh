@@ -9,16 +9,16 @@
 namespace diffratio::reference {
 
 struct Gemm {
-  const BFloat16* a;  // [samples][m][k]
-  const BFloat16* b;  // [samples][n][k]
-  float* c;           // [samples][m][n]
+  const BFloat16* a;     // [samples][m][k]
+  const BFloat16* b;     // [samples][n][k]
+  float* c;              // [samples][m][n]
   int samples, m, n, k;  // m, n, k: multiples of 16
 };
 
 constexpr int gemm_threads = 128;  // 2 x 2 warps, each makes 16 x 16 of the block's 32 x 32
 constexpr int gemm_tile = 32, gemm_depth = 16;
-constexpr int gemm_stride = gemm_depth + 8;                    // of an operand's tile in shared memory
-constexpr int gemm_stage = gemm_tile * gemm_stride;            // elements
+constexpr int gemm_stride = gemm_depth + 8;                               // of an operand's tile in shared memory
+constexpr int gemm_stage = gemm_tile * gemm_stride;                       // elements
 constexpr int gemm_out_stride = 16 + 4, gemm_out = 16 * gemm_out_stride;  // of a warp's staged output
 
 constexpr uint32_t gemm_shared_bytes = 2 * 2 * gemm_stage * 2 + gemm_threads / 32 * gemm_out * 4;

@@ -55,8 +55,7 @@ static __global__ void __launch_bounds__(32) operations_kernel(const Operations 
   ptx::store16<ptx::Cache::l2>(out + 4, line[1]);
   ptx::store16<ptx::Cache::streaming>(out + 8, line[2]);
   const ptx::Vector16 again[4] = {ptx::load16(out), ptx::load16<ptx::Cache::l2>(out + 4),
-                                  ptx::load16<ptx::Cache::streaming>(out + 8),
-                                  ptx::load16<ptx::Cache::constant>(o.x)};
+                                  ptx::load16<ptx::Cache::streaming>(out + 8), ptx::load16<ptx::Cache::constant>(o.x)};
   uint32_t sum = 0;
   DR_UNROLL
   for (int i = 0; i < 4; ++i) sum ^= again[i].v[0];
