@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import platform
 import random
@@ -38,11 +39,23 @@ class Case:
     about: dict[str, dict[str, Any]] = field(default_factory=dict)  # what else a provider's rows say
 
 
+FEWEST = 3
+"""Timed calls of each provider, at least; a case that runs out of time before that is left out."""
+
+
+class OutOfTime(Exception):
+    """The time limit was reached before a case had enough timed calls."""
+
+
 @dataclass
 class Settings:
     device: torch.device
     repeats: int = 50
-    notes: list[str] = field(default_factory=list)  # said below the table
+    deadline: float = math.inf  # of time.monotonic()
+    notes: list[str] = field(default_factory=list)  # printed below the table
+
+    def expired(self) -> bool:
+        return time.monotonic() >= self.deadline
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -112,11 +125,16 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, Any]]:
-    """Rows of the JSON file, one for each provider; interleaved, so that all see the same disturbances."""
+    """Rows of the JSON file, one for each provider; interleaved, so that all see the same disturbances.
+
+    Raises ``OutOfTime`` where the deadline leaves fewer than ``FEWEST`` timed calls of each.
+    """
     case.check()
     order = random.Random(0)
     seconds: dict[str, list[float]] = {}
     for name, call in list(case.providers.items()):
+        if settings.expired():
+            raise OutOfTime
         try:
             for i in range(3):
                 call(i)
@@ -127,6 +145,10 @@ def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, An
             reason = str(error).strip().splitlines() or [type(error).__name__]
             settings.notes.append(f"{case.op} {name}: not measured ({reason[0][:120]})")
     for i in range(settings.repeats):
+        if settings.expired():
+            if i < FEWEST:
+                raise OutOfTime
+            break
         names = list(seconds)
         order.shuffle(names)
         for name in names:
@@ -147,6 +169,7 @@ def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, An
                 "median_s": median,
                 "q20_s": quantiles[0],
                 "q80_s": quantiles[3],
+                "repeats": len(values),
                 "peak_bytes": peak_bytes(lambda name=name: case.providers[name](0), settings.device),  # type: ignore[misc]
                 "bytes_per_s": case.bytes / median,
                 "flop_per_s": case.flops / median if case.flops else None,

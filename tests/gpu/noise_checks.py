@@ -1,5 +1,8 @@
 """Checks of the CUDA noise operations against the CPU. Plain functions that need torch alone: pytest collects
-them through test_noise_cuda.py, and ``python -m benchmarks --device cuda`` runs them before it times."""
+them through test_noise_cuda.py, and ``python -m benchmarks.gpu_checks`` runs them without pytest.
+
+``DEVICE`` may be set to the CPU: then all but ``CUDA_ONLY`` compare the CPU with itself, to try the checks.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ import torch
 from diffratio_fast import ops
 from diffratio_fast.ops import compiled
 
+DEVICE = torch.device("cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def noise_arguments(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rng, index and sigma of a batch."""
+    return ops.make_rng(7, 8).to(DEVICE), torch.arange(batch).to(DEVICE), torch.rand(batch).to(DEVICE)
 
 
 def check_built() -> None:
@@ -24,14 +33,16 @@ def check_built() -> None:
 def check_words_and_normals() -> None:
     rng, index = ops.make_rng(-3, 2**40 + 7), torch.tensor([0, 5, 2**35 + 9, -1])
     for size in (0, 1, 3, 8, 64, 1001, 70000):
-        _same(ops.random_words(rng.cuda(), index.cuda(), 3, size), ops.random_words(rng, index, 3, size))
-        _same(ops.normal(rng.cuda(), index.cuda(), (size,), 3), ops.normal(rng, index, (size,), 3))
+        _same(
+            ops.random_words(rng.to(DEVICE), index.to(DEVICE), 3, size), ops.random_words(rng, index, 3, size)
+        )
+        _same(ops.normal(rng.to(DEVICE), index.to(DEVICE), (size,), 3), ops.normal(rng, index, (size,), 3))
 
 
 def check_every_radius_word() -> None:
     """2^24 normals and more: nearly every value of the polynomials' arguments."""
     rng, index = ops.make_rng(1, 2), torch.arange(64)
-    _same(ops.normal(rng.cuda(), index.cuda(), (1 << 19,), 0), ops.normal(rng, index, (1 << 19,), 0))
+    _same(ops.normal(rng.to(DEVICE), index.to(DEVICE), (1 << 19,), 0), ops.normal(rng, index, (1 << 19,), 0))
 
 
 def check_add_noise() -> None:
@@ -41,48 +52,56 @@ def check_add_noise() -> None:
         for source, target in (*itertools.product(FLOATS, FLOATS), (torch.float64, torch.float64)):
             x = [torch.randn(5 * size + offset).mul(5).to(source)[offset:].view(5, size) for _ in range(2)]
             on_device = [
-                torch.empty(5 * size + offset, dtype=source, device="cuda")[offset:] for _ in range(2)
+                torch.empty(5 * size + offset, dtype=source, device=DEVICE)[offset:] for _ in range(2)
             ]
             on_device = [d.view(5, size).copy_(v) for d, v in zip(on_device, x, strict=True)]
             got = ops.add_noise(
                 tuple(on_device),
-                sigma.cuda(),
-                rng.cuda(),
-                index.cuda(),
+                sigma.to(DEVICE),
+                rng.to(DEVICE),
+                index.to(DEVICE),
                 (3, 4),
-                scale=scale.cuda(),
+                scale=scale.to(DEVICE),
                 dtype=target,
             )
             _same(got, ops.add_noise(tuple(x), sigma, rng, index, (3, 4), scale=scale, dtype=target))
 
 
 def check_nan_sigma_stays_in_its_sample() -> None:
-    rng, index, x = ops.make_rng(7, 8).cuda(), torch.arange(3).cuda(), torch.randn(3, 100).cuda()
-    sigma = torch.tensor([1.0, float("nan"), 2.0]).cuda()
+    rng, index, x = ops.make_rng(7, 8).to(DEVICE), torch.arange(3).to(DEVICE), torch.randn(3, 100).to(DEVICE)
+    sigma = torch.tensor([1.0, float("nan"), 2.0]).to(DEVICE)
     noised = ops.add_noise(x, sigma, rng, index, 3)
     assert noised[1].isnan().all() and not noised[[0, 2]].isnan().any()
 
 
 def check_gradient() -> None:
-    rng, index = ops.make_rng(7, 8).cuda(), torch.arange(3).cuda()
-    x = torch.randn(3, 100, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    scale, upstream = torch.rand(3).cuda(), torch.randn(3, 100).cuda()
-    noised = ops.add_noise(x, torch.rand(3).cuda(), rng, index, 3, scale=scale, dtype=torch.float32)
+    rng, index = ops.make_rng(7, 8).to(DEVICE), torch.arange(3).to(DEVICE)
+    x = torch.randn(3, 100, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    scale, upstream = torch.rand(3).to(DEVICE), torch.randn(3, 100).to(DEVICE)
+    noised = ops.add_noise(x, torch.rand(3).to(DEVICE), rng, index, 3, scale=scale, dtype=torch.float32)
     noised.backward(upstream)
     _same(x.grad, (upstream * scale[:, None]).bfloat16())
 
 
 def check_determinism() -> None:
-    rng, index, x = ops.make_rng(7, 8).cuda(), torch.arange(256).cuda(), torch.randn(256, 4, 64, 64).cuda()
-    sigma = torch.rand(256).cuda()
+    rng, index, x = (
+        ops.make_rng(7, 8).to(DEVICE),
+        torch.arange(256).to(DEVICE),
+        torch.randn(256, 4, 64, 64).to(DEVICE),
+    )
+    sigma = torch.rand(256).to(DEVICE)
     results = [ops.add_noise((x, x), sigma, rng, index, (3, 4)) for _ in range(3)]
     _same(results[0], results[1])
     _same(results[0], results[2])
 
 
 def check_another_stream() -> None:
-    rng, index, x = ops.make_rng(7, 8).cuda(), torch.arange(64).cuda(), torch.randn(64, 4, 64, 64).cuda()
-    sigma = torch.rand(64).cuda()
+    rng, index, x = (
+        ops.make_rng(7, 8).to(DEVICE),
+        torch.arange(64).to(DEVICE),
+        torch.randn(64, 4, 64, 64).to(DEVICE),
+    )
+    sigma = torch.rand(64).to(DEVICE)
     expected = ops.add_noise(x, sigma, rng, index, 3)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -95,8 +114,8 @@ def check_another_stream() -> None:
 
 def check_graph_replay() -> None:
     """A captured graph reads the seed and step of its replay from ``rng``."""
-    rng, index, x = ops.make_rng(7, 0).cuda(), torch.arange(8).cuda(), torch.randn(8, 300).cuda()
-    sigma = torch.rand(8).cuda()
+    rng, index, x = ops.make_rng(7, 0).to(DEVICE), torch.arange(8).to(DEVICE), torch.randn(8, 300).to(DEVICE)
+    sigma = torch.rand(8).to(DEVICE)
     ops.add_noise(x, sigma, rng, index, 3)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -110,8 +129,8 @@ def check_graph_replay() -> None:
 
 
 def check_no_synchronisation() -> None:
-    rng, index, x = ops.make_rng(7, 8).cuda(), torch.arange(8).cuda(), torch.randn(8, 300).cuda()
-    sigma = torch.rand(8).cuda()
+    rng, index, x = ops.make_rng(7, 8).to(DEVICE), torch.arange(8).to(DEVICE), torch.randn(8, 300).to(DEVICE)
+    sigma = torch.rand(8).to(DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ops.add_noise(x, sigma, rng, index, 3)
@@ -122,10 +141,10 @@ def check_no_synchronisation() -> None:
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
-
-
-def run_all() -> int:
-    """Run every check; returns how many there were."""
-    for check in CHECKS:
-        check()
-    return len(CHECKS)
+CUDA_ONLY = (
+    check_built,
+    check_nan_sigma_stays_in_its_sample,
+    check_another_stream,
+    check_graph_replay,
+    check_no_synchronisation,
+)
