@@ -11,12 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from helpers import SMALL
-from simt_programs import Programs
+from support.helpers import SMALL
+from support.simt_programs import Programs
 
 from diffratio_fast import train
-
-HERE = Path(__file__).parent
 
 # The CUDA checks need a CUDA device; without one they are not collected at all (no row of skips).
 collect_ignore: list[str] = [] if torch.cuda.is_available() else ["gpu"]

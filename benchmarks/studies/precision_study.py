@@ -1,9 +1,9 @@
 """Which precision the RatioMixer's CUDA kernels need where: their rounding, imitated in PyTorch.
 
 ``python -m benchmarks.studies.precision_study [--json FILE]`` rounds operands of matrix products to bfloat16,
-with sums in float32, as the kernels do; beside that either nothing, or also the residual sum of the forward pass,
-or the gradient stream of the backward pass, or both, after every block. Errors are against float64, relative
-to the largest value, as the median over networks drawn at random; beside them PyTorch's own bfloat16
+with sums in float32, as the kernels do. The variants also round the residual sum of the forward pass, the
+gradient stream of the backward pass, or both, after every layer. Errors are against float64, relative to the
+largest value, as the median over networks drawn at random; beside them PyTorch's own bfloat16
 autocast, twice whose error is the limit that the kernels must keep.
 """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data_cases import prepared
+from support.data_cases import prepared
 
 from diffratio_fast.data import open_dataset
 from diffratio_fast.data.shards import ShardDataSet

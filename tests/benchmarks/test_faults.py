@@ -1,0 +1,23 @@
+"""A sample of the fault injection that benchmarks/fault_injection.py runs at length."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support import ROOT
+
+
+def test_runs_under_faults_end_as_if_nothing_had_been(tmp_path: Path) -> None:
+    out = tmp_path / "faults.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fault_injection", "--cases", "6", "--processes", "1,1,2",
+         "--json", out],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    content = json.loads(out.read_text())
+    assert content["lost"] == 0 and len(content["rows"]) == 6
+    assert len(content["faults"]) == 5 and {row["processes"] for row in content["rows"]} == {1, 2}

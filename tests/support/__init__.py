@@ -1,0 +1,8 @@
+"""What several tests share: small runs, data sets, published networks, the places of the checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
