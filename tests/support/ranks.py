@@ -1,6 +1,6 @@
 """Training in processes that work together, forked from one that has imported everything.
 
-Usage: ranks.py PLAN.json. A plan is a list of entries, each with the number of "processes" and a file "out":
+Usage: python -m support.ranks PLAN.json. A plan is a list of entries, each with the number of "processes" and a file "out":
 {"kind": "train" | "pretrain", "options": {...}, "steps": N}, whose state ends up in the file ("taped": true
 replays recorded steps in the place of a CUDA graph), or
 {"command": [NAME, argument, ...]}, whose output ends up in FILE.0, FILE.1, ... Prints the exit statuses.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tape import NothingIsWrong, Recorder
+from support.tape import NothingIsWrong, Recorder
 
 from diffratio_fast import command
 from diffratio_fast.config.pretrain import PretrainConfig

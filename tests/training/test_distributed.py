@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import TESTS
+from support import ROOT, TESTS
 from support.helpers import SMALL, checkpoint_tensors, newest_checkpoint
 
 COMMON: dict[str, Any] = {"precision": "float64", "batch_size": 16}
@@ -68,8 +69,9 @@ def run_plan(where: Path, plan: list[dict[str, Any]]) -> Statuses:
     """Exit statuses of the processes of each entry; see ranks.py."""
     (where / "plan.json").write_text(json.dumps(plan))
     result = subprocess.run(
-        [sys.executable, TESTS / "support" / "ranks.py", where / "plan.json"],
+        [sys.executable, "-m", "support.ranks", where / "plan.json"],
         capture_output=True, text=True, timeout=300, check=False, cwd=where,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), str(ROOT)))},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
