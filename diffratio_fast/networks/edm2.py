@@ -174,9 +174,7 @@ class Block(ResidualBlock):
         )
         # A constant of the architecture: on the device with the weights, but not among them.
         kernel = separable_filter(resample_filter)
-        self.register_buffer(
-            "resample_kernel", None if is_box(resample_filter) else kernel, persistent=False
-        )
+        self.register_buffer("resample_kernel", None if is_box(resample_filter) else kernel, persistent=False)
         self.dropout = Dropout(dropout)
         self.res_balance = res_balance
         self.attn_balance = attn_balance

@@ -1,6 +1,7 @@
 """Training in processes that work together, forked from one that has imported everything.
 
-Usage: python -m support.ranks PLAN.json. A plan is a list of entries, each with the number of "processes" and a file "out":
+Usage: python -m support.ranks PLAN.json. A plan is a list of entries, each with the number of "processes" and
+a file "out":
 {"kind": "train" | "pretrain", "options": {...}, "steps": N}, whose state ends up in the file ("taped": true
 replays recorded steps in the place of a CUDA graph), or
 {"command": [NAME, argument, ...]}, whose output ends up in FILE.0, FILE.1, ... Prints the exit statuses.
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from support.tape import NothingIsWrong, Recorder
 
 from diffratio_fast import command
 from diffratio_fast.config.pretrain import PretrainConfig
@@ -34,6 +34,7 @@ from diffratio_fast.training.state.generator import initial_state
 from diffratio_fast.training.state.run_state import RunState
 from diffratio_fast.training.step.capture import Captured
 from diffratio_fast.training.step.generator import Iteration
+from support.tape import NothingIsWrong, Recorder
 
 
 def free_port() -> int:
