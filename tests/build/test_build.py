@@ -174,7 +174,8 @@ def test_a_cuda_compiler_that_does_not_work(tmp_path):
     nvcc.chmod(0o755)
     result = build(tmp_path, DIFFRATIO_CUDA="1", CUDACXX=str(nvcc))
     assert result.returncode != 0 and "cannot use the CUDA compiler" in result.stderr
-    for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # what is compiled does not matter here
+    # what is compiled does not matter here
+    for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):
         (tmp_path / "csrc" / name).write_text("")
     result = build(tmp_path, DIFFRATIO_CUDA="auto", CUDACXX=str(nvcc))
     assert result.returncode == 0, result.stderr

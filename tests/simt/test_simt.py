@@ -139,9 +139,8 @@ def test_ratio_kernels_stay_within_global_memory(simt_programs: Programs):
 def test_ratio_kernels_need_every_synchronisation(simt_programs: Programs):
     result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "mutate")
     assert result.returncode == 0, result.stdout + result.stderr
-    files = (
-        ROOT / "csrc/cuda/ratio" / name for name in ("mixer_kernel.cuh", "mixer_gradients.cuh", "mixer_sample.cuh")
-    )
+    names = ("mixer_kernel.cuh", "mixer_gradients.cuh", "mixer_sample.cuh")
+    files = (ROOT / "csrc/cuda/ratio" / name for name in names)
     assert_every_line_is_tried(files, result.stdout, least=29, helpers=r"= take\(|fetch\(0\);")
 
 

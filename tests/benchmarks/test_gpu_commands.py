@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL
+from support.helpers import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
