@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.helpers import SMALL
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as benchmarks  # noqa: E402
 from benchmarks import gpu_checks, harness, kernel  # noqa: E402
