@@ -4,7 +4,7 @@ Each operation runs as compiled code where that was built for the tensors' devic
 the noise is the same bit for bit either way.
 """
 
-from diffratio_fast.ops import reference_noise, reference_ratio
+from diffratio_fast.ops import edm2, reference_edm2, reference_noise, reference_ratio
 from diffratio_fast.ops.noise import add_noise, make_rng, normal, random_words, uniform
 from diffratio_fast.ops.purpose import SEPARATE_NOISE, SHARED_NOISE, Purpose
 from diffratio_fast.ops.ratio import log_ratio, pack_weights, ratio_loss, score_difference
@@ -14,12 +14,14 @@ __all__ = [
     "SHARED_NOISE",
     "Purpose",
     "add_noise",
+    "edm2",
     "log_ratio",
     "make_rng",
     "normal",
     "pack_weights",
     "random_words",
     "ratio_loss",
+    "reference_edm2",
     "reference_noise",
     "reference_ratio",
     "score_difference",
