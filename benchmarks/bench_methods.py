@@ -18,14 +18,14 @@ import torch
 
 from benchmarks.harness import Case, Settings
 from diffratio_fast import command
-from diffratio_fast.config.presets import PRESETS, RATIO_NETWORKS, VSD
+from diffratio_fast.config.objectives import OBJECTIVES
+from diffratio_fast.config.presets import PRESETS, RATIO_NETWORKS
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.scaling import EDM_PIXELS
 from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.memory import Tracker, cost
-from diffratio_fast.training.methods import METHODS
 from diffratio_fast.training.plan import planned_data
-from diffratio_fast.training.state.generator import initial_state
 from diffratio_fast.training.step.generator import Iteration
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def config_of(method: str, preset: str | None = None, **options: Any) -> TrainCo
     if preset is not None:
         chosen = CHOICES[method]
         values |= PRESETS[preset] | RATIO_NETWORKS.get((preset, chosen.get("ratio_network", "")), {})
-        values |= VSD[preset] if "objective" in chosen else {}
+        values |= OBJECTIVES[chosen.get("objective", "diffratio")].preset
     return TrainConfig(**(values | CHOICES[method] | options))
 
 
@@ -66,9 +66,9 @@ def iteration(method: str, device: torch.device, shape: tuple[int, int, int], **
     dataset: Any = SimpleNamespace(
         name="random", kind="image", shape=shape, scaling=EDM_PIXELS, class_names=tuple("0123456789")
     )
-    state = initial_state(config, dataset, device, init=False)
-    state.step = sum(config.warmup_and_ramp())
-    return METHODS[config.objective][0](config, EDM_PIXELS, state, device)
+    found = Trainer.new_iteration(config, dataset, device, init=False)
+    found.state.step = config.settled_step
+    return found
 
 
 def counted_flops(step: Callable[[], None]) -> int:

@@ -32,11 +32,9 @@ from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.devices import choose_device
 from diffratio_fast.storage.writing import replace_file
-from diffratio_fast.training import denoiser_run
+from diffratio_fast.training.kinds import KINDS
 from diffratio_fast.training.memory import cost
 from diffratio_fast.training.plan import planned_data
-from diffratio_fast.training.state.generator import initial_state
-from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.training.step.stepper import Batch
 
 COLUMNS = (
@@ -99,15 +97,9 @@ def stepper(config: RunConfig, dataset: DataSet, device: torch.device) -> Callab
     if dataset.kind != "image":
         records = torch.rand(size).half()
     batch: Batch = records.to(device), (torch.arange(config.batch_size) % len(dataset.class_names)).to(device)
-    if isinstance(config, TrainConfig):
-        state = initial_state(config, dataset, device)
-        state.step = sum(config.warmup_and_ramp())
-        iteration = Iteration(config, dataset.scaling, state, device)
-        return lambda: iteration.run([batch] * config.ratio_steps)
-    assert isinstance(config, PretrainConfig)
-    denoising = denoiser_run.initial_state(config, dataset, device)
-    pretrained = denoiser_run.PretrainIteration(config, dataset.scaling, denoising, device)
-    return lambda: pretrained.run([batch])
+    iteration = KINDS[type(config)].new_iteration(config, dataset, device)
+    iteration.state.step = config.settled_step
+    return lambda: iteration.run([batch] * config.batches_per_step)
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio_fast import command
+from diffratio_fast.config.run import LARGEST_WIDTH
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.paths import RunPaths
 
@@ -116,10 +117,10 @@ def average(run: Path, std: float, out: Path, step: int | None = None) -> float:
     import safetensors.torch
 
     from diffratio_fast.storage.writing import replace_file
-    from diffratio_fast.training.state.posthoc_ema import LARGEST, Profile, combination
+    from diffratio_fast.training.state.posthoc_ema import Profile, combination
 
-    if not 0 < std <= LARGEST:
-        raise UserError(f"--ema-std must be above 0 and at most {LARGEST}, not {std}")
+    if not 0 < std <= LARGEST_WIDTH:
+        raise UserError(f"--ema-std must be above 0 and at most {LARGEST_WIDTH}, not {std}")
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UserError(f"--out {out}: must be a .safetensors file in a directory that is there")
     found = snapshots(run)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffratio_fast import command
-from diffratio_fast.config.presets import DEFAULT, PRESETS, RATIO_NETWORKS, VSD
+from diffratio_fast.config.objectives import OBJECTIVES
+from diffratio_fast.config.presets import DEFAULT, PRESETS, RATIO_NETWORKS
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.training.command_line import act, chosen_options, over_preset, run_parser
 
@@ -20,8 +21,9 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
     preset, chosen = chosen_options(arguments, PRESETS, TrainConfig)
     network = chosen.get("ratio_network", PRESETS[preset].get("ratio_network", "mlp"))
     values = PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {})
-    if chosen.get("objective") == "vsd":
-        values = values | VSD[preset]
+    objective = OBJECTIVES.get(chosen.get("objective", TrainConfig.default("objective")))
+    if objective is not None:
+        values = {**values, **objective.preset}
     return preset, TrainConfig(**over_preset(values, chosen))
 
 

@@ -33,9 +33,8 @@ from diffratio_fast.metrics.pixels import PixelMetrics
 from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.storage.writing import replace_file
-from diffratio_fast.training import denoiser_run
-from diffratio_fast.training.state.generator import initial_state
-from diffratio_fast.training.step.generator import Iteration
+from diffratio_fast.training.denoiser_run import Pretrainer
+from diffratio_fast.training.generator_run import Trainer
 
 CPU = torch.device("cpu")
 RECORDS = {"train": 10_000, "validation": 2000, "test": 2000}
@@ -83,13 +82,13 @@ def reduced(dataset: DataSet, share: float = 1.0) -> InMemoryDataSet:
 def pretrained(dataset: InMemoryDataSet, seed: int, steps: int, path: Path) -> float:
     """Write a denoiser's average to ``path``; its weighted error on validation images."""
     config = PretrainConfig(**BACKBONE, **(PRETRAINING | {"steps": steps, "seed": seed}))
-    state = denoiser_run.initial_state(config, dataset, CPU)
-    iteration = denoiser_run.PretrainIteration(config, dataset.scaling, state, CPU)
+    iteration = Pretrainer.new_iteration(config, dataset, CPU)
+    average = iteration.state.average
     batches = dataset.batches("train", config.batch_size, seed=seed)
     for _ in range(steps):
         iteration.run([next(batches)])
-    assert isinstance(state.average, Denoiser)
-    save_published(path, state.average, {"scaling": json.dumps(vars(dataset.scaling))})
+    assert isinstance(average, Denoiser)
+    save_published(path, average, {"scaling": json.dumps(vars(dataset.scaling))})
     return iteration.validation_error(iteration.to_device(dataset.first("validation", 512)))
 
 
@@ -100,15 +99,14 @@ def train(dataset: InMemoryDataSet, start: str, denoiser: Path, seed: int, steps
     share = steps / TRAINING["steps"]
     short = {name: round(share * TRAINING[name]) for name in ("ratio_warmup_steps", "generator_ramp_steps")}
     config = TrainConfig(**BACKBONE, **(TRAINING | short | given | {"steps": steps, "seed": seed}))
-    state = initial_state(config, dataset, CPU)
-    iteration = Iteration(config, dataset.scaling, state, CPU)
+    iteration = Trainer.new_iteration(config, dataset, CPU)
     metrics = PixelMetrics(dataset)
     labels = metrics.labels("validation", SAMPLES)
     batches = dataset.batches("train", config.batch_size, seed=seed)
     curve = []
     for step in range(steps + 1):
         if step == steps or step % max(1, round(EVERY * share)) == 0:
-            images = networks.generate(state.average, labels, seed=7)
+            images = networks.generate(iteration.state.average, labels, seed=7)
             curve.append((step, metrics.distance(images, "validation")))
         if step < steps:
             iteration.run([next(batches)])

@@ -41,7 +41,7 @@ from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.networks.layers import Embedding, FourierFeatures, Linear, Weight
 from diffratio_fast.networks.mlp import MLPRatio
 from diffratio_fast.objectives.diffratio import log_ratio_pair, ratio_loss
-from diffratio_fast.objectives.noise_laws import sample_sigma
+from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.training.monitor import Evaluation
 from diffratio_fast.training.state.generator import initial_state
 from diffratio_fast.training.step.generator import Iteration

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from benchmarks.studies.batched_networks import BatchedNetworks, Denoisers, Ratios
+from diffratio_fast.config.noise_laws import parse_noise_law
 from diffratio_fast.data.scaling import SIGMA_DATA
-from diffratio_fast.objectives.noise_laws import parse_noise_law
 
 Sampler = Callable[[int], Tensor]
 """Clean points [S, N, d]."""

@@ -8,61 +8,79 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffratio_fast.command import Parser
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage import reading
 
-GROUPS = {
-    "run": "the run",
-    "data": "data",
-    "networks": "networks",
-    "optimization": "optimization",
-    "objective": "objective",
-    "augmentation": "augmentation",
-}
+GROUPS = ("the run", "data", "networks", "optimization", "objective", "augmentation")
+"""Titles of the groups in ``--help``, in their order."""
 
 
 def option(
     default: Any,
     help: str,
-    group: str,
     *,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
     free: bool = False,
 ) -> Any:
-    """A field with its help, its bounds (``above`` is exclusive) and whether it may change on continuing."""
-    metadata = {
-        "help": help,
-        "group": group,
-        "choices": choices,
-        "low": low,
-        "high": high,
-        "above": above,
-        "free": free,
-    }
+    """A field with its help, its bounds (``above`` is exclusive) and whether it may change on resuming.
+
+    ``choices`` may be a table: an option accepts its keys, also those added later.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def flag(name: str) -> str:
+    """The field ``name`` as an option of the command line: ``--kebab-case``."""
+    return "--" + name.replace("_", "-")
+
+
 class Options:
-    """Base of the dataclasses of options; their values are checked when one is made."""
+    """Base of the dataclasses of options; values are checked on construction.
+
+    A dataclass of one group names it once: ``class DataOptions(Options, group="data")``. A configuration
+    inherits several of them, so its fields are flat.
+    """
+
+    GROUP: ClassVar[str]
+
+    def __init_subclass__(cls, group: str | None = None) -> None:
+        if group is not None:
+            cls.GROUP = GROUPS[GROUPS.index(group)]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             _check(field, getattr(self, field.name))
 
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Default of the field ``name``."""
+        return getattr(cls, name)
+
+
+def groups_of(kind: type[Options]) -> dict[str, str]:
+    """Field name to the title of its group."""
+    bases = [base for base in reversed(kind.__mro__) if issubclass(base, Options) and base is not Options]
+    return {name: base.GROUP for base in bases for name in _own_fields(base)}
+
+
+def _own_fields(kind: type[Options]) -> Iterable[str]:
+    own = vars(kind).get("__annotations__", {})
+    return (field.name for field in dataclasses.fields(kind) if field.name in own)  # type: ignore[arg-type]
+
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    rule = field.metadata
-    name = field.name
-    if rule["choices"] and value not in rule["choices"]:
-        raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, not {value!r}")
+    rule, name = field.metadata, flag(field.name)
+    if rule["choices"] is not None and value not in rule["choices"]:
+        raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, not {value}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
@@ -78,7 +96,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
 def _types(kind: type) -> dict[str, tuple[type, bool]]:
     """Field name to (its type, whether None is allowed)."""
     result = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    hints = typing.get_type_hints(kind)
+    for name in (field.name for field in dataclasses.fields(kind)):
+        hint = hints[name]
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         (kind,) = (part for part in parts if part is not type(None))
         result[name] = (kind, type(None) in parts)
@@ -118,7 +138,7 @@ def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
 
 
 def read_yaml(kind: type, path: Path) -> dict[str, Any]:
-    """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are passed over."""
+    """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are skipped."""
     try:
         content = reading.read_yaml(path)
     except OSError as error:
@@ -136,8 +156,8 @@ def add_options(parser: Parser, shown: Options) -> None:
 
     The help shows the values of ``shown``.
     """
-    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    kinds = _types(type(shown))
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    group_of, kinds = groups_of(type(shown)), _types(type(shown))
     for field in dataclasses.fields(shown):  # type: ignore[arg-type]
         kind, optional = kinds[field.name]
         default = getattr(shown, field.name)
@@ -150,11 +170,11 @@ def add_options(parser: Parser, shown: Options) -> None:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
             arguments["type"] = _optional(kind) if optional and kind is not str else kind
-            if field.metadata["choices"]:
+            if field.metadata["choices"] is not None:
                 arguments["choices"] = field.metadata["choices"]
             else:
                 arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-        groups[field.metadata["group"]].add_argument("--" + field.name.replace("_", "-"), **arguments)
+        groups[group_of[field.name]].add_argument(flag(field.name), **arguments)
 
 
 def _optional(kind: type) -> Any:

@@ -260,17 +260,6 @@ for _name in PRESETS:
     if _name not in ("digits", "fashion"):
         RATIO_NETWORKS[_name, "mixer"] = {"ratio_width": 128, "ratio_depth": 4, "ratio_lr": 1e-3}
 
-VSD: dict[str, Values] = {
-    name: {
-        "divergence": "reverse_kl",
-        "weight": "sigma2",
-        "ratio_ema_half_life_images": None,
-        "ratio_weight_decay": 0.0,
-    }
-    for name in PRESETS
-}
-"""What a preset sets otherwise with --objective vsd, where the options ``ratio_*`` are the student's."""
-
 DATA_SHAPES: dict[str, tuple[str, tuple[int, int, int], int]] = {
     "digits": ("image", (1, 8, 8), 10),
     "fashion": ("image", (1, 28, 28), 10),

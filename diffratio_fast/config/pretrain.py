@@ -1,26 +1,56 @@
-"""Options of pre-training."""
+"""Options of ``pretrain``: what each group adds to those of ``config.run``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffratio_fast.config.options import option
-from diffratio_fast.config.run import RunConfig
+from diffratio_fast.config.options import Options, option
+from diffratio_fast.config.run import AugmentationOptions, NetworkOptions, OptimizationOptions, RunConfig
 
 
 @dataclass(frozen=True)
-class PretrainConfig(RunConfig):
-    """Everything that decides the pre-training of a denoiser."""
+class PretrainNetworkOptions(NetworkOptions):
+    dropout: float = option(0.0, "dropout of the denoiser's blocks", low=0, high=0.99)
 
-    dropout: float = option(0.0, "dropout of the denoiser's blocks", "networks", low=0, high=0.99)
-    lr: float = option(1e-3, "learning rate", "optimization", low=0)
-    weight_decay: float = option(0.0, "weight decay", "optimization", low=0)
-    noise: str = option("lognormal(-1.2, 1.2)", "law of sigma", "objective")
+
+@dataclass(frozen=True)
+class PretrainOptimizationOptions(OptimizationOptions):
+    lr: float = option(1e-3, "learning rate", low=0)
+    weight_decay: float = option(0.0, "weight decay", low=0)
+
+
+@dataclass(frozen=True)
+class DenoisingOptions(Options, group="objective"):
+    noise: str = option("lognormal(-1.2, 1.2)", "law of sigma")
+
+
+@dataclass(frozen=True)
+class PretrainAugmentationOptions(AugmentationOptions):
     augment_probability: float = option(
         0.0,
-        "of each of EDM's geometric transforms, of which the denoiser is told; above 0, every other image is "
-        "mirrored too",
-        "augmentation",
+        "probability of each of EDM's geometric transforms, which are inputs of the denoiser; above 0, every "
+        "other image is mirrored too",
         low=0,
         high=1,
     )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(
+    PretrainAugmentationOptions,
+    DenoisingOptions,
+    PretrainOptimizationOptions,
+    PretrainNetworkOptions,
+    RunConfig,
+):
+    """Everything that decides the pre-training of a denoiser."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.noise_law("noise")
+
+    def networks_text(self) -> dict[str, str]:
+        return {"denoiser": self.backbone}
+
+    def objective_text(self) -> str:
+        return f"denoising, sigma {self.noise}"

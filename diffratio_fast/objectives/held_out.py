@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffratio_fast import ops
+from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.objectives.diffratio import RatioNetwork, log_ratio_pair
-from diffratio_fast.objectives.noise_laws import NoiseLaw
 
 LOG_2 = math.log(2.0)
 

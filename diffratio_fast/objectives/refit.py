@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from diffratio_fast import ops
+from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.diffratio import RatioLoss
 from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_levels, pair_bounds
-from diffratio_fast.objectives.noise_laws import NoiseLaw, sample_sigma
+from diffratio_fast.objectives.sigma import sample_sigma
 
 HELD_OUT_PAIRS = 2048
 """Pairs behind a held-out bound, at least; a small validation split is used with several fakes and levels."""

@@ -1,4 +1,4 @@
-"""Pre-training runs: a denoiser by the EDM or EDM2 objective, whose result initialises ``train``."""
+"""Pre-training runs: a denoiser by the EDM or EDM2 objective, ``train`` starts from its result."""
 
 from __future__ import annotations
 
@@ -13,22 +13,16 @@ from torch import nn
 from diffratio_fast import ops
 from diffratio_fast.config.presets import PRESETS
 from diffratio_fast.config.pretrain import PretrainConfig
-from diffratio_fast.data.dataset import model_shape
+from diffratio_fast.data.dataset import DataSet, model_shape
 from diffratio_fast.data.pictures import grid, png, viewable
 from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.denoising import heun
 from diffratio_fast.progress import figure
-from diffratio_fast.runs.directory import RunDirectory
-from diffratio_fast.runs.paths import default_root
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.run import Run, run
 from diffratio_fast.training.state.denoiser import PretrainState, initial_state
-from diffratio_fast.training.state.posthoc_ema import (
-    averages_by_width,
-    stored,
-)
-from diffratio_fast.training.step.capture import stepping
+from diffratio_fast.training.state.posthoc_ema import averages_by_width, stored
 from diffratio_fast.training.step.denoiser import PretrainIteration
 from diffratio_fast.training.step.stepper import Batch
 
@@ -41,41 +35,35 @@ GRID_ROWS, GRID_COLUMNS = 10, 8
 class Pretrainer(Run):
     """One pre-training run."""
 
-    def __init__(
-        self,
-        preset: str,
-        config: PretrainConfig,
-        directory: RunDirectory,
-        *,
-        world: World = ALONE,
-        started: bool = False,
-    ) -> None:
-        super().__init__(preset, config, directory, world=world, started=started)
-        self.config: PretrainConfig = config
-        with world.together():
-            self.state: PretrainState = initial_state(
-                config, self.dataset, self.device, init=not started, world=world
-            )
-        self.iteration = PretrainIteration(config, self.dataset.scaling, self.state, self.device, world)
-        self.whole: PretrainState | None = self.state
-        self.measured = self.iteration
-        if self.state.sharded:
-            self.whole = None
-            if world.main:
-                self.whole = initial_state(config, self.dataset, self.device, init=False)
-                self.measured = PretrainIteration(config, self.dataset.scaling, self.whole, self.device)
-        self.checks, self.watch = [self.iteration.check], self.iteration.watch
-        self.step = stepping(config, self.iteration)
+    TRAINS_DENOISER = True
+    config: PretrainConfig
+    iteration: PretrainIteration
+    measured: PretrainIteration
 
-    def settle(self, batch: Batch) -> None:
-        self.iteration.settle(batch)
+    @classmethod
+    def new_iteration(
+        cls,
+        config: PretrainConfig,
+        dataset: DataSet,
+        device: torch.device,
+        *,
+        init: bool = True,
+        planned: bool = False,
+        world: World = ALONE,
+    ) -> PretrainIteration:
+        state = initial_state(config, dataset, device, init=init, planned=planned, world=world)
+        return PretrainIteration(config, dataset.scaling, state, device, world)
+
+    @property
+    def state(self) -> PretrainState:
+        return self.iteration.state
 
     def figures(self) -> dict[str, Any]:
         loss, error, steps = self.state.sums.tolist()
         return {
             "loss": loss / steps,
             "error": error / steps,
-            "gradient_norm": float(self.iteration.check.gradient_norm),
+            "gradient_norm": float(self.iteration.checks["denoiser"].gradient_norm),
             "lr": float(self.state.optimizer.param_groups[0]["lr"]),
         }
 
@@ -142,9 +130,9 @@ class Pretrainer(Run):
 
 
 def pretrain(preset: str, config: PretrainConfig, *, fresh: bool = False) -> int:
-    """Run or continue the pre-training that ``config`` describes; the process's exit status."""
-    root = Path(config.run_dir or default_root(preset, denoiser=True))
-    if run(Pretrainer, preset, config, root, fresh=fresh) is not None:
+    """Start or resume the pre-training that ``config`` describes; the process's exit status."""
+    if run(Pretrainer, preset, config, fresh=fresh) is not None:
+        root = Pretrainer.root(preset, config)
         chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
         print(f"  look: {root / 'samples'}")
         print(f"  train: python -m diffratio_fast.train {preset}{chosen} --init {root}")

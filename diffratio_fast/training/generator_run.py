@@ -1,71 +1,63 @@
-"""DiffRatio training runs: what they measure, log and leave."""
+"""Training runs of a generator: what they log, measure and write."""
 
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffratio_fast import networks
 from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.networks.saved import SavedNetwork
 from diffratio_fast.objectives.refit import Refitted
-from diffratio_fast.progress import figure
-from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.measurements import keep_measurements
-from diffratio_fast.runs.paths import default_root
 from diffratio_fast.storage.writing import replace_file
-from diffratio_fast.training.methods import METHODS
+from diffratio_fast.training.monitor import Evaluation
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.run import Run, run
-from diffratio_fast.training.state.generator import SUMS, TrainState, initial_state, network_arguments
+from diffratio_fast.training.state.builders import network_arguments
+from diffratio_fast.training.state.generator import SUMS, TrainState, initial_state
 from diffratio_fast.training.state.posthoc_ema import averages_by_width, stored
-from diffratio_fast.training.step.capture import stepping
-from diffratio_fast.training.step.stepper import Batch
+from diffratio_fast.training.step.generator import Iteration
 
 
 class Trainer(Run):
     """One training of a generator."""
 
-    def __init__(
-        self,
-        preset: str,
+    config: TrainConfig
+    iteration: Iteration
+    measured: Iteration
+    refitted: Refitted | None = None
+    """The newest evaluation's copy of the ratio network."""
+
+    @classmethod
+    def new_iteration(
+        cls,
         config: TrainConfig,
-        directory: RunDirectory,
+        dataset: DataSet,
+        device: torch.device,
         *,
+        init: bool = True,
+        planned: bool = False,
         world: World = ALONE,
-        started: bool = False,
-    ) -> None:
-        super().__init__(preset, config, directory, world=world, started=started)
-        self.config: TrainConfig = config
-        self.ratio_steps = config.ratio_steps
-        with world.together():
-            self.state: TrainState = initial_state(
-                config, self.dataset, self.device, init=not started, world=world
-            )
-        iteration, evaluation = METHODS[config.objective]
-        self.iteration = measured = iteration(config, self.dataset.scaling, self.state, self.device, world)
-        self.whole: TrainState | None = self.state
-        if self.state.sharded:
-            self.whole = None
-            if world.main:
-                self.whole = initial_state(config, self.dataset, self.device, init=False)
-                measured = iteration(config, self.dataset.scaling, self.whole, self.device)
-        self.refitted: Refitted | None = None  # the newest evaluation's copy of the ratio network
-        self.checks, self.watch = list(self.iteration.checks.values()), self.iteration.watch
-        self.settled = sum(config.warmup_and_ramp())
-        self.step = stepping(config, self.iteration)
-        self.evaluation = evaluation(config, self.dataset, measured)
+    ) -> Iteration:
+        state = initial_state(config, dataset, device, init=init, planned=planned, world=world)
+        step: type[Iteration] = config.row.load("step")
+        return step(config, dataset.scaling, state, device, world)
 
     @property
-    def _networks(self) -> TrainState:
-        assert self.whole is not None  # rank 0 asks
-        return self.whole
+    def state(self) -> TrainState:
+        return self.iteration.state
 
-    def settle(self, batch: Batch) -> None:
-        self.iteration.settle(batch)
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        monitor: type[Evaluation] = self.config.row.load("monitor")
+        return monitor(self.config, self.dataset, self.measured)
 
     def figures(self) -> dict[str, Any]:
         state = self.state
@@ -79,12 +71,7 @@ class Trainer(Run):
         }
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
-        if "student_loss" in values:
-            return {"student": figure(values["student_loss"])}
-        return {
-            "JS": f"{figure(values['divergence'])} (train {figure(values['divergence_train'])})",
-            "acc": figure(values["ratio_accuracy"]),
-        }
+        return self.evaluation.shown(values)
 
     def evaluate(self) -> None:
         state = self.state
@@ -111,11 +98,11 @@ class Trainer(Run):
                 "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
             }  # fmt: skip
             path = self.directory.best
-            self._save_network(path, "generator", self._networks.average)
+            self._save_network(path, "generator", self.measured.state.average)
 
     def snapshot(self) -> None:
         path = self.directory.snapshot("generator", self.state.step)
-        self._save_network(path, "generator", self._networks.average)
+        self._save_network(path, "generator", self.measured.state.average)
         self._keep_averages()
 
     def _keep_averages(self) -> None:
@@ -124,7 +111,7 @@ class Trainer(Run):
         updates = state.step - self.config.warmup_and_ramp()[0]
         if updates < 1:
             return
-        networks = self._networks
+        networks = self.measured.state
         for width, average in averages_by_width(self.config, networks.kept, networks.average).items():
             path, network = self.directory.kept_average(width, state.step), stored(self.config, average)
             self._save_network(path, "generator", network, ema_std=width, ema_updates=updates)
@@ -159,36 +146,34 @@ class Trainer(Run):
             replace_file(self.directory.neighbours, picture)
 
     def results(self) -> dict[str, Any]:
-        networks, directory = self._networks, self.directory
+        networks, directory = self.measured.state, self.directory
         self._save_network(directory.generator, "generator", networks.average)
         self._keep_averages()
-        if self.config.objective == "diffratio":
+        if self.config.row.has_ratio:
             self._save_network(directory.ratio, "ratio", networks.ratio)
         if networks.ratio_average is not None:
             self._save_network(directory.ratio_average, "ratio", networks.ratio_average)
         figures = self.evaluation.summary()
         refitted = self.refitted or self.evaluation.refitted(self.config.refit_steps)
         self._measure(refitted)
-        if self.config.objective == "vsd":
-            return {**figures, "best": self.state.best}
-        return {
-            **figures,
-            "best": self.state.best,
+        figures["best"] = self.state.best
+        if not self.config.row.has_ratio:
+            return figures
+        return figures | {
             "divergence": self.evaluation.bound("validation", every_level=True).value,
             "divergence_refit": None if refitted is None else refitted.bound,
         }
 
 
 def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
-    """Run or continue the training that ``config`` describes; the process's exit status."""
-    root = Path(config.run_dir or default_root(preset))
-    summary = run(Trainer, preset, config, root, fresh=fresh)
+    """Start or resume the training that ``config`` describes; the process's exit status."""
+    summary = run(Trainer, preset, config, fresh=fresh)
     if summary is not None:
-        _say_summary(root, summary)
+        _print_summary(Trainer.root(preset, config), summary)
     return 0
 
 
-def _say_summary(root: Path, summary: dict[str, Any]) -> None:
+def _print_summary(root: Path, summary: dict[str, Any]) -> None:
     if "frechet_distance" in summary:
         print(
             f"  Fréchet distance of {summary['evaluation_images']:,} images to the test split "

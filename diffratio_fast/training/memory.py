@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from diffratio_fast.config.pretrain import PretrainConfig
 from diffratio_fast.config.run import RunConfig
-from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.ops.ratio_scratch import scratch_bytes
-from diffratio_fast.training import denoiser_run
-from diffratio_fast.training.methods import METHODS
-from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.kinds import KINDS
 from diffratio_fast.training.state.run_state import run_dtype
 
 CPU = torch.device("cpu")
@@ -128,19 +124,22 @@ def cost(config: RunConfig, dataset: DataSet, device: torch.device = CPU) -> Cos
     small = replace(config, batch_size=simulated, on_nonfinite="stop", compile=False, capture=False)
     following = Tracker(device.type, config.threads or torch.get_num_threads())
     with _default_dtype(run_dtype(config)), FakeTensorMode(), following as tracker, _WithoutNumbers():
-        networks, advance = _planned(small, dataset)
+        iteration = KINDS[type(config)].new_iteration(small, dataset, CPU, planned=True)
+        iteration.state.step = config.settled_step
+        networks = iteration.trained()
         state = tracker.now
         records = torch.zeros(
             simulated, *dataset.shape, dtype=torch.uint8 if dataset.kind == "image" else torch.float16
         )
         batch = (records, torch.zeros(simulated, dtype=torch.int64))
-        advance(batch)  # makes the optimizers' moments, which belong to the state
+        batches = [batch] * config.batches_per_step
+        iteration.run(batches)  # makes the optimizers' moments, which belong to the state
         gradients = sum(
             p.grad.nbytes for network in networks.values() for p in network.parameters() if p.grad is not None
         )
         state = tracker.now - gradients - records.nbytes - batch[1].nbytes
         tracker.flops, tracker.peak = 0, tracker.now
-        advance(batch)
+        iteration.run(batches)
         peak = tracker.peak
         record_bytes = records.nbytes // simulated
         parameters = {
@@ -158,18 +157,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _planned(config: RunConfig, dataset: DataSet) -> tuple[dict[str, torch.nn.Module], Callable[[Any], None]]:
-    """The networks that take gradients, by name, and a function that makes one step on a batch."""
-    if isinstance(config, TrainConfig):
-        state = initial_state(config, dataset, CPU, planned=True)
-        state.step = sum(config.warmup_and_ramp())
-        iteration = METHODS[config.objective][0](config, dataset.scaling, state, CPU)
-        online = "student" if config.objective == "vsd" else "ratio network"
-        networks = {"generator": state.generator, online: state.ratio}
-        return networks, lambda batch: iteration.run([batch] * config.ratio_steps)
-    assert isinstance(config, PretrainConfig)
-    denoising = denoiser_run.initial_state(config, dataset, CPU, planned=True)
-    pretrained = denoiser_run.PretrainIteration(config, dataset.scaling, denoising, CPU)
-    return {"denoiser": denoising.denoiser}, lambda batch: pretrained.run([batch])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio_fast import networks, ops
+from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet
@@ -24,7 +25,6 @@ from diffratio_fast.objectives.augmentation import flip
 from diffratio_fast.objectives.bin_means import bins
 from diffratio_fast.objectives.diffratio import score_difference
 from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_levels, pair_bounds
-from diffratio_fast.objectives.noise_laws import NoiseLaw
 from diffratio_fast.objectives.refit import (
     HELD_OUT_PAIRS,
     LEVELS,
@@ -34,6 +34,7 @@ from diffratio_fast.objectives.refit import (
     refit,
 )
 from diffratio_fast.ops.divergences import DIVERGENCES
+from diffratio_fast.progress import figure
 from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.verifier.calibration import calibrate
 
@@ -110,7 +111,7 @@ class Evaluation:
         return index.split(self.config.micro_batch or len(index))
 
     def running(self, mean: dict[str, float]) -> dict[str, Any]:
-        """What a log line tells of the online network, from the means since the last one."""
+        """The fields of a log line about the online network, from the means since the last one."""
         validation, train = self.bound("validation"), self.bound("train")
         return {
             "ratio_loss": mean["ratio_loss"],
@@ -122,6 +123,13 @@ class Evaluation:
             "divergence_by_sigma": validation.by_level,
             "divergence_train_by_sigma": train.by_level,
             "clamped_fraction": mean["clamped"],
+        }
+
+    def shown(self, values: dict[str, Any]) -> dict[str, str]:
+        """What the progress display shows of a log line, by a short name."""
+        return {
+            "JS": f"{figure(values['divergence'])} (train {figure(values['divergence_train'])})",
+            "acc": figure(values["ratio_accuracy"]),
         }
 
     def _random(self, count: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from diffratio_fast.config.presets import DATA_SHAPES, PRESETS
-from diffratio_fast.config.pretrain import PretrainConfig
 from diffratio_fast.config.run import RunConfig
-from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.data.dataset import SPLITS, DataSet, InMemoryDataSet
 from diffratio_fast.data.scaling import EDM_PIXELS, LATENT_SCALINGS, SD_VAE
@@ -21,9 +19,7 @@ from diffratio_fast.devices import choose_device
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.environment import environment
-from diffratio_fast.runs.paths import default_root
-from diffratio_fast.training.denoiser_run import Pretrainer
-from diffratio_fast.training.generator_run import Trainer
+from diffratio_fast.training.kinds import KINDS
 from diffratio_fast.training.memory import Cost, cost
 from diffratio_fast.training.state import checkpoint
 
@@ -86,13 +82,13 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     A run that does not fit into the device's memory (or ``memory`` GiB, where given) is a ``UserError`` that
     says what to change.
     """
-    root = Path(config.run_dir or default_root(preset, denoiser=not isinstance(config, TrainConfig)))
+    root = KINDS[type(config)].root(preset, config)
     directory = RunDirectory(root)
     device = choose_device(config.device)
     dataset, there = planned_data(preset, config)
     planned = cost(config, dataset, device)
     available = device_memory(device) if memory is None else memory * GIB
-    about = environment(device)
+    about, architectures = environment(device), config.networks_text()
     shape = " x ".join(str(size) for size in dataset.shape)
     counts = "; " + ", ".join(f"{split} {dataset.count(split):,}" for split in SPLITS) if there else ""
     rows = {
@@ -100,8 +96,8 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
         "run directory": f"{root}{' (holds a run)' if checkpoint.exists(directory.checkpoint) else ''}",
         "device": f"{device} ({about['device']}, {about['threads']} threads), {config.precision}",
         "data": f"{dataset.name}: {dataset.kind} {shape}, {len(dataset.class_names)} classes{counts}",
-        **{name: f"{_network(name, config)}, {n:,} parameters" for name, n in planned.parameters.items()},
-        "objective": _objective(config),
+        **{name: f"{architectures[name]}, {n:,} parameters" for name, n in planned.parameters.items()},
+        "objective": config.objective_text(),
         "steps": f"{config.steps:,} of {config.batch_size} images"
         + (f", {config.micro_batch} at a time" if config.micro_batch else ""),
         "FLOPs a step": f"{planned.flops / 1e9:,.2f} G in matrix products and convolutions",
@@ -123,34 +119,11 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
         )
 
 
-def _network(name: str, config: RunConfig) -> str:
-    if not isinstance(config, TrainConfig):
-        return config.backbone
-    if name == "student":
-        return f"{config.backbone}, and as large a teacher"
-    kind = config.generator if name == "generator" else config.ratio_network
-    return f"{kind} of {config.backbone}" if kind in ("backbone", "encoder") else kind
-
-
-def _objective(config: RunConfig) -> str:
-    if isinstance(config, TrainConfig):
-        if config.objective == "vsd":
-            return f"score distillation, weight {config.weight}, sigma {config.ratio_noise}"
-        return f"{config.divergence}, weight {config.weight}, sigma {config.ratio_noise}"
-    assert isinstance(config, PretrainConfig)
-    return f"denoising, sigma {config.noise}"
-
-
 def _expected_time(preset: str, config: RunConfig, directory: RunDirectory, planned: Cost) -> str:
     device = choose_device(config.device)
     if device.type == "cpu" and planned.flops > TIMED_FLOPS:
         return "not measured: a step takes seconds on a CPU"
-    run: Trainer | Pretrainer
-    if isinstance(config, TrainConfig):
-        run = Trainer(preset, config, directory)
-    else:
-        assert isinstance(config, PretrainConfig)
-        run = Pretrainer(preset, config, directory)
+    run = KINDS[type(config)](preset, config, directory)
     batches = run.batches()
     times = []
     for _ in range(WARMUP + TIMED):

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,7 @@ from diffratio_fast.progress import Progress
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.log import Events, MetricsLog
+from diffratio_fast.runs.paths import default_root
 from diffratio_fast.storage.writing import make_directory, replace_file
 from diffratio_fast.training.processes.parallel import gather
 from diffratio_fast.training.processes.pulse import Pulse
@@ -29,10 +30,9 @@ from diffratio_fast.training.processes.world import ALONE, Agreement, World, com
 from diffratio_fast.training.state import checkpoint
 from diffratio_fast.training.state.checkpoint import Checkpoints
 from diffratio_fast.training.state.run_state import RunState
-from diffratio_fast.training.state.watch import BadSteps, Watch
-from diffratio_fast.training.step.capture import Step, check_capture
-from diffratio_fast.training.step.finite import FiniteCheck
-from diffratio_fast.training.step.stepper import Batch
+from diffratio_fast.training.state.watch import BadSteps
+from diffratio_fast.training.step.capture import check_capture, stepping
+from diffratio_fast.training.step.stepper import Batch, Stepper
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -63,20 +63,19 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 class Run:
-    """One run of any kind: its data, its state, its directory. What it trains is a subclass's matter.
+    """One run of any kind: its data, its training, its directory. A subclass defines what it trains.
 
-    Each of several processes has one, and they go through the same steps. What is measured, said or written
-    is so by rank 0 alone: ``figures``, ``shown``, ``evaluate``, ``snapshot``, ``results`` are called there.
+    Each of several processes has one, and they go through the same steps. Only rank 0 measures, prints and
+    writes: ``figures``, ``shown``, ``evaluate``, ``snapshot`` and ``results`` are called there.
     """
 
-    ratio_steps = 1  # batches in a step
-    settled = 0  # the step from which figures are those of ordinary training
-    state: RunState
-    whole: RunState | None
-    """What is measured and written: ``state``, or where that is sharded whole networks, on rank 0 alone."""
-    checks: list[FiniteCheck]
-    watch: Watch
-    step: Step
+    TRAINS_DENOISER: ClassVar[bool] = False
+    """Part of the default directory's name."""
+    iteration: Stepper
+    """Trains: its state is this process's."""
+    measured: Stepper
+    """Is measured and written: ``iteration``, or on rank 0 a copy with complete networks if its weights are
+    sharded. ``refresh`` updates the copy."""
 
     def __init__(
         self,
@@ -102,25 +101,53 @@ class Run:
                 device=self.device,
                 class_conditional=config.class_conditional,
             )
+            self.iteration = self.new_iteration(
+                config, self.dataset, self.device, init=not started, world=world
+            )
+        self.sharded = self.state.sharded
+        copies = self.sharded and world.main
+        self.measured = (
+            self.new_iteration(config, self.dataset, self.device, init=False) if copies else self.iteration
+        )
+        self.step = stepping(config, self.iteration)
 
-    def refresh(self) -> None:
-        """Bring ``whole`` to the present state; all processes take part."""
-        state, whole = self.state, self.whole
-        if whole is state:
-            return
-        for name in state.networks():
-            gather(getattr(state, name), None if whole is None else getattr(whole, name))
-        if whole is not None:
-            whole.step = state.step
-            for name in state.TENSORS:
-                getattr(whole, name).copy_(getattr(state, name))
-
-    def settle(self, batch: Batch) -> None:
-        """What several processes do before their first step, on any batch."""
+    @classmethod
+    def new_iteration(
+        cls,
+        config: Any,
+        dataset: DataSet,
+        device: torch.device,
+        *,
+        init: bool = True,
+        planned: bool = False,
+        world: World = ALONE,
+    ) -> Stepper:
+        """The training step on a first state; see ``state.generator.initial_state``."""
         raise NotImplementedError
 
+    @classmethod
+    def root(cls, preset: str, config: RunConfig) -> Path:
+        """The run's directory: ``--run-dir``, or the preset's default."""
+        return Path(config.run_dir or default_root(preset, denoiser=cls.TRAINS_DENOISER))
+
+    @property
+    def state(self) -> RunState:
+        return self.iteration.state
+
+    def refresh(self) -> None:
+        """Bring ``measured`` to the present state; all processes take part."""
+        if not self.sharded:
+            return
+        state, target = self.state, self.measured.state if self.world.main else None
+        for name in state.networks():
+            gather(getattr(state, name), None if target is None else getattr(target, name))
+        if target is not None:
+            target.step = state.step
+            for name in state.TENSORS:
+                getattr(target, name).copy_(getattr(state, name))
+
     def advance(self, batches: list[Batch]) -> None:
-        """Make one step, on ``ratio_steps`` batches."""
+        """Make one step, on ``config.batches_per_step`` batches."""
         self.step.run(batches)
 
     def figures(self) -> dict[str, Any]:
@@ -144,8 +171,8 @@ class Run:
         raise NotImplementedError
 
     def batches(self) -> Iterator[list[Batch]]:
-        """This process's slices of each step's batches from the state's on: ``ratio_steps`` at a time."""
-        count = self.ratio_steps
+        """This process's slices of the batches of each step, from the state's step on."""
+        count = self.config.batches_per_step
         source = self.dataset.batches(
             "train",
             self.config.batch_size,
@@ -155,7 +182,7 @@ class Run:
             world_size=self.world.size,
         )
         if self.world.size > 1:
-            self.settle(self.dataset.first("train", self.config.batch_size // self.world.size))
+            self.iteration.settle(self.dataset.first("train", self.config.batch_size // self.world.size))
         while True:
             yield [next(source) for _ in range(count)]
 
@@ -166,7 +193,7 @@ class Run:
         if world.main:
             self.log = MetricsLog(self.directory.metrics, state.step)
             self.events = Events(self.directory.root, state.step)
-        for check in self.checks:
+        for check in self.iteration.checks.values():
             check.say = self.progress.say
         self.clock = time.monotonic()
         self.logged = (state.step, state.seconds)
@@ -242,7 +269,7 @@ class Run:
 
     def _warn(self) -> None:
         """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
-        found = dict(warnings(self.log.lines, after=self.settled))
+        found = dict(warnings(self.log.lines, after=self.config.settled_step))
         for kind in found.keys() - self.warned:
             self.progress.say(f"warning: {found[kind]}")
         self.warned = set(found)
@@ -265,7 +292,7 @@ class Run:
         self.clock = now
 
     def _check_finite(self) -> None:
-        for check in self.checks:
+        for check in self.iteration.checks.values():
             if message := check.message():
                 good = self.checkpoints.good
                 kept = self.directory.checkpoint / good[-1] if good else "no checkpoint"
@@ -283,17 +310,17 @@ class Run:
         self._check_finite()
         step_before, seconds_before = self.logged
         steps = state.step - step_before
-        if any(check.skipped >= max(steps, 10) for check in self.checks):
+        if any(check.skipped >= max(steps, 10) for check in self.iteration.checks.values()):
             raise self._failure(
                 f"training diverged: no update since step {step_before} was finite; lower the learning rates"
             )
         self._tick()
-        bad = self.watch.take()
+        bad = self.iteration.watch.take()
         self.refresh()
         if self.world.main:
             self._write_line(steps, max(state.seconds - seconds_before, 1e-9), bad)
         state.sums.zero_()
-        for check in self.checks:
+        for check in self.iteration.checks.values():
             check.skipped = 0
         self.logged, self.waited = (state.step, state.seconds), 0.0
         limit = self.config.stop_after_bad_steps
@@ -314,7 +341,7 @@ class Run:
             "loader_share": min(self.waited / seconds, 1.0),
             **self.figures(),
             "bad_steps": bad.number,
-            "skipped_updates": sum(check.skipped for check in self.checks),
+            "skipped_updates": sum(check.skipped for check in self.iteration.checks.values()),
             "memory_bytes": peak_memory(self.device),
         }
         self.record(values)
@@ -351,14 +378,12 @@ class Run:
         return summary
 
 
-def run(
-    kind: type[Run], preset: str, config: RunConfig, root: Path, *, fresh: bool = False
-) -> dict[str, Any] | None:
-    """Begin or continue a run in the directory ``root``; its summary, where this process finished it."""
+def run(kind: type[Run], preset: str, config: RunConfig, *, fresh: bool = False) -> dict[str, Any] | None:
+    """Start or resume a run in its directory; its summary, if this process finished it."""
     device = choose_device(config.device)
     fresh = fresh and not launch.restarts()  # a launcher that restarts the processes repeats their options
     with joined(device) as world:
-        directory = RunDirectory(root)
+        directory = RunDirectory(kind.root(preset, config))
         started = world.on_main(lambda: _begin(directory, config, fresh))
         one = kind(preset, config, directory, world=world, started=started)
         if started:

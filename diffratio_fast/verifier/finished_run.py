@@ -17,7 +17,6 @@ from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.data.scaling import to_model
 from diffratio_fast.errors import UserError
 from diffratio_fast.objectives.augmentation import flip
-from diffratio_fast.objectives.noise_laws import parse_noise_law
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.verifier.calibration import Calibration, calibrate
 
@@ -36,14 +35,14 @@ class FinishedRun:
         if not self.directory.config.exists():
             raise UserError(f"{root}: holds no config.yaml; finish its training first")
         self.config = TrainConfig(**read_yaml(TrainConfig, self.directory.config))
-        if self.config.objective != "diffratio":
+        if not self.config.row.has_ratio:
             raise UserError(
                 f"{root}: is a run of --objective {self.config.objective}, without a ratio network"
             )
         for path in (self.directory.generator, self.directory.ratio):
             if not path.exists():
                 raise UserError(f"{root}: holds no {path.name}; finish its training first")
-        self.law = parse_noise_law(self.config.ratio_noise)
+        self.law, _ = self.config.noise_laws()
         self.generator, _ = self._load(self.directory.generator, "generator")
         self.ratio, self.about_ratio = self._load(self.directory.ratio, "ratio")
 

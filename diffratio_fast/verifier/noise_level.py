@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffratio_fast.objectives.noise_laws import NoiseLaw
+from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.verifier.calibration import Calibration
 from diffratio_fast.verifier.selection import LOWEST_SHARE
 

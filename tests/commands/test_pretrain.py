@@ -223,11 +223,11 @@ def test_nan_is_reported_by_step_and_name_and_stops_the_run(tmp_path: Path) -> N
     assert not (tmp_path / "checkpoint").exists()
     run = trainer(tmp_path / "t")
     advance(run, 1)
-    assert [check.message() for check in run.checks] == [None, None]
+    assert [check.message() for check in run.iteration.checks.values()] == [None, None]
     poisoned(run, "ratio")
     advance(run, 2)
-    assert "step 2: the ratio loss" in str(run.checks[0].message())
-    assert "step 2: the log ratio of fakes" in str(run.checks[1].message())
+    assert "step 2: the ratio loss" in str(run.iteration.checks["ratio"].message())
+    assert "step 2: the log ratio of fakes" in str(run.iteration.checks["generator"].message())
 
 
 @pytest.mark.parametrize("chosen", ["generator", "ratio"])
@@ -252,13 +252,13 @@ def test_one_of_the_networks_starts_from_a_denoiser(tmp_path: Path, chosen: str)
 def test_an_update_that_is_not_finite_can_be_skipped(tmp_path: Path) -> None:
     run = pretrainer(tmp_path, on_nonfinite="skip")
     said: list[str] = []
-    run.checks[0].say = said.append
+    run.iteration.checks["denoiser"].say = said.append
     before = advance(run, 1)
     good = run.iteration.denoiser
     run.iteration.denoiser = lambda *a: good(*a) * math.inf
     after = advance(run, 2)
     assert len(said) == 2 and said[0].startswith("step 2: the loss (and ") and said[0].endswith("skipped")
-    assert run.checks[0].skipped == 2 and run.state.step == 3
+    assert run.iteration.checks["denoiser"].skipped == 2 and run.state.step == 3
     for name, tensor in before.items():
         assert name in PretrainState.TENSORS or torch.equal(tensor, after[name])
     run.iteration.denoiser = good

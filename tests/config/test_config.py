@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffratio_fast.config.options import GROUPS, changed_fields, from_mapping, read_yaml
+from diffratio_fast.config.options import GROUPS, changed_fields, from_mapping, groups_of, read_yaml
 from diffratio_fast.config.presets import DESCRIPTIONS, PRESETS
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.errors import UserError
@@ -29,7 +29,7 @@ def test_every_field_is_an_option_with_help() -> None:
     text = parser().format_help()
     for field in dataclasses.fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in text
-        assert field.metadata["help"] and field.metadata["group"] in GROUPS
+        assert field.metadata["help"] and groups_of(TrainConfig)[field.name] in GROUPS
 
 
 def test_options_override_the_file_which_overrides_the_preset(tmp_path: Path) -> None:
@@ -81,12 +81,12 @@ def test_missing_file() -> None:
     ("argv", "says"),
     [
         (["digitz"], "no such preset: digitz"),
-        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--batch-size", "x"], "invalid int value"),
-        (["--generator-lr", "nan"], "generator_lr must be finite"),
-        (["--beta2", "1.5"], "beta2 must be at most"),
+        (["--generator-lr", "nan"], "--generator-lr must be finite"),
+        (["--beta2", "1.5"], "--beta2 must be at most"),
         (["--divergence", "kl"], "invalid choice: 'kl'"),
-        (["--ema-rampup-ratio", "0"], "ema_rampup_ratio must be above 0"),
+        (["--ema-rampup-ratio", "0"], "--ema-rampup-ratio must be above 0"),
         (["--step", "3"], "unrecognized arguments"),
         (["--steps"], "expected one argument"),
         (["digits", "more"], "unrecognized arguments: more"),

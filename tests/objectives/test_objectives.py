@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
+from diffratio_fast.config.noise_laws import parse_noise_law
 from diffratio_fast.config.train import DIVERGENCE_NAMES, WEIGHT_NAMES
 from diffratio_fast.errors import UserError
 from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
 from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, initial_means, update_means
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference
 from diffratio_fast.objectives.held_out import pair_bounds
-from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
+from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
 from diffratio_fast.ops.divergences import DIVERGENCES
 

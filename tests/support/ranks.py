@@ -30,10 +30,8 @@ from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.training.denoiser_run import Pretrainer
 from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.processes.world import World, is_sharded, joined
-from diffratio_fast.training.state.generator import initial_state
 from diffratio_fast.training.state.run_state import RunState
 from diffratio_fast.training.step.capture import Captured
-from diffratio_fast.training.step.generator import Iteration
 from support.tape import NothingIsWrong, Recorder
 
 
@@ -99,15 +97,15 @@ def taped_steps(entry: dict[str, Any], world: World) -> RunState:
     """The steps as ``--capture`` makes them, with a tape in the place of a CUDA graph."""
     settings = TrainConfig(device="cpu", threads=1, capture=True, **entry["options"])
     device, dataset = torch.device("cpu"), open_dataset(settings.data)
-    state = initial_state(settings, dataset, device, world=world)
-    step = Captured(Iteration(settings, dataset.scaling, state, device, world), Recorder())
+    iteration = Trainer.new_iteration(settings, dataset, device, world=world)
+    step = Captured(iteration, Recorder())
     source = dataset.batches(
         "train", settings.batch_size, seed=settings.seed, rank=world.rank, world_size=world.size
     )
     with NothingIsWrong():
         for _ in range(entry["steps"]):
             step.run([next(source) for _ in range(settings.ratio_steps)])
-    return state
+    return iteration.state
 
 
 def call(entry: dict[str, Any]) -> None:

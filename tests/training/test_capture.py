@@ -12,36 +12,23 @@ from diffratio_fast.config.pretrain import PretrainConfig
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
-from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.errors import UserError
-from diffratio_fast.training import denoiser_run
-from diffratio_fast.training.state.generator import initial_state
+from diffratio_fast.training.kinds import KINDS
 from diffratio_fast.training.state.run_state import RunState
 from diffratio_fast.training.step.capture import WARMUP, Captured, check_capture
-from diffratio_fast.training.step.generator import Iteration
-from diffratio_fast.training.step.stepper import Stepper
 
 CPU = torch.device("cpu")
-
-
-def stepper_of(config: RunConfig, dataset: DataSet) -> Stepper:
-    if isinstance(config, TrainConfig):
-        return Iteration(config, dataset.scaling, initial_state(config, dataset, CPU), CPU)
-    assert isinstance(config, PretrainConfig)
-    state = denoiser_run.initial_state(config, dataset, CPU)
-    return denoiser_run.PretrainIteration(config, dataset.scaling, state, CPU)
 
 
 def trained(config: RunConfig, steps: int, recorder: Recorder | None) -> RunState:
     """The state after so many steps, ordinary ones or, with a recorder, captured ones."""
     dataset = open_dataset(config.data)
-    stepper = stepper_of(config, dataset)
+    stepper = KINDS[type(config)].new_iteration(config, dataset, CPU)
     step = stepper if recorder is None else Captured(stepper, recorder)
-    per_step = config.ratio_steps if isinstance(config, TrainConfig) else 1
     source = dataset.batches("train", config.batch_size, seed=config.seed)
     with NothingIsWrong():
         for _ in range(steps):
-            step.run([next(source) for _ in range(per_step)])
+            step.run([next(source) for _ in range(config.batches_per_step)])
     return stepper.state
 
 

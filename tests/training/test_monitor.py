@@ -13,12 +13,12 @@ from support.helpers import SMALL
 from torch import Tensor
 
 from diffratio_fast import ops, train
+from diffratio_fast.config.noise_laws import parse_noise_law
 from diffratio_fast.config.presets import PRESETS
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.metrics.frechet import frechet_distance, moments
 from diffratio_fast.objectives.held_out import LOG_2, log_ratios, noise_levels, pair_bounds
-from diffratio_fast.objectives.noise_laws import parse_noise_law
 from diffratio_fast.objectives.refit import LEVELS
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.runs.log import Events, MetricsLog

@@ -24,7 +24,6 @@ from diffratio_fast.training.denoiser_run import Pretrainer
 from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.memory import cost
 from diffratio_fast.training.plan import planned_data
-from diffratio_fast.training.state.run_state import backbone_options
 
 SONG = json.dumps({"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [4]})
 EDM2 = json.dumps({"model_channels": 64, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]})
@@ -143,7 +142,7 @@ def test_every_preset_builds_the_network_it_names(preset: str) -> None:
     data, _ = planned_data(preset, config)
     with torch.device("meta"):
         network = build_denoiser(
-            model_shape(data), len(data.class_names), config.backbone, backbone_options(config)
+            model_shape(data), len(data.class_names), config.backbone, config.backbone_arguments
         )
     if preset in COUNTS:
         parameters = sum(p.numel() for p in network.parameters()) / 1e6

@@ -152,7 +152,7 @@ def test_where_there_is_nothing_to_combine(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--posthoc-ema"):
         average.main([str(tmp_path), "--ema-std", "0.1", "--out", str(tmp_path / "o.safetensors")])
     for widths in ("x", "", "0.1,0", "0.05,0.4"):
-        with pytest.raises(UserError, match="posthoc_ema must be relative widths"):
+        with pytest.raises(UserError, match="--posthoc-ema must be relative widths"):
             pretrain.main(["digits", *SHORT, "--posthoc-ema", widths, "--run-dir", str(tmp_path / "r")])
 
 

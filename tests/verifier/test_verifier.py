@@ -9,10 +9,10 @@ import torch
 from support.mixture import DATA, SHAPE, draw, log_density
 from torch import Tensor, nn
 
+from diffratio_fast.config.noise_laws import loguniform
 from diffratio_fast.networks import initialise
 from diffratio_fast.networks.generate import generate
 from diffratio_fast.networks.mlp import MLPRatio
-from diffratio_fast.objectives.noise_laws import loguniform
 from diffratio_fast.objectives.refit import RefitOptions, refit
 from diffratio_fast.verifier import selection
 from diffratio_fast.verifier.calibration import (

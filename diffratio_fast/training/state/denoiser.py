@@ -10,20 +10,19 @@ from torch import nn
 
 from diffratio_fast import networks
 from diffratio_fast.config.pretrain import PretrainConfig
-from diffratio_fast.data.dataset import DataSet, model_shape
+from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.errors import UserError
-from diffratio_fast.networks.backbone import build_denoiser, set_checkpointing, set_dropout
+from diffratio_fast.networks.backbone import set_checkpointing, set_dropout
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives import geometric
 from diffratio_fast.training.processes.parallel import shard
 from diffratio_fast.training.processes.world import ALONE, World
+from diffratio_fast.training.state import builders
 from diffratio_fast.training.state.ema import averaged_copy
 from diffratio_fast.training.state.initial import load_denoiser
 from diffratio_fast.training.state.optimizers import make_optimizer
-from diffratio_fast.training.state.posthoc_ema import (
-    kept_averages,
-)
-from diffratio_fast.training.state.run_state import RunState, backbone_options, place
+from diffratio_fast.training.state.posthoc_ema import kept_averages
+from diffratio_fast.training.state.run_state import RunState, place
 from diffratio_fast.training.state.watch import (
     LOSS_JUMP,
     NORM_JUMP,
@@ -33,8 +32,6 @@ from diffratio_fast.training.state.watch import (
 )
 
 SUMS = ("loss", "error", "steps")
-
-
 WATCHED = (Watched("loss", LOSS_JUMP), Watched("gradient", NORM_JUMP))
 
 
@@ -62,18 +59,15 @@ def initial_state(
     planned: bool = False,
     world: World = ALONE,
 ) -> PretrainState:
-    """The state before the first step; see ``state.initial_state``."""
-    options = backbone_options(config)
+    """The state before the first step; see ``state.generator.initial_state``."""
+    augment: dict[str, int] = {}
     if config.augment_probability:
         if dataset.kind != "image":
             raise UserError("--augment-probability is for images: latents cannot be turned or scaled")
-        options.setdefault("augment_dim", geometric.LABELS)
-    try:
-        denoiser = build_denoiser(model_shape(dataset), len(dataset.class_names), config.backbone, options)
-    except ValueError as error:
-        raise UserError(f"denoiser {config.backbone}: {error}") from None
-    if config.augment_probability and options["augment_dim"] != geometric.LABELS:
-        raise UserError(f"--augment-probability needs augment_dim {geometric.LABELS} of the backbone")
+        augment = {"augment_dim": geometric.LABELS}
+        if config.backbone_arguments.get("augment_dim", geometric.LABELS) != geometric.LABELS:
+            raise UserError(f"--augment-probability needs augment_dim {geometric.LABELS} of the backbone")
+    denoiser = builders.backbone(config, dataset, **augment)
     if not planned:
         networks.initialise(denoiser, config.seed, stream=0)
         if config.init is not None and init:

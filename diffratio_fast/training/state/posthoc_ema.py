@@ -17,11 +17,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from diffratio_fast.config.run import RunConfig
-from diffratio_fast.errors import UserError
 from diffratio_fast.training.state.ema import averaged_copy, power_decay, power_exponent, update_average
-
-LARGEST = 0.28
-"""A power function's relative width is below 0.29: that of equal weights."""
 
 
 class Profile(NamedTuple):
@@ -59,24 +55,8 @@ def combination(snapshots: Sequence[Profile], wanted: Profile) -> tuple[npt.NDAr
     return weights, float(np.sqrt(max(squared, 0.0) / norm))
 
 
-def kept_widths(config: RunConfig) -> list[float]:
-    """The widths of ``config.posthoc_ema``, rising; a ``UserError`` where they are none."""
-    if config.posthoc_ema is None:
-        return []
-    try:
-        widths = sorted({float(part) for part in config.posthoc_ema.split(",")})
-    except ValueError:
-        widths = []
-    if not widths or not all(0 < width <= LARGEST for width in widths):
-        raise UserError(
-            f"posthoc_ema must be relative widths between 0 and {LARGEST}, with commas between (0.05,0.10), "
-            f"not {config.posthoc_ema!r}"
-        )
-    return widths
-
-
 def _others(config: RunConfig) -> list[float]:
-    return [width for width in kept_widths(config) if width != config.ema_std]
+    return [width for width in config.posthoc_widths if width != config.ema_std]
 
 
 def kept_averages(config: RunConfig, network: nn.Module) -> nn.ModuleList | None:
@@ -104,7 +84,7 @@ def averages_by_width(
 ) -> dict[float, nn.Module]:
     """Every average of ``config.posthoc_ema`` by its width; ``average`` is the run's own."""
     found = dict(zip(_others(config), kept or [], strict=True))
-    return {width: found.get(width, average) for width in kept_widths(config)}
+    return {width: found.get(width, average) for width in config.posthoc_widths}
 
 
 def stored(config: RunConfig, average: nn.Module) -> nn.Module:

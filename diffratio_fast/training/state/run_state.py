@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from diffratio_fast.config.run import RunConfig
-from diffratio_fast.errors import UserError
-from diffratio_fast.storage.reading import parse_json
 from diffratio_fast.training.processes.world import is_sharded
 
 
@@ -101,17 +99,6 @@ class RunState:
             optimizer.load_state_dict({"state": values, "param_groups": groups})
         for part in self.TENSORS:
             getattr(self, part).copy_(parts[part][""])
-
-
-def backbone_options(config: RunConfig) -> dict[str, Any]:
-    """The options of the run's backbone; a ``UserError`` where they are no JSON object."""
-    try:
-        options = parse_json(config.backbone_options)
-    except ValueError as error:
-        raise UserError(f"backbone_options is not JSON: {error}") from None
-    if not isinstance(options, dict):
-        raise UserError(f"backbone_options must be a JSON object, not {config.backbone_options}")
-    return options
 
 
 def run_dtype(config: RunConfig) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffratio_fast import ops
 from diffratio_fast.config.pretrain import PretrainConfig
@@ -14,19 +14,14 @@ from diffratio_fast.networks.edm2 import EDM2Denoiser
 from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.objectives import geometric
 from diffratio_fast.objectives.denoising import DenoiserCall, denoising_errors, denoising_loss
-from diffratio_fast.objectives.noise_laws import parse_noise_law, sample_sigma
+from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.training.processes.parallel import Parallel
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.state.denoiser import WATCHED, PretrainState
 from diffratio_fast.training.state.ema import average_decay, update_average
 from diffratio_fast.training.state.optimizers import set_rate
-from diffratio_fast.training.state.posthoc_ema import (
-    kept_weights,
-    update_kept,
-)
-from diffratio_fast.training.state.watch import (
-    Watch,
-)
+from diffratio_fast.training.state.posthoc_ema import kept_weights, update_kept
+from diffratio_fast.training.state.watch import Watch
 from diffratio_fast.training.step.finite import FiniteCheck
 from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_factor
 
@@ -47,16 +42,18 @@ class PretrainIteration(Stepper):
         super().__init__(config, scaling, state.step, device, world)
         self.config: PretrainConfig = config
         self.state = state
-        self.law = parse_noise_law(config.noise)
+        self.law = config.noise_law("noise")
         self.denoiser = self.in_precision(state.denoiser)
         self.average = self.in_precision(state.average)
         self.loss_of = Parallel(state.denoiser, self._loss, world, config)
         skip = config.on_nonfinite == "skip"
-        self.check = FiniteCheck("denoiser", state.denoiser, skip=skip, world=world)
+        self.checks = {"denoiser": FiniteCheck("denoiser", state.denoiser, skip=skip, world=world)}
         self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
 
+    def trained(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.state.denoiser}
+
     def settle(self, batch: Batch) -> None:
-        """See ``Iteration.settle``."""
         self.state.denoiser.eval()
         loss, _ = self.loss_of(*self.part(batch, self.parts[0]))
         (loss * 0).backward()
@@ -89,8 +86,9 @@ class PretrainIteration(Stepper):
         self.world.mean(means)
         state.sums[:2] += means
         state.sums[2] += 1
-        allowed = self.check.allows(self.rng[1], {"the loss": means[0]})
-        self.watch.note(self.check.latest)
+        check = self.checks["denoiser"]
+        allowed = check.allows(self.rng[1], {"the loss": means[0]})
+        self.watch.note(check.latest)
         if allowed:
             state.optimizer.step()
             update_average(state.average, state.denoiser, self.numbers["average"])

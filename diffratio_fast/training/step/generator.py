@@ -7,12 +7,11 @@ from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffratio_fast import ops
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.scaling import SIGMA_DATA, Scaling
-from diffratio_fast.errors import UserError
 from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.networks.ratio_mixer import RatioMixer
@@ -20,7 +19,7 @@ from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.augmentation import roll, roll_shifts
 from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, update_means
 from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDifference
-from diffratio_fast.objectives.noise_laws import NoiseLaw, parse_noise_law, sample_sigma
+from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
 from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training.processes.parallel import Parallel
@@ -32,18 +31,6 @@ from diffratio_fast.training.state.posthoc_ema import kept_weights, update_kept
 from diffratio_fast.training.state.watch import Watch
 from diffratio_fast.training.step.finite import FiniteCheck
 from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_factor
-
-
-def noise_laws(config: TrainConfig) -> tuple[NoiseLaw, NoiseLaw]:
-    """The ratio's and the generator's law of sigma; the generator's must lie inside the ratio's support."""
-    ratio = parse_noise_law(config.ratio_noise)
-    generator = ratio if config.generator_noise is None else parse_noise_law(config.generator_noise)
-    if not ratio.covers(generator):
-        raise UserError(
-            f"generator_noise {generator.name} reaches outside ratio_noise {ratio.name}: "
-            "the ratio is not learned there"
-        )
-    return ratio, generator
 
 
 def generator_factor(config: TrainConfig, step: int) -> float:
@@ -72,7 +59,7 @@ class Iteration(Stepper):
         super().__init__(config, scaling, state.step, device, world)
         self.config: TrainConfig = config
         self.state = state
-        self.ratio_law, self.generator_law = noise_laws(config)
+        self.ratio_law, self.generator_law = config.noise_laws()
         self.divergence = DIVERGENCES[config.divergence]
         self.weight = WEIGHTS[config.weight]
         self.generator = self.in_precision(state.generator)
@@ -84,13 +71,16 @@ class Iteration(Stepper):
         self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
         # what takes part in training; evaluation calls the networks themselves
         self.fakes_of = Parallel(state.generator, self.generator, world, config)
-        self.loss_of = Parallel(state.ratio, self._ratio_loss, world, config)
+        self.loss_of = Parallel(state.ratio, self.online_loss, world, config)
         skip = config.on_nonfinite == "skip"
         self.checks = {
             "ratio": FiniteCheck("ratio", state.ratio, skip=skip, world=world),
             "generator": FiniteCheck("generator", state.generator, skip=skip, world=world),
         }
         self.watch = Watch(WATCHED, state.statistics, state.bad_steps)
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"generator": self.state.generator, self.config.row.label: self.state.ratio}
 
     def _augmented(self, index: Tensor, copies: int, *, substep: int, draws: int = 1) -> RatioNetwork:
         """The ratio network behind this step's random rolls, the same for all ``copies`` of a sample."""
@@ -109,9 +99,10 @@ class Iteration(Stepper):
         latents = latents_for(self.state.generator, self.rng, index, ops.Purpose.LATENT, substep=substep)
         return (self.fakes_of if torch.is_grad_enabled() else self.generator)(latents, labels)
 
-    def _ratio_loss(
+    def online_loss(
         self, real: Tensor, fake: Tensor, labels: Tensor, index: Tensor, substep: int
     ) -> RatioLoss:
+        """Loss of the online network on clean images of a part of a batch: what an objective overrides."""
         sigma, _ = sample_sigma(self.ratio_law, self.rng, index, ops.Purpose.SIGMA_RATIO, substep=substep)
         arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, self.rng, index)
         if self.mixer is not None:
@@ -159,10 +150,13 @@ class Iteration(Stepper):
         )
         return torch.stack([value.double() for value in values])
 
-    def _score_difference(
+    def generator_direction(
         self, fake: Tensor, labels: Tensor, index: Tensor
     ) -> tuple[ScoreDifference, Tensor | None]:
-        """The score difference of a part, and the noise-level bins of its h where that is normalised."""
+        """What the generator descends, per fake of a part: what an objective overrides.
+
+        With ``normalize_h`` also the noise-level bins of its h, else None.
+        """
         config, state = self.config, self.state
         draws = config.noise_draws
         sigma, uniforms = sample_sigma(
@@ -201,7 +195,7 @@ class Iteration(Stepper):
                     fake = self._fakes(index, labels, 0)  # the same again, now with a graph
                 else:
                     fake, labels = whole
-                outcome, bin_of = self._score_difference(fake, labels, index)
+                outcome, bin_of = self.generator_direction(fake, labels, index)
                 fake.backward(outcome.gradient.to(fake.dtype) / len(self.index))
             values = outcome.clamped.double().mean(), outcome.log_ratio.double().mean()
             means += torch.stack(values) * self.share(index)
@@ -219,11 +213,6 @@ class Iteration(Stepper):
         return made
 
     def settle(self, batch: Batch) -> None:
-        """Show DDP a backward pass of each network before the first step; the state stays as it is.
-
-        DDP lays out its buckets anew after its first pass. Were that the first step's, sums over processes
-        would be taken in another order in the first step after a restart than in a run without one.
-        """
         state = self.state
         state.ratio.eval()
         state.generator.eval()
@@ -236,7 +225,7 @@ class Iteration(Stepper):
         state.generator_optimizer.zero_grad(set_to_none=True)
 
     def begin(self) -> bool:
-        """Whether the generator trains in this step."""
+        """See ``Stepper.begin``; the variant is whether the generator trains in this step."""
         config, state = self.config, self.state
         step = state.step
         self.rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU

@@ -1,13 +1,13 @@
-"""What steps of every kind share."""
+"""Base class of the training steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffratio_fast import ops
 from diffratio_fast.config.run import RunConfig
@@ -15,6 +15,8 @@ from diffratio_fast.data.scaling import Scaling, to_model
 from diffratio_fast.objectives.augmentation import flip
 from diffratio_fast.training.processes.world import World
 from diffratio_fast.training.state.run_state import RunState, run_dtype
+from diffratio_fast.training.state.watch import Watch
+from diffratio_fast.training.step.finite import FiniteCheck
 
 Batch = tuple[Tensor, Tensor]
 
@@ -33,13 +35,17 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
 
 
 class Stepper:
-    """What the iterations of every kind of run share: images, precision, parts of a batch.
+    """Images, precision and parts of a batch: what the steps of every kind of run share.
 
-    A process takes its slice of a step's batch in parts of ``micro_batch`` images, whose gradients add up to
-    the slice's. ``index`` are its places in the whole batch: the sample indices of all random numbers.
+    A process takes its slice of a step's batch in parts of ``micro_batch`` images; their gradients add up to
+    the slice's. ``index`` holds the slice's places in the complete batch: the sample indices of all random
+    numbers.
     """
 
     state: RunState
+    checks: Mapping[str, FiniteCheck]
+    """One for each network that trains."""
+    watch: Watch
 
     def __init__(
         self, config: RunConfig, scaling: Scaling, step: int, device: torch.device, world: World
@@ -53,14 +59,26 @@ class Stepper:
         self.rng = ops.make_rng(config.seed, step, device)
         self.numbers: dict[str, Any] = {}
 
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that take gradients, by the names that a plan prints."""
+        raise NotImplementedError
+
+    def settle(self, batch: Batch) -> None:
+        """Let DDP run a backward pass of each network before the first step; the state does not change.
+
+        DDP lays out its buckets anew after its first pass. If that were the first step's, sums over processes
+        would be taken in another order in the first step after a restart than in a run without one.
+        """
+        raise NotImplementedError
+
     def begin(self) -> Hashable:
-        """Set everything of the state's step that is no tensor's content yet; what Python decides in it."""
+        """Host-side part of the step: write step-dependent scalars; return what selects the variant."""
         raise NotImplementedError
 
     def compute(self, batches: list[Batch], variant: Hashable) -> None:
-        """Everything else of the step, on the device alone: what ``begin`` has returned, but no other number.
+        """Device-side part of the step, for the variant that ``begin`` returned.
 
-        Nothing here waits for the device or depends on the step by a value of Python, so that it can be
+        Nothing here waits for the device, and no other Python value depends on the step, so that it can be
         captured in a CUDA graph.
         """
         raise NotImplementedError
@@ -71,7 +89,7 @@ class Stepper:
         self.state.step += 1
 
     def set(self, name: str, value: float) -> None:
-        """Set a number of the step: in memory where a graph is to read it, else as it is."""
+        """Store a scalar of the step: a Python number, or a tensor that a CUDA graph reads."""
         if not self.config.capture:
             self.numbers[name] = value
             return
@@ -116,7 +134,7 @@ class Stepper:
         return flip(x0, self.rng, index, self.config.flip_probability, substep=substep), labels, index
 
     def share(self, index: Tensor) -> float:
-        """What a part of so many samples counts for in a mean over this process's slice of the batch."""
+        """Weight of a part's mean in the mean over this process's slice of the batch."""
         return len(index) / len(self.index)
 
     def is_last(self, part: slice) -> bool:

@@ -12,7 +12,7 @@ from diffratio_fast.networks.edm2 import EDM2Denoiser
 from diffratio_fast.objectives import vsd
 from diffratio_fast.objectives.denoising import denoising_loss
 from diffratio_fast.objectives.diffratio import RatioLoss, ScoreDifference
-from diffratio_fast.objectives.noise_laws import sample_sigma
+from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.state.generator import TrainState
 from diffratio_fast.training.step.generator import Iteration
@@ -36,7 +36,7 @@ class VSDIteration(Iteration):
         self.student, self.teacher = self.ratio, self.in_precision(state.teacher)
         self.checks["ratio"].role = "student"
 
-    def _ratio_loss(
+    def online_loss(
         self, real: Tensor, fake: Tensor, labels: Tensor, index: Tensor, substep: int
     ) -> RatioLoss:
         """The student's loss; the real half of the batch is not used, and there are no log ratios."""
@@ -48,7 +48,7 @@ class VSDIteration(Iteration):
         nothing = torch.zeros_like(errors.detach())
         return RatioLoss(denoising_loss(errors, log_variance), nothing, nothing)
 
-    def _score_difference(
+    def generator_direction(
         self, fake: Tensor, labels: Tensor, index: Tensor
     ) -> tuple[ScoreDifference, Tensor | None]:
         sigma, _ = sample_sigma(

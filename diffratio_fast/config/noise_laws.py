@@ -1,7 +1,7 @@
 """Laws of the noise level sigma, by name: ``loguniform(0.1, 1.3)``, ``lognormal(-1.2, 1.2)``, ...
 
-Each law is its quantile function applied to one uniform of the noise contract, so sigma is a function of
-(seed, step, sample index, stream) like all other randomness.
+A law is a row of ``LAWS``. Importing this module does not import torch, so that the command line can check a
+law; ``objectives.sigma`` draws from one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from diffratio_fast import ops
 from diffratio_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ def loguniform(low: float, high: float) -> NoiseLaw:
 
 def lognormal(mean: float, std: float) -> NoiseLaw:
     """log sigma normal (Karras et al. 2022, training distribution); logit-normal t in flow matching."""
-    _require(std > 0, "lognormal(mean, std) needs std > 0")
-    return NoiseLaw(
-        f"lognormal({mean:g}, {std:g})",
-        lambda u: (mean + std * torch.special.ndtri(u)).exp(),
-        0.0,
-        math.inf,
-    )
+    _require(math.isfinite(mean) and 0 < std < math.inf, "lognormal(mean, std) needs std > 0")
+
+    def quantile(u: Tensor) -> Tensor:
+        from torch.special import ndtri
+
+        return (mean + std * ndtri(u)).exp()
+
+    return NoiseLaw(f"lognormal({mean:g}, {std:g})", quantile, 0.0, math.inf)
 
 
 def karras(
@@ -100,31 +101,16 @@ def parse_noise_law(text: str) -> NoiseLaw:
         known = ", ".join(
             f"{name}({', '.join(inspect.signature(law).parameters)})" for name, law in LAWS.items()
         )
-        raise UserError(f"noise law {text!r} is not known; the laws are {known}")
+        raise UserError(f"noise law {text} is not known; the laws are {known}")
     law = LAWS[match[1]]
     try:
         numbers = [float(word) for word in match[2].split(",")] if match[2].strip() else []
         inspect.signature(law).bind(*numbers)
     except (ValueError, TypeError):
         raise UserError(
-            f"noise law {text!r}: {match[1]} takes the numbers "
-            f"({', '.join(inspect.signature(law).parameters)})"
+            f"noise law {text}: {match[1]} takes the numbers ({', '.join(inspect.signature(law).parameters)})"
         ) from None
     return law(*numbers)
-
-
-def sample_sigma(
-    law: NoiseLaw,
-    rng: Tensor,
-    index: Tensor,
-    purpose: ops.Purpose,
-    *,
-    substep: int = 0,
-    draws: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """(sigma float32 [B, draws], the uniforms it came from, float64 [B, draws]) for sample indices [B]."""
-    uniforms = ops.uniform(rng, index, purpose, draws, substep=substep)
-    return law.quantile(uniforms).float(), uniforms
 
 
 def _require(condition: bool, message: str) -> None:

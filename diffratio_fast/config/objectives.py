@@ -1,0 +1,123 @@
+"""The table of objectives: everything that the package decides by ``--objective``.
+
+A row names its classes and functions as "module:name", so that the command line reads the table without
+torch. A new objective is one module and one row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from diffratio_fast.config.options import flag
+from diffratio_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from diffratio_fast.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to train a generator.
+
+    The *online network* is the one that trains beside the generator: a ratio network, a student denoiser.
+    It is ``state.ratio`` and takes the options ``ratio_lr``, ``ratio_weight_decay``, ``ratio_noise``,
+    ``ratio_steps`` and ``ratio_warmup_steps``.
+    """
+
+    title: str
+    """In the words of a plan, with the fields of the configuration: "{divergence}, weight {weight}"."""
+    step: str
+    """Subclass of ``training.step.generator.Iteration``."""
+    monitor: str
+    """Subclass of ``training.monitor.Evaluation``."""
+    label: str = "ratio network"
+    """What plans and messages call the online network."""
+    network: str = "diffratio_fast.training.state.builders:ratio_network"
+    """Function (config, dataset) to the online network, without weights yet."""
+    has_ratio: bool = True
+    """Whether the online network is a log ratio at all noise levels: refit, verifier and report use it."""
+    has_teacher: bool = False
+    """Whether a frozen denoiser takes part (``--teacher``)."""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    """Values that override those of every preset."""
+    options: tuple[str, ...] = ()
+    """Fields that only this objective (and others that list them) may change from their default."""
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that must have this value."""
+    check: Callable[[TrainConfig], None] | None = None
+    """Raises a ``UserError`` where other options do not fit."""
+
+    def load(self, name: str) -> Any:
+        """The object that the field ``name`` names: imported at the first use."""
+        module, _, attribute = getattr(self, name).partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def _needs_teacher(config: TrainConfig) -> None:
+    if config.teacher is None and config.init is None:
+        raise UserError(
+            f"--objective {config.objective} needs a denoiser to learn from: --teacher RUN, or --init RUN"
+        )
+
+
+_NO_RATIO: dict[str, Any] = {
+    "divergence": "reverse_kl",
+    "normalize_h": False,
+    "ratio_roll_probability": 0.0,
+    "ratio_gradient_penalty": 0.0,
+    "ratio_ema_half_life_images": None,
+}
+"""What an objective without log ratio requires."""
+_NO_RATIO_PRESET: dict[str, Any] = {
+    "divergence": "reverse_kl",
+    "weight": "sigma2",
+    "ratio_ema_half_life_images": None,
+    "ratio_weight_decay": 0.0,
+}
+
+OBJECTIVES: dict[str, Objective] = {
+    "diffratio": Objective(
+        title="{divergence}, weight {weight}, sigma {ratio_noise}",
+        step="diffratio_fast.training.step.generator:Iteration",
+        monitor="diffratio_fast.training.monitor:Evaluation",
+    ),
+    "vsd": Objective(
+        title="score distillation, weight {weight}, sigma {ratio_noise}",
+        step="diffratio_fast.training.step.vsd:VSDIteration",
+        monitor="diffratio_fast.training.monitor_vsd:VSDEvaluation",
+        label="student",
+        network="diffratio_fast.training.state.builders:denoiser",
+        has_ratio=False,
+        has_teacher=True,
+        preset=_NO_RATIO_PRESET,
+        options=("teacher", "vsd_normalize"),
+        requires=_NO_RATIO,
+        check=_needs_teacher,
+    ),
+}
+"""By the name that ``--objective`` takes."""
+
+
+def check_objective(config: TrainConfig) -> None:
+    """Raise a ``UserError`` where the options do not fit the objective."""
+    objective = OBJECTIVES[config.objective]
+    for row in OBJECTIVES.values():
+        for name in row.options:
+            if name not in objective.options and getattr(config, name) != config.default(name):
+                owners = [other for other, its in OBJECTIVES.items() if name in its.options]
+                raise UserError(
+                    f"{flag(name)} is an option of --objective {' or '.join(owners)} only, "
+                    f"not of {config.objective}"
+                )
+    for name, value in objective.requires.items():
+        if (found := getattr(config, name)) != value:
+            wanted = "none" if value is None else value
+            raise UserError(
+                f"--objective {config.objective} requires {flag(name)} {wanted}, not {found}; change one of "
+                "the two"
+            )
+    if objective.check is not None:
+        objective.check(config)
