@@ -260,6 +260,29 @@ std::tuple<Tensor, Tensor> sum_clamp_backward(const Optional& by_out_, const Opt
   return {by_a, by_b};
 }
 
+Tensor mp_silu(const Tensor& x_) {
+  const c10::OptionalDeviceGuard guard(x_.device());
+  const Tensor x = dense(x_);
+  Tensor activated = at::empty_like(x);
+  SumClamp s = sum_of(x, 0, INFINITY);
+  s.a = x.const_data_ptr();
+  s.activated = activated.mutable_data_ptr();
+  if (s.count) run<SumClamp>(x, s, &cpu::sum_clamp, DR_CUDA_BACKEND(sum_clamp));
+  return activated;
+}
+
+Tensor mp_silu_backward(const Tensor& gradient_, const Tensor& x_) {
+  const c10::OptionalDeviceGuard guard(x_.device());
+  const Tensor x = dense(x_), gradient = dense_as("gradient", gradient_, x);
+  Tensor by_x = at::empty_like(x);
+  SumClamp s = sum_of(x, 0, INFINITY);
+  s.out = const_cast<void*>(x.const_data_ptr());
+  s.by_activated = gradient.const_data_ptr();
+  s.by_a = by_x.mutable_data_ptr();
+  if (s.count) run<SumClamp>(x, s, &cpu::sum_clamp, DR_CUDA_BACKEND(sum_clamp));
+  return by_x;
+}
+
 // Joining `first` channels with the rest of `out`'s.
 CatSilu cat_of(const Tensor& out, int64_t first, double t) {
   TORCH_CHECK_VALUE(t >= 0 && t <= 1, "t must be between 0 and 1, got ", t);
@@ -429,6 +452,8 @@ TORCH_LIBRARY_FRAGMENT(diffratio, m) {
       "sum_clamp_backward(Tensor? by_out, Tensor? by_activated, Tensor? out, Tensor passes, float t, float clip, "
       "bool channels_last) -> "
       "(Tensor, Tensor)");
+  m.def("mp_silu(Tensor x) -> Tensor");
+  m.def("mp_silu_backward(Tensor gradient, Tensor x) -> Tensor");
   m.def("cat_silu(Tensor a, Tensor b, float t) -> (Tensor, Tensor)");
   m.def("cat_silu_backward(Tensor out, Tensor? by_out, Tensor? by_activated, int first, float t) -> (Tensor, Tensor)");
   m.def("ones_channel(Tensor x, Tensor scale, ScalarType dtype) -> Tensor");
@@ -444,6 +469,8 @@ TORCH_LIBRARY_FRAGMENT(diffratio, m) {
   m.impl("scale_silu_backward", &scale_silu_backward);           \
   m.impl("sum_clamp", &sum_clamp);                               \
   m.impl("sum_clamp_backward", &sum_clamp_backward);             \
+  m.impl("mp_silu", &mp_silu);                                   \
+  m.impl("mp_silu_backward", &mp_silu_backward);                 \
   m.impl("cat_silu", &cat_silu);                                 \
   m.impl("cat_silu_backward", &cat_silu_backward);               \
   m.impl("ones_channel", &ones_channel);                         \

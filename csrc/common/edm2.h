@@ -56,6 +56,7 @@ struct ScaleSilu {
 // out = clamp(weight_a a + weight_b b, -clip, clip), activated = mp_silu(out) where it is not null.
 // Bit i % 8 of passes[i / 8]: whether element i was inside; passes is null where clip is infinite.
 // Backward (by_a set): either upstream may be null; `out` is read only where by_activated is not.
+// mp_silu alone has neither b nor out, and in the backward pass no by_b.
 struct SumClamp {
   Type type;
   int64_t count;

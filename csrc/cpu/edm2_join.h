@@ -34,35 +34,37 @@ void sum_chunks(const SumClamp& s, bool stream, int64_t begin, int64_t end) {
   const int64_t first = begin * element_chunk;
   const int64_t last = end * element_chunk < s.count ? end * element_chunk : s.count;
   uint8_t* passes = s.passes ? s.passes + first / 8 : nullptr;
-  T *out = static_cast<T*>(s.out) + first, *activated = s.activated ? static_cast<T*>(s.activated) + first : nullptr;
+  T* out = s.out ? static_cast<T*>(s.out) + first : nullptr;
+  T* activated = s.activated ? static_cast<T*>(s.activated) + first : nullptr;
   if (!s.by_a) {
-    const T *a = static_cast<const T*>(s.a) + first, *b = static_cast<const T*>(s.b) + first;
-    stream = stream && streams(out, 0) && (!activated || streams(activated, 0));
+    const T *a = static_cast<const T*>(s.a) + first, *b = s.b ? static_cast<const T*>(s.b) + first : nullptr;
+    stream = stream && (!out || streams(out, 0)) && (!activated || streams(activated, 0));
     each(last - first, [&](auto w, int64_t i) {
       using W = decltype(w);
-      auto v = W::fma(W::load(b + i), W::constant(s.weight_b), W::load(a + i) * W::constant(s.weight_a));
+      auto v = W::load(a + i) * W::constant(s.weight_a);
+      if (b) v = W::fma(W::load(b + i), W::constant(s.weight_b), v);
       if (passes) {
         write_bits<W>(passes, i, W::within(v, s.clip));
         const auto high = W::constant(s.clip), low = W::constant(-s.clip);
         v = v > high ? high : v;
         v = v < low ? low : v;
       }
-      W::store(out + i, v, stream);
+      if (out) W::store(out + i, v, stream);
       if (activated) W::store(activated + i, mp_silu<W>(v), stream);
     });
     return;
   }
   const T* by_out = s.by_out ? static_cast<const T*>(s.by_out) + first : nullptr;
   const T* by_activated = s.by_activated ? static_cast<const T*>(s.by_activated) + first : nullptr;
-  T *by_a = static_cast<T*>(s.by_a) + first, *by_b = static_cast<T*>(s.by_b) + first;
-  stream = stream && streams(by_a, 0) && streams(by_b, 0);
+  T *by_a = static_cast<T*>(s.by_a) + first, *by_b = s.by_b ? static_cast<T*>(s.by_b) + first : nullptr;
+  stream = stream && streams(by_a, 0) && (!by_b || streams(by_b, 0));
   each(last - first, [&](auto w, int64_t i) {
     using W = decltype(w);
     auto g = by_out ? W::load(by_out + i) : W::constant(0);
     if (by_activated) g = W::fma(W::load(by_activated + i), mp_silu_slope<W>(W::load(out + i)), g);
     if (passes) g = W::keep(read_bits<W>(passes, i), g);
     W::store(by_a + i, g * W::constant(s.weight_a), stream);
-    W::store(by_b + i, g * W::constant(s.weight_b), stream);
+    if (by_b) W::store(by_b + i, g * W::constant(s.weight_b), stream);
   });
 }
 

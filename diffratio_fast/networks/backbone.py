@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffratio_fast.networks.edm2 import EDM2Denoiser, MPConv, force_normalisation, mp_silu, normalize
+from diffratio_fast.networks.edm2 import Block, EDM2Denoiser, MPConv, MPUNet, force_normalisation
 from diffratio_fast.networks.edm_layers import GroupNorm
 from diffratio_fast.networks.layers import Dropout, Linear, Weight
+from diffratio_fast.networks.magnitude import operations
 from diffratio_fast.networks.published import from_published, resolved
 from diffratio_fast.networks.unet import Denoiser, ResidualBlock, UNet, at_least_float32
 
@@ -51,6 +52,13 @@ def set_checkpointing(network: nn.Module, on: bool) -> None:
     for module in network.modules():
         if isinstance(module, ResidualBlock):
             module.checkpointed = on
+
+
+def set_fused(network: nn.Module, on: bool) -> None:
+    """Let the parts of EDM2 networks use the fused operations where they exist, or plain PyTorch."""
+    for module in network.modules():
+        if isinstance(module, (Block, MPUNet, MPHead)):
+            module.fused = on
 
 
 class BackboneGenerator(nn.Module):
@@ -167,6 +175,8 @@ class MPHead(nn.Module):
     Zero weights would be degenerate here, as normalisation divides by their length.
     """
 
+    fused = True
+
     def __init__(self, channels: int, positions: int, embedding: int, pool: str) -> None:
         super().__init__()
         if pool not in POOLS:
@@ -183,7 +193,7 @@ class MPHead(nn.Module):
 
     def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
         force_normalisation(self)
-        h = mp_silu(normalize(features, dim=1)).flatten(2)
+        h = operations(self.fused, features).pixel_norm_silu(features)[1].flatten(2)
         if self.pool == "attention":
             pooled = _attention_pool(h, self.query(h.mT).mT + self.position)
         else:

@@ -180,7 +180,7 @@ class SongUNet(UNet):
             elif name.endswith("_up"):
                 h = layer(h, embedding)
             elif "_block" in name:
-                h = layer(self.join(h, skips.pop()), embedding)
+                h = self.joined(layer, h, skips.pop(), embedding)
         assert image is not None
         return image
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffratio_fast.networks import magnitude
 from diffratio_fast.networks.layers import Drawn, Draws, Dropout
+from diffratio_fast.networks.magnitude import EPS, mp_silu, mp_sum, normalize, root_mean_square
 from diffratio_fast.networks.unet import (
     CHANNELS_PER_HEAD,
     Denoiser,
@@ -35,40 +37,6 @@ from diffratio_fast.networks.unet import (
 )
 
 EDM2_CHANNELS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
-
-
-EPS = 1e-4
-
-
-def normalize(x: Tensor, dim: int | Sequence[int]) -> Tensor:
-    """x with vectors along ``dim`` divided by (their root mean square + EPS), computed in float32."""
-    dims = [dim] if isinstance(dim, int) else list(dim)
-    return (x / (EPS + root_mean_square(x, dims))).to(x.dtype)
-
-
-def root_mean_square(x: Tensor, dims: list[int]) -> Tensor:
-    """Of vectors along ``dims``, float32 (float64 of float64)."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    length = x.numel() // norm.numel()
-    return norm / math.sqrt(length)
-
-
-def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over its root mean square for standard normal input (Eq. 81)."""
-    return F.silu(x) / 0.596
-
-
-def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """(1 - t) a + t b, of unit magnitude where a and b are and do not correlate (Eq. 88)."""
-    return torch.lerp(a, b.to(a.dtype), t) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """a and b [N, C, ...] side by side, weighed so that b contributes by t whatever its width (Eq. 103)."""
-    width = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t**2))
-    scale_a, scale_b = width * (1 - t) / math.sqrt(a.shape[1]), width * t / math.sqrt(b.shape[1])
-    return torch.cat((scale_a * a, scale_b * b), dim=1)
 
 
 class MPFourier(KeepsPrecision, Drawn):
@@ -148,9 +116,11 @@ class Block(ResidualBlock):
     """Residual block [N, in, H, W] to [N, out, H', W'] given an embedding [N, D].
 
     Encoder blocks normalise each pixel's feature vector and their skip convolution comes before the residual
-    branch; decoder blocks do neither.
+    branch; decoder blocks do neither, and may be given a skip that joins their input. ``fused``: by the
+    operations of ``ops.edm2`` where they exist, else in plain PyTorch.
     """
 
+    fused = True
     resample_kernel: Tensor | None
 
     def __init__(
@@ -164,6 +134,7 @@ class Block(ResidualBlock):
         dropout: float = 0.0,
         res_balance: float = 0.3,
         attn_balance: float = 0.3,
+        concat_balance: float = 0.5,
         clip_act: float | None = 256.0,
     ) -> None:
         super().__init__()
@@ -178,7 +149,8 @@ class Block(ResidualBlock):
         self.dropout = Dropout(dropout)
         self.res_balance = res_balance
         self.attn_balance = attn_balance
-        self.clip_act = clip_act
+        self.concat_balance = concat_balance
+        self.clip = math.inf if clip_act is None else clip_act
         self.heads = heads_for(channels_out, channels_per_head) if entry.attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(channels_out if encoder else channels_in, channels_out, 3)
@@ -189,23 +161,29 @@ class Block(ResidualBlock):
             self.attn_qkv = MPConv(channels_out, 3 * channels_out, 1)
             self.attn_proj = MPConv(channels_out, channels_out, 1)
 
-    def body(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def body(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        f = magnitude.operations(self.fused, x)
         if self.resample is not None:
             resample = downsample if self.resample == "down" else upsample
             x = resample(x, self.resample_kernel)
         if self.encoder:
-            x = normalize(x if self.conv_skip is None else self.conv_skip(x), dim=1)
-        condition = self.emb_linear(embedding, gain=self.emb_gain) + 1
-        h = mp_silu(self.conv_res0(mp_silu(x)) * condition[:, :, None, None])
-        h = self.conv_res1(self.dropout(h))
+            x, h = f.pixel_norm_silu(x if self.conv_skip is None else self.conv_skip(x))
+        elif skip is not None:
+            x, h = f.cat_silu(x, skip, self.concat_balance)
+        else:
+            h = f.mp_silu(x)
+        condition = self.emb_linear(embedding, gain=self.emb_gain)
+        mask = self.dropout.keyed() if f is not magnitude else {}
+        h = f.scale_silu(self.conv_res0(h), condition, **mask)
+        h = self.conv_res1(h if mask else self.dropout(h))
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, h, self.res_balance)
-        if self.heads:
-            qkv, proj = self.attn_qkv.effective_weight(), self.attn_proj.effective_weight()
-            h = attend(x, self.heads, (qkv, None), (proj, None), lambda v: normalize(v, dim=-1))
-            x = mp_sum(x, h, self.attn_balance)
-        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+        if not self.heads:
+            return f.sum_clamp(x, h, self.res_balance, self.clip)
+        x = f.sum_clamp(x, h, self.res_balance)
+        qkv, proj = self.attn_qkv.effective_weight(), self.attn_proj.effective_weight()
+        h = attend(x, self.heads, (qkv, None), (proj, None), f.qkv_norm)
+        return f.sum_clamp(x, h, self.attn_balance, self.clip)
 
 
 class MPUNet(UNet):
@@ -214,6 +192,8 @@ class MPUNet(UNet):
     A channel of ones joins the input in the place of biases; class vectors are scaled by sqrt(classes); the
     output starts at zero through ``out_gain``.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -237,7 +217,6 @@ class MPUNet(UNet):
     ) -> None:
         super().__init__()
         self.label_balance = label_balance
-        self.concat_balance = concat_balance
         channels = [model_channels * mult for mult in channel_mult]
         noise = channels[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         embedding = max(channels) if channel_mult_emb is None else model_channels * channel_mult_emb
@@ -257,6 +236,7 @@ class MPUNet(UNet):
                 dropout=dropout,
                 res_balance=res_balance,
                 attn_balance=attn_balance,
+                concat_balance=concat_balance,
                 clip_act=clip_act,
             )
 
@@ -282,17 +262,20 @@ class MPUNet(UNet):
             h = mp_sum(h, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
         return mp_silu(h)
 
+    def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
+        """c_in x and the channel of ones."""
+        if torch.is_autocast_enabled(x.device.type):  # what the first convolution would make of it
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return magnitude.operations(self.fused, x).ones_channel(x, c_in, dtype)
+
     def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
         for name, layer in self.enc.items():
-            if name.endswith("_conv"):
-                features.append(layer(torch.cat((x, torch.ones_like(x[:, :1])), dim=1)))
-            else:
-                features.append(layer(features[-1], embedding))
+            features.append(layer(x) if name.endswith("_conv") else layer(features[-1], embedding))
         return features
 
-    def join(self, h: Tensor, skip: Tensor) -> Tensor:
-        return mp_cat(h, skip, self.concat_balance)
+    def joined(self, block: nn.Module, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
+        return block(h, embedding, skip)
 
     def read(self, h: Tensor) -> Tensor:
         return self.out_conv(h, gain=self.out_gain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,13 @@ class Dropout(nn.Module):
         if not self.training or not self.probability:
             return x
         return x * (self.kept(x[0].numel(), x).reshape(x.shape).to(x.dtype) / (1 - self.probability))
+
+    def keyed(self) -> dict[str, Any]:
+        """Arguments of a fused operation that drops elements; empty where the noise contract drops none."""
+        if not self.training or not self.probability or self.stream is None:
+            return {}
+        rng, index, substep, layer = self.stream
+        return {"dropout": self.probability, "rng": rng, "index": index, "substep": substep, "layer": layer}
 
     def kept(self, count: int, x: Tensor) -> Tensor:
         """bool [N, count]: what stays of ``count`` elements of each sample of x [N, ...]."""

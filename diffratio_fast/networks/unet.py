@@ -80,7 +80,7 @@ def plan(
 
 
 class ResidualBlock(nn.Module):
-    """A block ``body(x, embedding)`` whose activations are kept for the backward pass, or computed again.
+    """A block, ``body``, whose activations are kept for the backward pass, or computed again.
 
     With ``checkpointed`` only the block's inputs are kept (Chen et al. 2016): a second forward pass for less
     memory.
@@ -88,16 +88,14 @@ class ResidualBlock(nn.Module):
 
     checkpointed = False
     dropout: Dropout
+    body: Callable[..., Tensor]  # (x, embedding), or more
 
-    def body(self, x: Tensor, embedding: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, *more: Tensor) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
             # masks of the noise contract need no generator's state to be drawn again
             state = self.training and self.dropout.stream is None
-            return checkpoint(self.body, x, embedding, use_reentrant=False, preserve_rng_state=state)
-        return self.body(x, embedding)
+            return checkpoint(self.body, x, embedding, *more, use_reentrant=False, preserve_rng_state=state)
+        return self.body(x, embedding, *more)
 
 
 class UNet(nn.Module):
@@ -107,12 +105,16 @@ class UNet(nn.Module):
     dec: nn.ModuleDict
     deepest: tuple[int, int, int]  # channels and side of the deepest features, numbers of the embedding
 
+    def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
+        """What ``encode`` takes: c_in x, of images x [N, C, H, W] and c_in [N], in the network's dtype."""
+        return (c_in[:, None, None, None] * x).to(dtype)
+
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """The vectors [N, D] that tell every block the noise level c_noise [N] and the class [N, classes]."""
         raise NotImplementedError
 
     def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """Features of x [N, C, H, W] after every encoder entry, finest first; the last is the deepest."""
+        """Features of ``scaled`` images after every encoder entry, finest first; the last is the deepest."""
         raise NotImplementedError
 
     def middle(self, h: Tensor, embedding: Tensor) -> Tensor:
@@ -129,12 +131,12 @@ class UNet(nn.Module):
             if name.endswith("_up"):
                 h = layer(h, embedding)
             elif "_block" in name:
-                h = layer(self.join(h, skips.pop()), embedding)
+                h = self.joined(layer, h, skips.pop(), embedding)
         return self.read(h)
 
-    def join(self, h: Tensor, skip: Tensor) -> Tensor:
-        """A decoder block's input: its features and the encoder's, side by side."""
-        return torch.cat((h, skip), dim=1)
+    def joined(self, block: nn.Module, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
+        """A decoder block's output for its features and the encoder's, side by side."""
+        return block(torch.cat((h, skip), dim=1), embedding)
 
     def read(self, h: Tensor) -> Tensor:
         """The image from the decoder's last features."""
@@ -251,10 +253,10 @@ class Denoiser(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.img_channels:
             raise ValueError(f"x must be [N, {self.img_channels}, H, W], not {list(x.shape)}")
         dtype = next(self.parameters()).dtype
-        c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, 1, 1, 1)
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
         classes = class_vectors(labels, self.label_dim, x).to(dtype) if self.label_dim else None
         augment = augment_labels.to(dtype) if augment_labels is not None else None
-        return (c_in * x).to(dtype), sigma.log() / 4, classes, augment
+        return self.backbone.scaled(x, c_in, dtype), sigma.log() / 4, classes, augment
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -329,13 +331,14 @@ def attend(
     heads: int,
     qkv: tuple[Tensor, Tensor | None],
     proj: tuple[Tensor, Tensor | None],
-    normalise: Callable[[Tensor], Tensor] | None = None,
+    split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Self-attention among the pixels of x [N, C, H, W]; ``qkv`` and ``proj`` are (weight, bias) of 1x1 maps.
 
     The published order of the 3C rows of ``qkv`` is [head][channel][q, k, v]. They are brought into
     [q, k, v][head][channel] here: a small copy of the weights in place of a large one of the activations,
-    and the attention kernels get contiguous vectors. ``normalise`` is applied to each q, k and v vector.
+    and the attention kernels get contiguous vectors. ``split`` makes [N, heads, tokens, C / heads] of each
+    from [N, tokens, 3, heads, C / heads].
     """
     count, channels, height, width = x.shape
     tokens = x.flatten(2).transpose(1, 2)
@@ -343,9 +346,7 @@ def attend(
     assert weight is not None
     mixed = F.linear(tokens, _by_role(weight, heads), None if bias is None else _by_role(bias, heads))
     mixed = mixed.reshape(count, height * width, 3, heads, channels // heads)
-    if normalise is not None:
-        mixed = normalise(mixed)
-    query, key, value = mixed.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = mixed.permute(2, 0, 3, 1, 4).unbind(0) if split is None else split(mixed)
     out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     out = F.linear(out, proj[0].flatten(1), proj[1])
     return out.transpose(1, 2).reshape(count, channels, height, width)

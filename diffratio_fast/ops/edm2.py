@@ -124,6 +124,18 @@ def scale_silu(
     return out
 
 
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU over its root mean square for standard normal input, 0.596 (Eq. 81), of a tensor of any shape.
+
+    Saves x. Bytes: forward 2 s, backward 3 s, both the minimum.
+    """
+    _floating("x", x)
+    if not compiled_for(x):
+        return reference.mp_silu(x)
+    activated: Tensor = torch.ops.diffratio.mp_silu(x)
+    return activated
+
+
 def sum_clamp(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
     """clamp(mp_sum(a, b, t), -clip, clip), of tensors of any one shape (Eq. 88).
 
@@ -291,6 +303,15 @@ def _sum_backward_fake(
     return torch.empty_like(like, memory_format=layout), torch.empty_like(like, memory_format=layout)
 
 
+def _silu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _silu_backward(ctx: Any, gradient: Tensor) -> Tensor:
+    by_x: Tensor = torch.ops.diffratio.mp_silu_backward(gradient, ctx.saved_tensors[0])
+    return by_x
+
+
 def _joined(a: Tensor, b: Tensor) -> torch.memory_format:
     last = torch.channels_last
     return last if last in (_layout(a), _layout(b)) else torch.contiguous_format
@@ -372,6 +393,8 @@ def _register() -> None:
         ),
         "sum_clamp": _sum_fake,
         "sum_clamp_backward": _sum_backward_fake,
+        "mp_silu": _like,
+        "mp_silu_backward": lambda gradient, x: _like(x),
         "cat_silu": _cat_fake,
         "cat_silu_backward": _cat_backward_fake,
         "ones_channel": _ones_fake,
@@ -385,6 +408,7 @@ def _register() -> None:
         "pixel_norm_silu": (_pixel_norm_backward, _pixel_norm_setup),
         "scale_silu": (_scale_backward, _scale_setup),
         "sum_clamp": (_sum_backward, _sum_setup),
+        "mp_silu": (_silu_backward, _silu_setup),
         "cat_silu": (_cat_backward, _cat_setup),
         "ones_channel": (_ones_backward, _ones_setup),
         "qkv_norm": (_qkv_backward, _qkv_setup),

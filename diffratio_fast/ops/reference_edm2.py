@@ -27,8 +27,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over its root mean square (Eq. 81)."""
-    return torch.nn.functional.silu(x) / SILU_RMS
+    """See :func:`diffratio_fast.ops.edm2.mp_silu`."""
+    return (torch.nn.functional.silu(wide(x)) / SILU_RMS).to(x.dtype)
 
 
 def _normalized(x: Tensor, dim: int) -> Tensor:

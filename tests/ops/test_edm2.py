@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffratio_fast import ops
-from diffratio_fast.networks.edm2 import mp_cat, mp_silu, mp_sum, normalize
 from diffratio_fast.networks.layers import Dropout, dropout_stream
+from diffratio_fast.networks.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from diffratio_fast.ops import compiled, edm2, reference_edm2
 
 needs_operations = pytest.mark.skipif(not edm2.HAS_OPERATIONS, reason="the compiled module was not built")
@@ -79,6 +79,7 @@ OPERATIONS = {
         eager_dropped,
         lambda shape: [torch.randn(*shape), torch.randn(*shape[:2])],
     ),
+    "mp_silu": Operation(edm2.mp_silu, reference_edm2.mp_silu, mp_silu, images(1)),
     "sum_clamp": Operation(
         lambda a, b: edm2.sum_clamp(a, b, 0.3, 1.5),
         lambda a, b: reference_edm2.sum_clamp(a, b, 0.3, 1.5),
@@ -244,6 +245,7 @@ def test_opcheck(name: str, layout: str) -> None:
         "pixel_norm_silu": (packet.pixel_norm_silu, leaves),
         "scale_silu": (packet.scale_silu, [*leaves, None, None, 0.0, 10, 0, 0]),
         "scale_silu with dropout": (packet.scale_silu, [*leaves, rng, index, 0.2, 10, 1, 3]),
+        "mp_silu": (packet.mp_silu, leaves),
         "sum_clamp": (packet.sum_clamp, [*leaves, 0.3, 1.5, False]),
         "sum without clamp": (packet.sum_clamp, [*leaves, 0.3, math.inf, False]),
         "sum_clamp_silu": (packet.sum_clamp, [*leaves, 0.3, 1.5, True]),
