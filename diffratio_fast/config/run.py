@@ -168,6 +168,12 @@ class OptimizationOptions(Options, group="optimization"):
         free=True,
     )
     channels_last: bool = option(False, "keep images with their channels innermost", free=True)
+    fused: str = option(
+        "auto",
+        "EDM2 networks: the fused operations where they exist (auto), or plain PyTorch (off)",
+        choices=("auto", "off"),
+        free=True,
+    )
     activation_checkpointing: bool = option(
         False, "compute U-Net blocks twice to keep fewer activations", free=True
     )

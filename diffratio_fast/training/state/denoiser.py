@@ -12,7 +12,7 @@ from diffratio_fast import networks
 from diffratio_fast.config.pretrain import PretrainConfig
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.errors import UserError
-from diffratio_fast.networks.backbone import set_checkpointing, set_dropout
+from diffratio_fast.networks.backbone import set_checkpointing, set_dropout, set_fused
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives import geometric
 from diffratio_fast.training.processes.parallel import shard
@@ -75,6 +75,7 @@ def initial_state(
         place(config, denoiser, device)
     set_dropout(denoiser, config.dropout)
     set_checkpointing(denoiser, config.activation_checkpointing)
+    set_fused(denoiser, config.fused == "auto")
     average, kept = averaged_copy(denoiser), kept_averages(config, denoiser)
     for network in (denoiser, average, *(kept or [])):
         shard(network, world, config, device)

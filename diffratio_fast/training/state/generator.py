@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffratio_fast import networks
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet
-from diffratio_fast.networks.backbone import BackboneGenerator, set_checkpointing
+from diffratio_fast.networks.backbone import BackboneGenerator, set_checkpointing, set_fused
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.bin_means import initial_means
 from diffratio_fast.training.processes.parallel import shard
@@ -89,6 +89,7 @@ def initial_state(
             if not planned:
                 place(config, network, device)
             set_checkpointing(network, config.activation_checkpointing)
+            set_fused(network, config.fused == "auto")
     if teacher is not None:
         teacher.eval().requires_grad_(False)
     average = averaged_copy(generator)
