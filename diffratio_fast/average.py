@@ -114,9 +114,7 @@ def described(last: Snapshot, std: float) -> dict[str, str]:
 
 def average(run: Path, std: float, out: Path, step: int | None = None) -> float:
     """Write the average of width ``std`` at a step of the run (by default its last); the profile's error."""
-    import safetensors.torch
-
-    from diffratio_fast.storage.writing import replace_file
+    from diffratio_fast.storage.tensors import save_tensors
     from diffratio_fast.training.state.posthoc_ema import Profile, combination
 
     if not 0 < std <= LARGEST_WIDTH:
@@ -130,8 +128,7 @@ def average(run: Path, std: float, out: Path, step: int | None = None) -> float:
     chosen = [snapshot for snapshot in found if step is None or snapshot.step <= step]
     profiles = [Profile(snapshot.std, snapshot.updates) for snapshot in chosen]
     weights, error = combination(profiles, Profile(std, chosen[-1].updates))
-    content = safetensors.torch.save(combined(chosen, weights), described(chosen[-1], std))
-    replace_file(out, content)
+    save_tensors(out, combined(chosen, weights), described(chosen[-1], std))
     print(
         f"{out}: average of relative width {std:g} at step {chosen[-1].step:,}, from {len(chosen)} kept "
         f"averages; its profile is matched to {error:.1%}"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from diffratio_fast.errors import ReportedElsewhere, UserError
+from diffratio_fast.errors import Interrupted, ReportedElsewhere, UserError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -39,6 +39,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except Interrupted as stopped:
+        status = 128 + stopped.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -73,12 +73,10 @@ def _verified(network: PublishedNetwork) -> int:
 
 
 def _write(out: Path, network: PublishedNetwork) -> None:
-    import safetensors.torch
-
-    from diffratio_fast.storage.writing import replace_file
+    from diffratio_fast.storage.tensors import save_tensors
 
     metadata = {"architecture": network.architecture, "config": json.dumps(network.config)}
-    replace_file(out, safetensors.torch.save(network.state, metadata))
+    save_tensors(out, network.state, metadata)
 
 
 def _print_info(content: dict[str, Any], key: str, network: PublishedNetwork, summary: str) -> None:

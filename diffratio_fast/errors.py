@@ -7,5 +7,13 @@ class UserError(Exception):
     """Bad input of any kind: the message is one line that says what is wrong and what to do."""
 
 
+class Interrupted(Exception):
+    """A signal ended a command after it saved its work; ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class ReportedElsewhere(UserError):
     """Another process of the same run tells of the error; this one ends without a word."""

@@ -12,6 +12,7 @@ from diffratio_fast import command, report
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.measurements import keep_evaluation
 from diffratio_fast.runs.paths import DEFAULT_RUN, RunPaths
+from diffratio_fast.storage.reading import UNPACKED_LIMIT
 
 if TYPE_CHECKING:
     from diffratio_fast.metrics.protocol import Options
@@ -53,7 +54,19 @@ def parser() -> command.Parser:
         "--labels", default="proportional", choices=("proportional", "uniform", "ignore"),
         help="classes to generate: as frequent as in the reference or equally; ignore: do not look at labels",
     )  # fmt: skip
-    add("--classifier", metavar="NAME", help="svm (fitted on the reference), or a file of torch.export.save")
+    add(
+        "--classifier", metavar="NAME",
+        help="svm (fitted on the reference), or a file of torch.export.save, which is a program and is run: "
+        "it needs --trust-classifier",
+    )  # fmt: skip
+    add(
+        "--trust-classifier", action="store_true",
+        help="run the program in the file of --classifier, with all your rights",
+    )  # fmt: skip
+    add(
+        "--max-bytes", type=int, default=UNPACKED_LIMIT, metavar="N",
+        help="memory that the arrays of an .npz may take together, at most",
+    )  # fmt: skip
     add("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
     add(
         "--calibration", action="store_true",
@@ -82,6 +95,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         raise UserError(f"--metrics: no such metric: {unknown[0]!r}; known: {', '.join(METRICS)}")
     if arguments.count < 2:
         raise UserError(f"--count must be at least 2, not {arguments.count}")
+    if arguments.max_bytes < 1:
+        raise UserError(f"--max-bytes must be at least 1, not {arguments.max_bytes}")
     if arguments.save_reference is not None and arguments.save_reference.suffix != ".npz":
         raise UserError(f"--save-reference {arguments.save_reference}: name an .npz")
     elsewhere = ("json", "metrics", "seeds", "calibration")

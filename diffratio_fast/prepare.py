@@ -21,6 +21,7 @@ from diffratio_fast.data.scaling import Vae
 from diffratio_fast.data.sources import (
     CROPS,
     FORMATS,
+    PIXELS_LIMIT,
     ImageOptions,
     Joined,
     Source,
@@ -30,6 +31,7 @@ from diffratio_fast.data.sources import (
 )
 from diffratio_fast.data.writer import SHARD_BYTES, Entries, Plan, Records, fixed_order, write_shards
 from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import UNPACKED_LIMIT
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -50,6 +52,14 @@ def parser() -> Parser:
     p.add_argument("--resolution", type=int, help="make images square, this many pixels a side")
     p.add_argument("--crop", choices=CROPS, default="dhariwal", help="ImageNet crop, or centre and Lanczos")
     p.add_argument("--channels", type=int, choices=(1, 3), default=3, help="grey or RGB")
+    p.add_argument(
+        "--max-pixels", type=int, default=PIXELS_LIMIT, metavar="N",
+        help="pixels of an image at most, as it is and scaled; one with more is unreadable",
+    )  # fmt: skip
+    p.add_argument(
+        "--max-bytes", type=int, default=UNPACKED_LIMIT, metavar="N",
+        help="bytes that a source held in memory (CIFAR-10, IDX files) may unpack to, at most",
+    )  # fmt: skip
     p.add_argument("--class-names", help="file with a name a line, or names with commas between")
     p.add_argument("--test-source", type=Path, help="a second source, of the same kind, for the test split")
     p.add_argument("--validation", metavar="N", help="records or fraction cut from train")
@@ -76,7 +86,7 @@ def main(argv: list[str]) -> int | None:
         return show_verification(options) if options.verify else show_info(options)
     if options.source is None or options.destination is None:
         raise UserError("a source and a destination are needed (see --help)")
-    for name in ("workers", "shard_bytes", "vae_batch", "resolution"):
+    for name in ("workers", "shard_bytes", "vae_batch", "resolution", "max_pixels", "max_bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
@@ -155,7 +165,9 @@ def prepare(options: argparse.Namespace) -> Manifest | None:
 
 def load_source(options: argparse.Namespace) -> Source:
     """The source the options name, with its test source and class names."""
-    images = ImageOptions(options.resolution, options.crop, options.channels)
+    images = ImageOptions(
+        options.resolution, options.crop, options.channels, options.max_pixels, options.max_bytes
+    )
     parts = [open_source(options.source, options.format, images)]
     if options.test_source is not None:
         parts.append(open_source(options.test_source, options.format, images))

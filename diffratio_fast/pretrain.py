@@ -7,6 +7,7 @@ from typing import Any
 from diffratio_fast import command
 from diffratio_fast.config.presets import DEFAULT, PRETRAIN_PRESETS
 from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.training.beginning import Beginning
 from diffratio_fast.training.command_line import act, chosen_options, over_preset, run_parser
 
 
@@ -24,10 +25,10 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, PretrainConfig]:
     return preset, PretrainConfig(**over_preset(PRETRAIN_PRESETS[preset], chosen))
 
 
-def start(preset: str, config: PretrainConfig, *, fresh: bool) -> int:
+def start(preset: str, config: PretrainConfig, beginning: Beginning) -> int:
     from diffratio_fast.training.denoiser_run import pretrain
 
-    return pretrain(preset, config, fresh=fresh)
+    return pretrain(preset, config, beginning)
 
 
 def main(argv: list[str]) -> int:

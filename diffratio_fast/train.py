@@ -8,6 +8,7 @@ from diffratio_fast import command
 from diffratio_fast.config.objectives import OBJECTIVES
 from diffratio_fast.config.presets import DEFAULT, PRESETS, RATIO_NETWORKS
 from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.training.beginning import Beginning
 from diffratio_fast.training.command_line import act, chosen_options, over_preset, run_parser
 
 
@@ -27,10 +28,10 @@ def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
     return preset, TrainConfig(**over_preset(values, chosen))
 
 
-def start(preset: str, config: TrainConfig, *, fresh: bool) -> int:
+def start(preset: str, config: TrainConfig, beginning: Beginning) -> int:
     from diffratio_fast.training.generator_run import train
 
-    return train(preset, config, fresh=fresh)
+    return train(preset, config, beginning)
 
 
 def main(argv: list[str]) -> int:

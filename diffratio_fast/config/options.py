@@ -151,6 +151,16 @@ def read_yaml(kind: type, path: Path) -> dict[str, Any]:
     return from_mapping(kind, values, str(path))
 
 
+def preset_of(path: Path) -> str | None:
+    """The preset that a run's config.yaml names, if any."""
+    try:
+        content = reading.read_yaml(path)
+    except (OSError, ValueError):
+        return None
+    preset = content.get("preset") if isinstance(content, dict) else None
+    return preset if isinstance(preset, str) else None
+
+
 def add_options(parser: Parser, shown: Options) -> None:
     """An option for every field of ``shown``'s class; one that is not given is absent from the result.
 

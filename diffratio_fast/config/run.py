@@ -39,6 +39,17 @@ class RunOptions(Options, group="the run"):
         free=True,
     )
     checkpoint_every: int = option(1000, "steps between checkpoints", low=1, free=True)
+    checkpoint_minutes: float | None = option(
+        None, "also save a checkpoint so many minutes after the last (default: by steps alone)", above=0,
+        free=True,
+    )  # fmt: skip
+    keep_checkpoints: int = option(2, "newest checkpoints to keep", low=1, free=True)
+    keep_every_images: int | None = option(
+        None, "also keep the first checkpoint of every so many images, to go back to", low=1, free=True
+    )
+    keep_best: bool = option(
+        False, "also save and keep the checkpoint of the best evaluation on the validation split", free=True
+    )
     on_save_failure: str = option(
         "continue",
         "what to do if a checkpoint cannot be written (full disk): continue or stop; the last one is kept",

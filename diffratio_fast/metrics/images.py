@@ -19,7 +19,16 @@ from diffratio_fast.data.pictures import records_to_uint8
 from diffratio_fast.data.sources import ImageOptions, Source, Unreadable, open_source
 from diffratio_fast.data.sources.files import UNLABELLED
 from diffratio_fast.errors import UserError
-from diffratio_fast.storage.reading import DAMAGE, array_header, one_line, parse_json, read_npz
+from diffratio_fast.storage.reading import (
+    DAMAGE,
+    UNPACKED_LIMIT,
+    array_header,
+    one_line,
+    open_regular,
+    parse_json,
+    read_npz,
+    read_text,
+)
 
 BATCH = 256
 LABELLED = re.compile(r"-class(\d+)\.\w+$")
@@ -48,18 +57,19 @@ class Images(Protocol):
         ...
 
 
-def open_images(path: Path, channels: int) -> Images:
+def open_images(path: Path, channels: int, limit: int = UNPACKED_LIMIT) -> Images:
     """The images of an npz, or of a folder or archive of image files; anything else is a ``UserError``.
 
-    Files are read as RGB or, with one of ``channels``, as grey.
+    Files are read as RGB or, with one of ``channels``, as grey. What is held in memory takes at most
+    ``limit`` bytes.
     """
     if path.suffix == ".npz" and path.is_file():
-        return NpzImages(path)
+        return NpzImages(path, limit)
     if (path / ".partial").is_dir():
         raise UserError(f"{path}: not all of its samples are there yet; run the same `sample` command again")
     if path.is_file() and path.suffix not in (".zip", ".tar"):
         raise UserError(f"{path}: neither a folder nor an .npz, .zip or .tar of images")
-    source = open_source(path, "auto", ImageOptions(channels=channels))
+    source = open_source(path, "auto", ImageOptions(channels=channels, max_bytes=limit))
     if source.kind != "image":
         raise UserError(f"{path}: holds latents, not images; decode them first")
     return FileImages(path, source)
@@ -89,7 +99,7 @@ class FileImages:
         about = {"kind": "images", "path": str(self.path)}
         written = self.path / "samples.json"
         if written.is_file():
-            about |= {"made_by": _json_or_none(written.read_text())}
+            about |= {"made_by": _json_or_none(read_text(written))}
         return about
 
     def batches(self) -> Iterator[Tensor]:
@@ -108,11 +118,11 @@ class NpzImages:
     They are read as they are needed, not held.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, limit: int = UNPACKED_LIMIT) -> None:
+        self.path, self._limit = path, limit
         self._about: dict[str, Any] | None = None
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
             name = next((n for n in ("images", "arr_0") if n in names), None)
             if name is None:
@@ -122,7 +132,7 @@ class NpzImages:
             shape, dtype = self._header()
             self.labels = self._labels(shape[0] if shape else 0, "labels" if name == "images" else "arr_1")
             if "about" in names:
-                self._about = _json_or_none(str(read_npz(path, {"about"})["about"]))
+                self._about = _json_or_none(str(read_npz(path, {"about"}, limit=limit)["about"]))
         except DAMAGE as error:
             raise UserError(f"{path}: damaged, or no npz of images ({one_line(error)})") from None
         if len(shape) != 4 or 0 in shape:
@@ -140,7 +150,7 @@ class NpzImages:
             return _array_header(member)
 
     def _labels(self, count: int, name: str) -> np.ndarray | None:
-        labels = read_npz(self.path, {name}).get(name)
+        labels = read_npz(self.path, {name}, limit=self._limit).get(name)
         if labels is None or not np.issubdtype(labels.dtype, np.integer):
             return None
         if labels.shape != (count,):
@@ -151,7 +161,10 @@ class NpzImages:
         what = f"{self.path}: images are {dtype}, not uint8; round them to 0..255"
         if np.issubdtype(dtype, np.floating):
             name = self._name.removesuffix(".npy")
-            images = read_npz(self.path, {name})[name]
+            try:
+                images = read_npz(self.path, {name}, limit=self._limit)[name]
+            except DAMAGE:
+                raise UserError(what) from None
             bad = np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1))
             if len(bad):
                 what = f"{self.path}: image {bad[0]} is not finite (NaN), and {len(bad) - 1} others"

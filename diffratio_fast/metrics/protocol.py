@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from diffratio_fast.metrics.reference import (
 from diffratio_fast.progress import ImageProgress
 from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.sampling.sampler import Sampler
+from diffratio_fast.storage.reading import UNPACKED_LIMIT
 
 CHUNK = 256
 """Images generated at a time."""
@@ -59,6 +61,8 @@ class Options:
     vae: Path | None
     save_reference: Path | None
     device: str
+    max_bytes: int = UNPACKED_LIMIT
+    trust_classifier: bool = False
 
 
 @dataclass
@@ -86,6 +90,11 @@ class GeneratedImages:
 
 def evaluate(options: Options) -> dict[str, Any]:
     """Everything that is measured, and of what, as plain data for JSON; bad input is a ``UserError``."""
+    if options.classifier not in (None, "svm") and not options.trust_classifier:
+        raise UserError(
+            f"--classifier {options.classifier}: the file is a program, and evaluating runs it with your "
+            "rights; add --trust-classifier if you trust whoever made it"
+        )
     device = choose_device(options.device)
     sampler = _sampler(options, device)
     source = options.reference or _trained_on(options, sampler)
@@ -96,7 +105,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UserError(
             f"{source}: holds latents; give the data set of the images, or statistics, as --reference"
         )
-    wanted = saved_shape(Path(source)) if dataset is None else dataset.shape
+    wanted = saved_shape(Path(source), options.max_bytes) if dataset is None else dataset.shape
     given = None if sampler else _given_images(options, wanted)
     shape = sampler.shape if sampler else given.shape  # type: ignore[union-attr]
     _check_shape(options, shape, source, wanted)
@@ -104,7 +113,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if "frechet" in options.metrics:
         require_enough(given.count if given else options.count, extractor, str(options.subject))
     if dataset is None:
-        reference = load_reference(Path(source), extractor)
+        reference = load_reference(Path(source), extractor, options.max_bytes)
         names = reference.class_names
     else:
         names = list(dataset.class_names)
@@ -205,7 +214,7 @@ def _trained_on(options: Options, sampler: Sampler | None) -> str:
 def _given_images(options: Options, wanted: tuple[int, int, int] | None) -> Images:
     if options.vae is not None:
         raise UserError(f"{options.subject}: holds images, not a generator of latents; leave --vae out")
-    return open_images(options.subject, 3 if wanted is None else wanted[0])
+    return open_images(options.subject, 3 if wanted is None else wanted[0], options.max_bytes)
 
 
 def _features_for(options: Options, shape: tuple[int, int, int]) -> str:
@@ -267,6 +276,7 @@ def _classifier(options: Options, reference: Reference, device: torch.device) ->
         return None
     if options.classifier == "svm":
         return SupportVectors(reference)
+    print(f"--classifier {options.classifier}: runs the program in this file", file=sys.stderr)
     return ExportedProgram(Path(options.classifier), device)
 
 

@@ -19,7 +19,14 @@ from diffratio_fast.metrics.features import Extractor, FeatureSet, extract
 from diffratio_fast.metrics.frechet import Moments
 from diffratio_fast.metrics.images import DataSetImages, Images
 from diffratio_fast.storage import pickles
-from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json, read_npz
+from diffratio_fast.storage.reading import (
+    DAMAGE,
+    UNPACKED_LIMIT,
+    one_line,
+    open_regular,
+    parse_json,
+    read_npz,
+)
 from diffratio_fast.storage.writing import replacing, sha256_of_file
 
 KEEP = 50_000
@@ -134,23 +141,25 @@ def save_reference(path: Path, reference: Reference, extractor: Extractor) -> No
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
-def saved_shape(path: Path) -> tuple[int, int, int] | None:
+def saved_shape(path: Path, limit: int = UNPACKED_LIMIT) -> tuple[int, int, int] | None:
     """(C, H, W) of the images behind saved statistics, where they say it."""
     try:
-        about = read_npz(path, {"about"})["about"]
+        about = read_npz(path, {"about"}, limit=limit)["about"]
         channels, height, width = parse_json(str(about))["about"]["shape"]
         return channels, height, width
     except DAMAGE:
         return None
 
 
-def load_reference(path: Path, extractor: Extractor) -> Reference:
+def load_reference(path: Path, extractor: Extractor, limit: int = UNPACKED_LIMIT) -> Reference:
     """Statistics that ``save_reference`` wrote, EDM's ``.npz`` (mu, sigma) or EDM2's ``.pkl``.
+
+    Arrays of an ``.npz`` take at most ``limit`` bytes of memory together.
 
     Damaged ones, and those of another extractor, are a ``UserError``. Nothing in a pickle is run.
     """
     try:
-        arrays = _read_pickle(path, extractor) if path.suffix == ".pkl" else _read_npz(path)
+        arrays = _read_pickle(path, extractor) if path.suffix == ".pkl" else _read_npz(path, limit)
         about = parse_json(str(arrays.pop("about"))) if "about" in arrays else {}
         moments = _moments(arrays, extractor)
         reference = Reference(
@@ -189,15 +198,15 @@ def _described(identity: dict[str, Any]) -> str:
     return str(identity.get("name")) + (f" (weights {weights[:12]})" if weights else "")
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    arrays = read_npz(path)
+def _read_npz(path: Path, limit: int) -> dict[str, Any]:
+    arrays = read_npz(path, limit=limit)
     if not {"mu", "sigma"} <= set(arrays):
         raise ValueError("it has no mu and sigma")
     return arrays
 
 
 def _read_pickle(path: Path, extractor: Extractor) -> dict[str, Any]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         content = pickles.read(file)
     key = PUBLISHED_KEYS.get(extractor.name)
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):

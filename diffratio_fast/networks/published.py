@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -25,8 +24,8 @@ from diffratio_fast.networks.edm import EDM_MODELS, EDMDenoiser
 from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser, MPUNet
 from diffratio_fast.networks.mlp import MLPDenoiser
 from diffratio_fast.networks.unet import Denoiser
-from diffratio_fast.storage.reading import DAMAGE, check_ambition, one_line, parse_json
-from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.storage.reading import DAMAGE, check_ambition, one_line, parse_json, require_regular
+from diffratio_fast.storage.tensors import save_tensors
 
 Config = dict[str, Any]
 
@@ -135,6 +134,7 @@ def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
     too (its other tensors are left alone). Whatever is wrong with the file is a ``UserError``.
     """
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
             names = list(file.keys())
@@ -157,12 +157,17 @@ def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
     return network.float().eval(), metadata
 
 
-def save_published(path: Path, network: Denoiser, about: Mapping[str, str]) -> None:
-    """Write a denoiser as ``load_published`` reads it, atomically; ``about`` joins the file's metadata."""
+def save_published(
+    path: Path, network: Denoiser, about: Mapping[str, str], *, root: Path | None = None
+) -> None:
+    """Write a denoiser as ``load_published`` reads it, atomically; ``about`` joins the file's metadata.
+
+    Below ``root`` no symbolic link is followed.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     config = json.dumps(network.config)
     metadata = {**about, "architecture": network.architecture, "config": config}
-    replace_file(path, safetensors.torch.save(state, metadata))
+    save_tensors(path, state, metadata, root=root)
 
 
 def with_state(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from diffratio_fast.errors import UserError
 from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio
 from diffratio_fast.networks.mlp import MLPGenerator, MLPRatio
 from diffratio_fast.networks.ratio_mixer import RatioMixer
-from diffratio_fast.storage.reading import DAMAGE, check_ambition, one_line, parse_json
-from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.storage.reading import DAMAGE, check_ambition, one_line, parse_json, require_regular
+from diffratio_fast.storage.tensors import save_tensors
 
 GENERATORS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPGenerator, "backbone": BackboneGenerator}
 
@@ -57,25 +56,29 @@ class SavedNetwork:
     training: dict[str, Any]
 
     @classmethod
-    def parse(cls, text: str) -> SavedNetwork:
-        """The description in a file's metadata; ``ValueError`` or ``TypeError`` where it is none."""
-        about = cls(**parse_json(text))
+    def parse(cls, content: str | dict[str, Any]) -> SavedNetwork:
+        """The description, as JSON or parsed already; ``ValueError`` or ``TypeError`` where it is none."""
+        about = cls(**(parse_json(content) if isinstance(content, str) else content))
         for name, kind in cls.__annotations__.items():
             if not isinstance(getattr(about, name), str if kind == "str" else dict):
                 raise ValueError(f"{name} is not what it should be")
         return about
 
 
-def save(path: Path, network: nn.Module, about: SavedNetwork) -> None:
-    """Write a network's weights with its description, atomically, as safetensors."""
+def save(path: Path, network: nn.Module, about: SavedNetwork, *, root: Path | None = None) -> None:
+    """Write a network's weights with its description, atomically, as safetensors.
+
+    Below ``root`` no symbolic link is followed.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     metadata = {"format": f"diffratio_fast.network.{FORMAT_VERSION}", "about": json.dumps(vars(about))}
-    replace_file(path, safetensors.torch.save(state, metadata))
+    save_tensors(path, state, metadata, root=root)
 
 
 def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
     """The network kept in a file, on the CPU, in eval mode; a file that is not one is a ``UserError``."""
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != f"diffratio_fast.network.{FORMAT_VERSION}":
@@ -91,9 +94,15 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
     if about.architecture not in _ROLES[role]:
         raise UserError(f"{path}: unknown architecture {about.architecture!r}")
     try:
-        check_ambition(about.arguments, sum(tensor.numel() for tensor in state.values()))
-        network = build(role, about.architecture, about.arguments)
-        network.load_state_dict(state)
+        return built(about, state), about
     except (RuntimeError, *DAMAGE) as error:
         raise UserError(f"{path}: weights do not fit the network ({one_line(error)})") from None
-    return network.eval(), about
+
+
+def built(about: SavedNetwork, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network that ``about`` describes with these weights, in eval mode; a ``RuntimeError`` or one of
+    ``DAMAGE`` where they do not fit it."""
+    check_ambition(about.arguments, sum(tensor.numel() for tensor in state.values()))
+    network = build(about.role, about.architecture, about.arguments)
+    network.load_state_dict(dict(state))
+    return network.eval()

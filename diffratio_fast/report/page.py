@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,23 @@ from diffratio_fast.storage.writing import replace_file
 
 STEP = Axis("step")
 SIGMA = Axis("noise level σ", log=True)
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""The browser itself sees to it that the page fetches nothing."""
+_SCRIPT_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    f"script-src 'sha256-{_SCRIPT_DIGEST}'; base-uri 'none'; form-action 'none'"
+)
+"""The browser fetches nothing, and runs this one script and no other."""
 
 
-def write(root: Path) -> Path:
-    """Write ``root``/report.html from the run's other files; its path."""
+def write(root: Path, summary: dict[str, Any] | None = None) -> Path:
+    """Write ``root``/report.html from the run's other files; its path.
+
+    ``summary`` is that of a run that is about to finish: its file is written last.
+    """
     path = RunPaths(root).report
     try:
-        content = page(read(root))
+        run = read(root)
+        content = page(run if summary is None else replace(run, summary=summary))
     except DAMAGE as error:
         raise UserError(f"{root}: its figures are damaged ({one_line(error)}): no report") from error
     replace_file(path, content)

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffratio_fast.runs.measurements import read_measurements
 from diffratio_fast.runs.paths import RunPaths
-from diffratio_fast.storage.reading import parse_json, read_yaml
+from diffratio_fast.storage.reading import parse_json, read_bytes, read_text, read_yaml
 
 MOST_GRIDS = 12
 MOST_BYTES = 8 * 2**20
@@ -60,12 +60,12 @@ def read(root: Path) -> RunFiles:
         summary=_json(paths.summary),
         measurements=read_measurements(root),
         grids=_grids(paths.sample_grids()),
-        neighbours=paths.neighbours.read_bytes() if paths.neighbours.exists() else None,
+        neighbours=read_bytes(paths.neighbours) if paths.neighbours.exists() else None,
     )
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
+    return read_text(path) if path.exists() else ""
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -82,4 +82,4 @@ def _grids(found: list[tuple[int, Path]]) -> list[tuple[int, bytes]]:
     largest = max(path.stat().st_size for _, path in found)
     count = max(1, min(MOST_GRIDS, len(found), MOST_BYTES // max(largest, 1)))
     chosen = {len(found) - 1 - i * len(found) // count for i in range(count)}
-    return [(found[i][0], found[i][1].read_bytes()) for i in sorted(chosen)]
+    return [(found[i][0], read_bytes(found[i][1])) for i in sorted(chosen)]

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
+import secrets
 import shutil
 from pathlib import Path
-from typing import IO
 
 import torch
 import yaml
 
+from diffratio_fast import launch
 from diffratio_fast.config.options import changed_fields, read_yaml
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.environment import environment
+from diffratio_fast.runs.history import read_history
 from diffratio_fast.runs.paths import RunPaths
-from diffratio_fast.storage.writing import make_directory, replace_file
+from diffratio_fast.storage.writing import (
+    lock,
+    make_directory,
+    remove_abandoned,
+    remove_file,
+    replace_file,
+)
+
+PATIENCE = 60.0
+"""Seconds that a process of a launcher waits for the lock: an earlier one on another node may be ending."""
 
 
 class RunDirectory(RunPaths):
@@ -24,40 +35,58 @@ class RunDirectory(RunPaths):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self._lock: IO[str] | None = None
+        self._held = contextlib.ExitStack()
+        self.taken = False
+        """Whether this process holds the lock."""
+
+    def take(self) -> None:
+        """Hold the directory against a second process; a ``UserError`` where that fails.
+
+        A directory of the run that is a symbolic link is refused: it would lead writes elsewhere.
+        """
+        for path in (self.checkpoint, self.samples, self.snapshots):
+            if path.is_symlink():
+                raise UserError(f"{path}: is a symbolic link; refused (give the run a directory of its own)")
+        patience = PATIENCE if launch.launched() else 0.0
+        try:
+            mine = self._held.enter_context(lock(self.lock, wait=patience))
+        except OSError as error:
+            raise UserError(f"cannot write {self.lock}: {error.strerror or error}") from None
+        if not mine:
+            raise UserError(f"{self.root}: another process is training there")
+        self.taken = True
+        for path in (self.root, self.samples, self.snapshots):
+            remove_abandoned(path)
 
     def open(self) -> None:
-        """Create the directory and hold it against a second process; a ``UserError`` where that fails."""
-        make_directory(self.root)
-        try:
-            self._lock = open(self.lock, "w")  # noqa: SIM115
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.root}: another process is training there") from None
-        except OSError as error:
-            raise UserError(f"cannot write in {self.root}: {error.strerror or error}") from None
+        """Create the directory and ``take`` it, unless that was done; a ``UserError`` where that fails."""
+        if not self.taken:
+            make_directory(self.root)
+            self.take()
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
+        self.taken = False
 
     def clear(self) -> None:
-        """Remove a run's files, and no others, for a fresh start."""
-        files = [
-            self.summary,
-            self.generator,
-            self.denoiser,
-            self.ratio,
-            self.ratio_average,
-            self.refitted,
-            self.metrics,
-        ]
-        files += [self.config, self.measurements, self.neighbours, self.report, *self.events()]
-        for path in files:
-            path.unlink(missing_ok=True)
+        """Remove a run's files, and no others, for a fresh start; a ``UserError`` where that fails."""
+        for path in (
+            self.summary, self.generator, self.denoiser, self.ratio, self.ratio_average, self.refitted,
+            self.metrics, self.history, self.config, self.measurements, self.neighbours, self.report,
+            *self.events(),
+        ):  # fmt: skip
+            remove_file(path)
         for directory in (self.checkpoint, self.samples, self.snapshots):
-            shutil.rmtree(directory, ignore_errors=True)
+            try:
+                if directory.exists():
+                    shutil.rmtree(directory)
+            except OSError as error:
+                raise UserError(f"cannot remove {directory}: {error.strerror or error}") from None
+
+    def run_id(self) -> str | None:
+        """The identity of the run that is here, as its first start drew it; None where none is noted."""
+        known = [line["run"] for line in read_history(self.history) if isinstance(line.get("run"), str)]
+        return known[0] if known else None
 
     def check_same(self, config: RunConfig) -> None:
         """See that ``config`` would train as the run that is here; a ``UserError`` names the differences."""
@@ -72,7 +101,8 @@ class RunDirectory(RunPaths):
         if changes:
             raise UserError(
                 f"{self.root}: holds a run with other settings ({', '.join(changes)}); repeat its options or "
-                f"--config {self.config} to continue it, choose another --run-dir, or use --fresh"
+                f"--config {self.config} to continue it, choose another --run-dir and --resume-from "
+                f"{self.root} to continue from it with other settings, or use --fresh"
             )
 
     def write_config(self, preset: str, config: RunConfig, device: torch.device, processes: int = 1) -> None:
@@ -80,3 +110,8 @@ class RunDirectory(RunPaths):
         about = environment(device) | {"processes": processes}
         content = {"preset": preset, **dataclasses.asdict(config), "environment": about}
         replace_file(self.config, yaml.safe_dump(content, sort_keys=False))
+
+
+def new_run_id() -> str:
+    """A random name for a run (16 hexadecimal digits)."""
+    return secrets.token_hex(8)

@@ -12,6 +12,7 @@ import torch
 
 import diffratio_fast
 from diffratio_fast.devices import device_name
+from diffratio_fast.ops import compiled
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "simd": compiled.build_info().get("simd_level"),
     }
 
 

@@ -35,6 +35,11 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def history(self) -> Path:
+        """A JSON object per start of the run: time, step, versions, changed options."""
+        return self.root / "history.jsonl"
+
+    @property
     def measurements(self) -> Path:
         """What the report shows beside the log, as JSON."""
         return self.root / "measurements.json"

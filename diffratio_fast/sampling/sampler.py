@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from diffratio_fast import networks
 from diffratio_fast.data.pictures import to_uint8
 from diffratio_fast.data.scaling import Scaling
 from diffratio_fast.errors import UserError
+from diffratio_fast.networks.from_checkpoint import load_average
 from diffratio_fast.runs.paths import RunPaths
+from diffratio_fast.storage import checkpoints
 from diffratio_fast.storage.reading import DAMAGE, one_line
 from diffratio_fast.storage.writing import sha256_of_file
 from diffratio_fast.verifier.selection import LOWEST_SHARE, Verifier, effective_share, select
@@ -28,15 +31,20 @@ class Sampler:
     """
 
     def __init__(self, run: Path, *, device: torch.device, vae: Path | None = None) -> None:
-        path = RunPaths(run).generator if run.is_dir() else run
-        if run.is_dir() and not path.exists():
+        paths = RunPaths(run)
+        path = paths.generator if run.is_dir() else run
+        if run.is_dir() and not paths.finished() and checkpoints.exists(paths.checkpoint):
+            self.generator, self.about, path, self.sha256 = load_average(paths.checkpoint)
+            print(f"{run}: not finished; using the average in checkpoint {path.name}", file=sys.stderr)
+        elif run.is_dir() and not path.exists():
             raise UserError(
-                f"{run}: holds no generator.safetensors yet; finish its training, or name a snapshot"
+                f"{run}: holds no checkpoint and no generator.safetensors yet; train it, or name a snapshot"
             )
+        else:
+            self.generator, self.about = networks.load(path, "generator")
+            self.sha256 = sha256_of_file(path)
         self.path = path
-        self.generator, self.about = networks.load(path, "generator")
         self.generator.to(device)
-        self.sha256 = sha256_of_file(path)
         try:
             self.scaling = Scaling.parse(self.about.data["scaling"])
             self.class_names = [str(name) for name in self.about.data["class_names"]]

@@ -5,15 +5,23 @@ Whatever is wrong with such a file is one of ``DAMAGE``, for its reader to say i
 
 from __future__ import annotations
 
+import bz2
+import errno
+import gzip
+import io
 import json
+import lzma
 import math
+import os
+import stat
 import struct
 import tarfile
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -21,28 +29,97 @@ import yaml
 DAMAGE = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, EOFError,
     RecursionError, MemoryError, NotImplementedError, SyntaxError, struct.error, zipfile.BadZipFile,
-    tarfile.TarError, zlib.error, tokenize.TokenError,
+    tarfile.TarError, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
 """What a damaged or hostile file leads Python's readers to raise."""
 
 TEXT_LIMIT = 1 << 20
 """Bytes of a file of options, at most."""
-ARRAYS_LIMIT = 1 << 33
-"""Bytes of an array in an ``.npz``, at most."""
+UNPACKED_LIMIT = 1 << 31
+"""Default of --max-bytes: bytes that a compressed file may unpack to in memory, at most."""
+JSON_ITEMS = 50_000_000
+"""Values of a JSON text, at most: each takes up to a hundred bytes of memory."""
 ALWAYS = 4096
 """A number in a network's arguments that is allowed however small its file is."""
 
 
 def one_line(error: object) -> str:
     """A text, an error's for example, as part of a message of one line."""
-    text = " ".join(str(error).split())[:400]
+    text = " ".join(str(error)[:10_000].split())[:400]
     if isinstance(error, KeyError):
         return f"{text} is missing"
     return "nested too deeply" if isinstance(error, RecursionError) else text or type(error).__name__
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file to read; ``OSError`` for anything else, as a FIFO, which would block."""
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(opened).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(opened)
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(opened, "rb")
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """``OSError`` unless ``path`` is a regular file, for readers that open it themselves."""
+    open_regular(path).close()
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """The content of a regular file; ``ValueError`` where it is longer than ``limit`` bytes."""
+    with open_regular(path) as file:
+        content = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(content) > limit:
+        raise ValueError(f"longer than {limit} bytes")
+    return content
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The content of a regular file as UTF-8; what is none is replaced."""
+    return read_bytes(path).decode(errors="replace")
+
+
+class Limited(io.RawIOBase):
+    """A stream that refuses (``ValueError``) to give more than ``limit`` bytes, as of a compressed file."""
+
+    def __init__(self, stream: IO[bytes], limit: int) -> None:
+        self._stream, self._limit, self._left = stream, limit, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(self._left + 1 if size < 0 else min(size, self._left + 1))
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"unpacks to more than {self._limit} bytes (--max-bytes)")
+        return content
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def open_packed(path: Path, limit: int) -> IO[bytes]:
+    """A regular file to read; one in gzip, bzip2 or xz is unpacked, to ``limit`` bytes at most."""
+    file = open_regular(path)
+    magic = file.read(6)
+    file.seek(0)
+    forms: dict[bytes, Callable[[Any], Any]] = {
+        b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open
+    }  # fmt: skip
+    unpack = next((form for start, form in forms.items() if magic.startswith(start)), lambda stream: stream)
+    return Limited(unpack(file), limit)  # type: ignore[return-value]
+
+
 def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text; ``ValueError`` where it is none, or is nested too deeply."""
+    """The content of a JSON text; ``ValueError`` where it is none, is too large or nested too deeply."""
+    marks: Any = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    if sum(text.count(mark) for mark in marks) > JSON_ITEMS:
+        raise ValueError(f"more than {JSON_ITEMS} values")
     try:
         return json.loads(text)
     except RecursionError:
@@ -60,10 +137,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> Any:
     """The plain data of a YAML file; ``OSError``, or ``ValueError`` where it is none or is too large."""
-    with path.open("rb") as file:
-        content = file.read(TEXT_LIMIT + 1)
-    if len(content) > TEXT_LIMIT:
-        raise ValueError(f"longer than {TEXT_LIMIT} bytes")
+    content = read_bytes(path, TEXT_LIMIT)
     try:
         return yaml.load(content, _PlainLoader)
     except RecursionError:
@@ -92,18 +166,27 @@ def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
     return shape, dtype, fortran
 
 
-def read_npz(path: Path, names: set[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays ``names`` (default: all) of an ``.npz``; each is no larger than its header says it is."""
+def read_npz(
+    path: Path, names: set[str] | None = None, *, limit: int = UNPACKED_LIMIT
+) -> dict[str, np.ndarray]:
+    """The arrays ``names`` (default: all) of an ``.npz``; each is no larger than its header says it is.
+
+    ``ValueError`` where they are larger than ``limit`` bytes together, before any is read.
+    """
     found = {}
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if names is not None and name not in names:
-                continue
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        members = {
+            info.filename.removesuffix(".npy"): info
+            for info in archive.infolist()
+            if names is None or info.filename.removesuffix(".npy") in names
+        }
+        if (total := sum(info.file_size for info in members.values())) > limit:
+            raise ValueError(f"its arrays take {total} bytes, more than {limit} (--max-bytes)")
+        for name, info in members.items():
             with archive.open(info) as member:
                 shape, dtype, fortran = array_header(member)
                 size = math.prod(shape) * dtype.itemsize
-                if not size <= min(info.file_size, ARRAYS_LIMIT):
+                if not size <= info.file_size:
                     raise ValueError(f"{name} claims {size} bytes")
                 content = member.read(size + 1)
             if len(content) != size:

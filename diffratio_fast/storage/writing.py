@@ -1,52 +1,159 @@
-"""Writing files so that a reader never sees half of one, whenever the writer is killed."""
+"""Writing files atomically, whenever the writer is killed and whatever lies at their place.
+
+A file is written under an exclusively created, unpredictable name in a directory that stays open, flushed to
+disk and renamed over its place. Nothing is opened through a symbolic link: neither the file, nor the
+directories below the one that the user named.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from diffratio_fast.errors import UserError
 
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp")
+_LOCK_POLL = 0.1
 
-def replace_file(path: Path, content: bytes | str) -> None:
+
+def replace_file(path: Path, content: bytes | str, *, root: Path | None = None) -> None:
     """Write ``content`` beside ``path``, flush it to disk and rename it over ``path``.
 
-    On failure the old file stays as it was and the error is a ``UserError`` that names the file.
+    On failure the old file stays as it was and the error is a ``UserError`` that names the file. ``root`` is
+    as in ``replacing``.
     """
-    with replacing(path) as file:
+    with replacing(path, root=root) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True, root: Path | None = None) -> Iterator[BinaryIO]:
     """A file, writable and seekable, that replaces ``path`` when the block ends without an error.
 
     For content too large to hold; failures of the file system are those of ``replace_file``. What is not
-    ``durable`` is not flushed to disk: whole after a kill, but after a power cut perhaps an empty file.
+    ``durable`` is not flushed to disk: complete after a kill, but after a power cut perhaps an empty file.
+    Directories between ``root`` and the file must not be symbolic links; without ``root`` the directory is
+    one that the user named, and may be a link.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, directory = "", None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        directory = open_directory(path.parent, root=root, create=True)
+        if durable:
+            _remove_abandoned(directory, path.name)
+        temporary, opened = _created(path.name, directory)
+        with os.fdopen(opened, "w+b") as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
         if durable:
-            sync_directory(path.parent)
+            os.fsync(directory)
     except OSError as error:
-        if temporary.exists():  # not so where its parent is a file
-            temporary.unlink(missing_ok=True)
+        _remove(temporary, directory)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary, directory)
         raise
+    finally:
+        if directory is not None:
+            with contextlib.suppress(OSError):
+                os.close(directory)
+
+
+def _created(target: str, directory: int) -> tuple[str, int]:
+    """Name and descriptor of a new file, locked so that ``_remove_abandoned`` lets it be."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        name = f".{target}.{secrets.token_hex(8)}.tmp"
+        file = os.open(name, flags, 0o666, dir_fd=directory)
+        with contextlib.suppress(OSError):  # a file system without locks; or another process removes it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file).st_nlink:
+            return name, file
+        os.close(file)
+
+
+def _remove(name: str, directory: int | None) -> None:
+    """Remove a file where that works; an error here would hide the one that led to it."""
+    if directory is not None and name:
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory)
+
+
+def _remove_abandoned(directory: int, target: str | None = None) -> None:
+    """Remove temporaries (of ``target``) whose writer was killed: nobody holds their lock."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            match = _TEMPORARY.fullmatch(name)
+            if match is None or target not in (None, match["name"]):
+                continue
+            with contextlib.suppress(OSError):
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(name, dir_fd=directory)
+                finally:
+                    os.close(file)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove what killed processes left half written in a directory; does nothing where that fails."""
+    with contextlib.suppress(OSError):
+        opened = open_directory(directory)
+        try:
+            _remove_abandoned(opened)
+        finally:
+            os.close(opened)
+
+
+def open_directory(path: Path, *, root: Path | None = None, create: bool = False) -> int:
+    """A file descriptor of a directory; ``OSError`` where a part of it below ``root`` is a symbolic link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    if create:
+        (root or path).mkdir(parents=True, exist_ok=True)
+    opened = os.open(root or path, flags)
+    try:
+        for part in path.relative_to(root).parts if root is not None else ():
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=opened)
+            try:
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=opened)
+            except OSError as error:
+                if stat.S_ISLNK(os.stat(part, dir_fd=opened, follow_symlinks=False).st_mode):
+                    raise OSError(errno.ELOOP, f"{part} is a symbolic link; refused") from None
+                raise error
+            os.close(opened)
+            opened = below
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def open_in_place(path: Path, flags: int) -> int:
+    """Open a regular file (created where it is missing), never through a link and without blocking."""
+    try:
+        file = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link; refused", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 def sync_directory(path: Path) -> None:
@@ -58,10 +165,13 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def make_directory(path: Path) -> None:
-    """Create a directory and see that files can be written in it; else a ``UserError``."""
+def make_directory(path: Path, *, root: Path | None = None) -> None:
+    """Create a directory and see that files can be written in it; else a ``UserError``.
+
+    ``root`` is as in ``replacing``.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        os.close(open_directory(path, root=root, create=True))
     except OSError as error:
         raise UserError(f"cannot create {path}: {error.strerror or error}") from None
     if not os.access(path, os.W_OK | os.X_OK):
@@ -69,15 +179,40 @@ def make_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock file ``path``, which dies with its process; yields False where another holds it."""
-    with path.open("w") as file:
+def lock(path: Path, *, wait: bool | float = False) -> Iterator[bool]:
+    """Hold the lock file ``path``, which dies with its process; yields False where another holds it.
+
+    ``wait`` is True, or how many seconds to wait at most. A link or a device there is an ``OSError``.
+    """
+    file = open_in_place(path, os.O_RDWR)
+    try:
+        yield _locked(file, wait)
+    finally:
+        with contextlib.suppress(OSError):  # as of a file server that is gone: not what this is about
+            os.close(file)
+
+
+def _locked(file: int, wait: bool | float) -> bool:
+    if wait is True:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+    deadline = time.monotonic() + wait
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            yield False
-            return
-        yield True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_POLL)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be missing; a ``UserError`` where that fails."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove {path}: {error.strerror or error}") from None
 
 
 def sha256_of_file(path: Path) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from diffratio_fast import command, launch
-from diffratio_fast.config.options import Options, add_options, read_yaml
+from diffratio_fast.config.options import Options, add_options, preset_of, read_yaml
 from diffratio_fast.config.presets import DESCRIPTIONS
+from diffratio_fast.training.beginning import Beginning, Source
 
-EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoint and networks in
---run-dir. The same command continues a run that was stopped, by whatever; a finished run stays as it is."""
+EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoints and networks in --run-dir. The
+same command resumes an interrupted run; a finished run stays as it is. Exit status: 0 finished, 2 an error in
+one line, 130 or 143 interrupted by SIGINT or SIGTERM after a save (0 under a launcher)."""
 
 
 def run_parser(name: str, description: str, kind: type[Options], default: str, shown: Any) -> command.Parser:
@@ -37,6 +39,15 @@ def run_parser(name: str, description: str, kind: type[Options], default: str, s
         help="dry run: plan for a device with so much memory, in place of --device",
     )  # fmt: skip
     result.add_argument("--fresh", action="store_true", help="start over: remove the run that is there")
+    result.add_argument(
+        "--resume-from", metavar="RUN@STEP",
+        help="begin a new run (in --run-dir) from a checkpoint of another one (without @STEP: its newest), "
+        "with that run's options and, in their place, those given here",
+    )  # fmt: skip
+    result.add_argument(
+        "--accept-data", action="store_true",
+        help="continue although the data set is another than the one that the checkpoint was trained on",
+    )  # fmt: skip
     add_options(result, kind(**shown))
     return result
 
@@ -44,12 +55,12 @@ def run_parser(name: str, description: str, kind: type[Options], default: str, s
 def act(
     argv: list[str], parser: command.Parser, resolve: Callable[..., Any], train: Callable[..., int]
 ) -> int:
-    """Do what the command line asks for: print the plan, or ``train(preset, config, fresh=...)``."""
+    """Do what the command line asks for: print the plan, or ``train(preset, config, beginning)``."""
     rank, world_size = launch.process()
     try:
         arguments = vars(parser.parse_args(argv))
-        dry_run, fresh = arguments.pop("dry_run"), arguments.pop("fresh")
-        memory = arguments.pop("plan_memory", None)
+        dry_run, memory = arguments.pop("dry_run"), arguments.pop("plan_memory", None)
+        beginning = _beginning(arguments)
         preset, config = resolve(arguments)
         if memory is not None and not memory > 0:
             raise command.UserError(f"--plan-memory must be above 0, not {memory}")
@@ -62,12 +73,29 @@ def act(
             raise command.ReportedElsewhere from None
         raise
     if not dry_run:
-        return train(preset, config, fresh=fresh)
+        return train(preset, config, beginning)
     # torch is imported only once the command line is known to be good
     from diffratio_fast.training.plan import print_plan
 
     print_plan(preset, config, memory=memory)
     return 0
+
+
+def _beginning(arguments: dict[str, Any]) -> Beginning:
+    """How the run begins; the options of ``--resume-from``'s run become those of --config."""
+    fresh, accept, text = (arguments.pop(name) for name in ("fresh", "accept_data", "resume_from"))
+    if text is None:
+        return Beginning(fresh, accept)
+    source = Source.parse(text)
+    if "run_dir" not in arguments:
+        raise command.UserError("--resume-from begins a new run: give it a directory with --run-dir")
+    file = source.require_config()
+    if Path(arguments["run_dir"]).resolve() == source.run.resolve():
+        raise command.UserError("--resume-from: --run-dir is the run itself; name another directory")
+    if arguments["config"] is None:
+        arguments["config"] = file
+        arguments["preset"] = preset_of(file) or arguments["preset"]
+    return Beginning(fresh, accept, source)
 
 
 def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: type[Options]) -> Any:

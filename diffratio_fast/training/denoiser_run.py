@@ -19,6 +19,7 @@ from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.denoising import heun
 from diffratio_fast.progress import figure
+from diffratio_fast.training.beginning import ORDINARY, Beginning
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.run import Run, run
 from diffratio_fast.training.state.denoiser import PretrainState, initial_state
@@ -117,7 +118,7 @@ class Pretrainer(Run):
             "images": str(self.state.step * self.config.batch_size),
         }
         assert isinstance(network, Denoiser)
-        save_published(path, network, about | more)
+        save_published(path, network, about | more, root=self.directory.root)
 
     def results(self) -> dict[str, Any]:
         self._save(self.directory.denoiser, self.measured.state.average)
@@ -129,9 +130,9 @@ class Pretrainer(Run):
         }
 
 
-def pretrain(preset: str, config: PretrainConfig, *, fresh: bool = False) -> int:
+def pretrain(preset: str, config: PretrainConfig, beginning: Beginning = ORDINARY) -> int:
     """Start or resume the pre-training that ``config`` describes; the process's exit status."""
-    if run(Pretrainer, preset, config, fresh=fresh) is not None:
+    if run(Pretrainer, preset, config, beginning) is not None:
         root = Pretrainer.root(preset, config)
         chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
         print(f"  look: {root / 'samples'}")

@@ -17,6 +17,7 @@ from diffratio_fast.networks.saved import SavedNetwork
 from diffratio_fast.objectives.refit import Refitted
 from diffratio_fast.runs.measurements import keep_measurements
 from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.training.beginning import ORDINARY, Beginning
 from diffratio_fast.training.monitor import Evaluation
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.run import Run, run
@@ -97,8 +98,8 @@ class Trainer(Run):
             state.best = {
                 "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
             }  # fmt: skip
-            path = self.directory.best
-            self._save_network(path, "generator", self.measured.state.average)
+            average, path = self.measured.state.average, self.directory.best
+            self.derived.attempt("the best snapshot", lambda: self._save_network(path, "generator", average))
 
     def snapshot(self) -> None:
         path = self.directory.snapshot("generator", self.state.step)
@@ -117,9 +118,15 @@ class Trainer(Run):
             self._save_network(path, "generator", network, ema_std=width, ema_updates=updates)
 
     def _save_network(self, path: Path, role: str, network: nn.Module, **more: float) -> None:
+        networks.save(path, network, self._about(role, **more), root=self.directory.root)
+
+    def description(self) -> dict[str, Any]:
+        return vars(self._about("generator"))
+
+    def _about(self, role: str, **more: float) -> SavedNetwork:
         config = self.config
         scaling = self.dataset.scaling
-        about = SavedNetwork(
+        return SavedNetwork(
             role=role,
             architecture=config.generator if role == "generator" else config.ratio_network,
             arguments=network_arguments(config, self.dataset)[role],
@@ -131,19 +138,19 @@ class Trainer(Run):
             },
             training={"step": self.state.step, "images": self.state.step * config.batch_size} | more,
         )
-        networks.save(path, network, about)
 
     def _measure(self, refitted: Refitted | None) -> None:
         """What only the report shows: calibration, noise laws and the samples' nearest training images."""
-        keep_measurements(
-            self.directory.root,
-            noise_levels=self.evaluation.noise_histograms(),
-            calibration=self.evaluation.calibrations(refitted),
-            evaluations=[],  # what is there is of an earlier generator
-        )
+        found = {
+            "noise_levels": self.evaluation.noise_histograms(),
+            "calibration": self.evaluation.calibrations(refitted),
+            "evaluations": [],  # what is there is of an earlier generator
+        }
+        root = self.directory.root
+        self.derived.attempt("measurements.json", lambda: keep_measurements(root, **found))
         picture = self.evaluation.neighbours_png()
         if picture is not None:
-            replace_file(self.directory.neighbours, picture)
+            self.derived.attempt("neighbours.png", lambda: replace_file(self.directory.neighbours, picture))
 
     def results(self) -> dict[str, Any]:
         networks, directory = self.measured.state, self.directory
@@ -165,9 +172,9 @@ class Trainer(Run):
         }
 
 
-def train(preset: str, config: TrainConfig, *, fresh: bool = False) -> int:
+def train(preset: str, config: TrainConfig, beginning: Beginning = ORDINARY) -> int:
     """Start or resume the training that ``config`` describes; the process's exit status."""
-    summary = run(Trainer, preset, config, fresh=fresh)
+    summary = run(Trainer, preset, config, beginning)
     if summary is not None:
         _print_summary(Trainer.root(preset, config), summary)
     return 0

@@ -19,9 +19,9 @@ from diffratio_fast.devices import choose_device
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.environment import environment
+from diffratio_fast.storage import checkpoints
 from diffratio_fast.training.kinds import KINDS
 from diffratio_fast.training.memory import Cost, cost
-from diffratio_fast.training.state import checkpoint
 
 GIB = 2**30
 WARMUP, TIMED = 5, 20
@@ -93,7 +93,7 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     counts = "; " + ", ".join(f"{split} {dataset.count(split):,}" for split in SPLITS) if there else ""
     rows = {
         "preset": preset,
-        "run directory": f"{root}{' (holds a run)' if checkpoint.exists(directory.checkpoint) else ''}",
+        "run directory": f"{root}{' (holds a run)' if checkpoints.exists(directory.checkpoint) else ''}",
         "device": f"{device} ({about['device']}, {about['threads']} threads), {config.precision}",
         "data": f"{dataset.name}: {dataset.kind} {shape}, {len(dataset.class_names)} classes{counts}",
         **{name: f"{architectures[name]}, {n:,} parameters" for name, n in planned.parameters.items()},

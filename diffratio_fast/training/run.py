@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,17 +18,20 @@ from diffratio_fast.config.run import RunConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.devices import choose_device, peak_memory
-from diffratio_fast.errors import ReportedElsewhere, UserError
+from diffratio_fast.errors import Interrupted, ReportedElsewhere, UserError
 from diffratio_fast.progress import Progress
 from diffratio_fast.report.diagnosis import warnings
+from diffratio_fast.runs.derived import Derived
 from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.runs.log import Events, MetricsLog
 from diffratio_fast.runs.paths import default_root
-from diffratio_fast.storage.writing import make_directory, replace_file
+from diffratio_fast.storage.checkpoints import Retention
+from diffratio_fast.storage.writing import replace_file
+from diffratio_fast.training.beginning import ORDINARY, Beginning
 from diffratio_fast.training.processes.parallel import gather
 from diffratio_fast.training.processes.pulse import Pulse
 from diffratio_fast.training.processes.world import ALONE, Agreement, World, common_store, joined, lost_others
-from diffratio_fast.training.state import checkpoint
+from diffratio_fast.training.starting import Start
 from diffratio_fast.training.state.checkpoint import Checkpoints
 from diffratio_fast.training.state.run_state import RunState
 from diffratio_fast.training.state.watch import BadSteps
@@ -88,7 +92,10 @@ class Run:
     ) -> None:
         """``started``: a checkpoint will replace the first state."""
         self.preset, self.config, self.directory, self.world = preset, config, directory, world
-        self.checkpoints = Checkpoints(directory.checkpoint, world)
+        policy = Retention(
+            config.keep_checkpoints, config.keep_every_images, config.keep_best, config.batch_size
+        )
+        self.checkpoints = Checkpoints(directory.checkpoint, world, policy)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
@@ -170,6 +177,10 @@ class Run:
         """Write the run's networks; the last figures, for summary.json."""
         raise NotImplementedError
 
+    def description(self) -> dict[str, Any] | None:
+        """The averaged network as ``networks.saved`` describes it; None where a checkpoint needs none."""
+        return None
+
     def batches(self) -> Iterator[list[Batch]]:
         """This process's slices of the batches of each step, from the state's step on."""
         count = self.config.batches_per_step
@@ -186,13 +197,14 @@ class Run:
         while True:
             yield [next(source) for _ in range(count)]
 
-    def train(self) -> str | None:
-        """Run to ``config.steps``; the name of the signal that stopped it earlier, or None."""
+    def train(self) -> int:
+        """Run to ``config.steps``; the number of the signal that stopped it earlier, or 0."""
         config, state, world = self.config, self.state, self.world
         self.progress = Progress(config.steps, state.step, config.batch_size, quiet=not world.main)
         if world.main:
-            self.log = MetricsLog(self.directory.metrics, state.step)
-            self.events = Events(self.directory.root, state.step)
+            self.derived = Derived(self.progress.say)
+            self.log = MetricsLog(self.directory.metrics, state.step, self.progress.say)
+            self.events = Events(self.directory.root, state.step, self.progress.say)
         for check in self.iteration.checks.values():
             check.say = self.progress.say
         self.clock = time.monotonic()
@@ -205,6 +217,8 @@ class Run:
         stop = 0  # the signal that all processes know of
         self.waited = 0.0  # seconds for batches since the last log line
         self.warned: set[str] = set()
+        self.saved_at = time.monotonic()
+        self.checkpoints.network = self.description()
         try:
             with _stop_requests() as received, pulse.beating(), self._naming_the_lost():
                 batches = self.batches()
@@ -214,7 +228,9 @@ class Run:
                     pulse.phase("step")
                     self.advance(batch)
                     self.progress.advance()
-                    stop, failed = agreed([max(received, default=0), self.checkpoints.failed])
+                    stop, failed, due = agreed(
+                        [max(received, default=0), self.checkpoints.failed, self._save_is_due()]
+                    )
                     pulse.phase("report", free=True)  # an evaluation, or what goes to disk, may take any time
                     if failed:
                         self._say_save_failed()
@@ -223,20 +239,21 @@ class Run:
                     if last or state.step % config.eval_every == 0:
                         self._check_finite()
                         self.refresh()
-                        world.on_main(self._evaluate)
+                        due = world.on_main(self._evaluate) or due
                     if state.step % config.snapshot_every == 0:
                         self._check_finite()
                         self.refresh()
-                        world.on_main(self.snapshot)
-                    if last or stop or state.step % config.checkpoint_every == 0:
+                        world.on_main(self._snapshot)
+                    if last or stop or due or state.step % config.checkpoint_every == 0:
                         self._check_finite()
                         self._tick()
                         self._say_save_failed()
                         self.checkpoints.save(state)
+                        self.saved_at = time.monotonic()
                     if last or stop:
                         self._say_save_failed(stopping=not last)
                 agreed.close()
-                return signal.Signals(stop).name if stop and state.step < config.steps else None
+                return stop if state.step < config.steps else 0
         finally:
             self.checkpoints.close(patience=30.0)
             if world.main:
@@ -244,10 +261,23 @@ class Run:
                 self.events.close()
             self.progress.close()
 
-    def _evaluate(self) -> None:
+    def _save_is_due(self) -> bool:
+        """Whether it is time for a checkpoint by the clock: of rank 0, which all follow a step later."""
+        minutes = self.config.checkpoint_minutes
+        return self.world.main and minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _evaluate(self) -> bool:
+        """Evaluate and write the report; whether this state is the best yet and wants a checkpoint."""
         self.evaluate()
         self._warn()
-        report.write(self.directory.root)
+        self._report()
+        return self.config.keep_best and self.state.best.get("step") == self.state.step
+
+    def _report(self, summary: dict[str, Any] | None = None) -> None:
+        self.derived.attempt("report.html", lambda: report.write(self.directory.root, summary))
+
+    def _snapshot(self) -> None:
+        self.derived.attempt(f"the snapshot of step {self.state.step}", self.snapshot)
 
     @contextlib.contextmanager
     def _naming_the_lost(self) -> Iterator[None]:
@@ -355,12 +385,13 @@ class Run:
 
     def picture(self, image: bytes) -> None:
         """Keep the PNG of a sample grid of this step."""
-        make_directory(self.directory.samples)
-        replace_file(self.directory.sample_grid(self.state.step), image)
+        directory = self.directory
+        path = directory.sample_grid(self.state.step)
+        self.derived.attempt("a sample grid", lambda: replace_file(path, image, root=directory.root))
         self.events.picture("samples", image, self.state.step)
 
     def finish(self) -> dict[str, Any]:
-        """The run's last files: networks and summary.json (which marks the run as finished)."""
+        """The run's last files: networks, report and summary.json, which marks the run as finished."""
         self.clock = time.monotonic()
         figures = self.results()
         self._tick()
@@ -373,66 +404,50 @@ class Run:
             "images_per_second": state.step * config.batch_size / state.seconds,
             "seconds": state.seconds,
         }
+        self._report(summary)
         replace_file(self.directory.summary, json.dumps(summary, indent=2) + "\n")
-        report.write(self.directory.root)
         return summary
 
 
-def run(kind: type[Run], preset: str, config: RunConfig, *, fresh: bool = False) -> dict[str, Any] | None:
-    """Start or resume a run in its directory; its summary, if this process finished it."""
+def run(
+    kind: type[Run], preset: str, config: RunConfig, beginning: Beginning = ORDINARY
+) -> dict[str, Any] | None:
+    """Start or resume a run in its directory; its summary, if this process finished it.
+
+    ``Interrupted`` if a signal stopped it after a save, unless a launcher started this process: a launcher
+    takes any other status than 0 for a failure.
+    """
     device = choose_device(config.device)
-    fresh = fresh and not launch.restarts()  # a launcher that restarts the processes repeats their options
+    if launch.restarts():  # a launcher that restarts the processes repeats their options
+        beginning = replace(beginning, fresh=False)
     with joined(device) as world:
         directory = RunDirectory(kind.root(preset, config))
-        started = world.on_main(lambda: _begin(directory, config, fresh))
-        one = kind(preset, config, directory, world=world, started=started)
-        if started:
-            one.checkpoints.load(one.state)
-            finished = world.on_main(directory.finished)
-            if one.state.step >= config.steps and finished:
+        try:
+            start = Start(directory, config, beginning, world)
+            one = kind(preset, config, directory, world=world, started=start.continues)
+            start.load(one)
+            if one.state.step >= config.steps and start.finished:
                 if world.main:
                     print(
                         f"{directory.root}: finished at step {one.state.step}; nothing to do "
                         "(a larger --steps continues it, --fresh starts over)"
                     )
                 return None
-        world.on_main(lambda: _open(one, fresh))
-        try:
-            if stopped := one.train():
-                if world.main:
-                    print(
-                        f"{stopped}: saved at step {one.state.step}; the same command continues", flush=True
-                    )
-                return None
-            one.refresh()
-            summary = world.on_main(one.finish)
+            world.on_main(lambda: start.open(one))
+            stopped = one.train()
+            if not stopped:
+                one.refresh()
+                summary = world.on_main(one.finish)
         finally:
             directory.close()
+        if stopped:
+            if world.main:
+                name = signal.Signals(stopped).name
+                print(f"{name}: saved at step {one.state.step}; the same command continues", flush=True)
+            if not launch.launched() and stopped in (signal.SIGINT, signal.SIGTERM):
+                raise Interrupted(stopped)
+            return None
         if not world.main:
             return None
     print(f"finished: {summary['steps']} steps in {summary['seconds']:.0f} s")
     return summary
-
-
-def _begin(directory: RunDirectory, config: RunConfig, fresh: bool) -> bool:
-    """Whether there is a run to continue; a ``UserError`` where what is there must not be touched."""
-    started = checkpoint.exists(directory.checkpoint) and not fresh
-    if not (started or fresh) and directory.has_results():
-        raise UserError(
-            f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
-        )
-    if started:
-        directory.check_same(config)
-    return started
-
-
-def _open(one: Run, fresh: bool) -> None:
-    """Take the directory for the run and note there what it is."""
-    directory, step = one.directory, one.state.step
-    directory.open()
-    if fresh:
-        directory.clear()
-    directory.summary.unlink(missing_ok=True)
-    directory.write_config(one.preset, one.config, one.device, one.world.size)
-    several = f" on {one.world.size} processes" if one.world.size > 1 else ""
-    print(f"{directory.root}: {f'continuing at step {step}' if step else 'starting'}{several}", flush=True)

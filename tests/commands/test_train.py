@@ -30,6 +30,7 @@ from support.helpers import (
 
 from diffratio_fast.config.presets import PRESETS
 from diffratio_fast.errors import UserError
+from diffratio_fast.storage import checkpoints
 from diffratio_fast.train import parser, resolve
 from diffratio_fast.training import generator_run
 from diffratio_fast.training.state import checkpoint
@@ -111,7 +112,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
     while not (
         log.exists()
         and any(f'"step": {s},' in log.read_text() for s in range(step, STEPS))
-        and checkpoint.exists(run_dir / "checkpoint")
+        and checkpoints.exists(run_dir / "checkpoint")
     ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)

@@ -16,6 +16,7 @@ import torch
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.directory import RunDirectory
+from diffratio_fast.storage import checkpoints
 from diffratio_fast.training.generator_run import Trainer
 from diffratio_fast.training.processes.world import ALONE
 from diffratio_fast.training.state import checkpoint
@@ -106,7 +107,7 @@ def sign(path: Path, **changes: Any) -> None:
     del index["digest"]
     index["files"] = {file.name: checkpoint._about(file.read_bytes()) for file in path.glob("*.safetensors")}
     index |= changes
-    digest = checkpoint._digest_of_index(index)
+    digest = checkpoints.digest_of_index(index)
     (path / "index.json").write_text(json.dumps(index | {"digest": digest}))
 
 
@@ -159,8 +160,8 @@ def test_hostile_indices(text: str, tmp_path: Path) -> None:
 def test_an_index_names_files_of_its_own_directory_only(tmp_path: Path) -> None:
     path = saved(trainer(tmp_path, 1))
     sign(path, files={"../../elsewhere.safetensors": {"bytes": 0, "xxh3_128": ""}})
-    with pytest.raises(checkpoint.Damaged, match="other files"):
-        checkpoint.read_index(path)
+    with pytest.raises(checkpoints.Damaged, match="other files"):
+        checkpoints.read_index(path)
 
 
 def test_whole_and_part_readers_agree(tmp_path: Path) -> None:

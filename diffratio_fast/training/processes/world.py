@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffratio_fast import launch
 from diffratio_fast.errors import ReportedElsewhere, UserError
+from diffratio_fast.training.processes.session import agree
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others within a step."""
@@ -173,7 +174,9 @@ def joined(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        shared, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+        store = dist.PrefixStore(agree(shared, rank, size, STEP_TIMEOUT), shared)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
         control = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
         assert control is not None
         yield World(rank, size, control)

@@ -1,9 +1,7 @@
-"""Checkpoints: a run's whole state on disk, written in the background, never half there.
+"""Checkpoints: a run's whole state on disk, written atomically in the background.
 
-``checkpoint/step-00001000/`` holds safetensors files, one of each process, and ``index.json``, which names
-them with their sizes and digests. Several processes write and read them by ``torch.distributed.checkpoint``,
-each its part, so that any number of processes can go on; one process writes the same format whole. All of it
-is JSON and plain numbers: loading runs no code.
+Several processes write and read them by ``torch.distributed.checkpoint``, each its part, so that any number
+of processes can continue; one process writes the same format. ``storage.checkpoints`` describes the files.
 
 A checkpoint is written beside its place, flushed to disk, read back and compared with what was meant, and
 only then renamed into place, which is the commit. The one before it is kept too.
@@ -11,9 +9,10 @@ only then renamed into place, which is the commit. The one before it is kept too
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -27,75 +26,37 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffratio_fast.errors import UserError
-from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
+from diffratio_fast.storage.checkpoints import (
+    ADVICE,
+    FORMAT,
+    INDEX,
+    NAME,
+    Damaged,
+    Retention,
+    candidates,
+    check_file,
+    digest_of_index,
+    kept,
+    name_of,
+    read_index,
+    step_of,
+)
+from diffratio_fast.storage.reading import DAMAGE, one_line
 from diffratio_fast.storage.writing import make_directory, sync_directory
 from diffratio_fast.training.processes.world import MAIN_TIMEOUT, World
+from diffratio_fast.training.state.identity import Identity
 from diffratio_fast.training.state.run_state import RunState
-
-FORMAT = "diffratio_fast.checkpoint.2"
-INDEX = "index.json"
-KEPT = 2
-ADVICE = "restore it from a copy, or start over with --fresh"
-_NAME = re.compile(r"step-\d{8,}")
-
-
-def candidates(root: Path) -> list[Path]:
-    """The checkpoints below ``root`` by their names, the newest first."""
-    found = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def exists(root: Path) -> bool:
-    """Whether there is a checkpoint, of whatever state or version."""
-    return bool(candidates(root)) or (root / "state.safetensors").exists()
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was written; the message says in what way."""
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of the checkpoint ``path``, every file of which is as it was written; else ``Damaged``."""
-    try:
-        index: dict[str, Any] = parse_json((path / INDEX).read_bytes())
-        if index["format"] != FORMAT:
-            raise UserError(f"{path}: not a checkpoint of this version of diffratio_fast; {ADVICE}")
-        if index.pop("digest") != _digest_of_index(index):
-            raise Damaged(f"the digest of {INDEX} does not match")
-        files: dict[str, Any] = index["files"]
-        if not files or {file.name for file in path.glob("*.safetensors")} != set(files):
-            raise Damaged(f"{INDEX} names other files than there are")
-        for name, about in files.items():
-            check_file(path / name, about)
-    except OSError as error:
-        raise Damaged(f"{Path(error.filename or INDEX).name}: {error.strerror or error}") from None
-    except DAMAGE:
-        raise Damaged(f"{INDEX} is no index") from None
-    return index
-
-
-def check_file(path: Path, about: dict[str, Any]) -> None:
-    """See that a file has the size and the digest that ``about`` says; else ``Damaged``."""
-    size = path.stat().st_size
-    if size != about["bytes"]:
-        raise Damaged(f"{path.name} has {size} bytes in place of {about['bytes']}")
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while content := file.read(8 << 20):
-            digest.update(content)
-    if digest.hexdigest() != about["xxh3_128"]:
-        raise Damaged(f"the digest of {path.name} does not match")
-
-
-def _digest_of_index(index: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(index, sort_keys=True).encode())
 
 
 class Checkpoints:
     """Those of one run: saved one at a time while the run goes on, loaded once at its start."""
 
-    def __init__(self, root: Path, world: World) -> None:
-        self.root, self.world = root, world
+    def __init__(self, root: Path, world: World, policy: Retention | None = None) -> None:
+        self.root, self.world, self.policy = root, world, policy or Retention()
+        self.identity: Identity | None = None
+        """Written into each."""
+        self.network: dict[str, Any] | None = None
+        """Description of the averaged generator, by which ``sample`` builds it."""
         self.good: list[str] = []
         """Names of checkpoints known to be whole, oldest first."""
         self.step = 0
@@ -109,26 +70,45 @@ class Checkpoints:
 
     # -- loading
 
-    def load(self, state: RunState, say: Callable[[str], None] = print) -> None:
-        """Bring ``state`` to the newest whole checkpoint; ``say`` a line for each damaged one.
+    def load(
+        self,
+        state: RunState,
+        say: Callable[[str], None] = print,
+        check: Callable[[Path, dict[str, Any]], None] = lambda path, index: None,
+    ) -> dict[str, Any]:
+        """Bring ``state`` to the newest complete checkpoint, and its index; ``say`` a line for each damaged.
 
-        A ``UserError`` where none is whole; nothing on disk is changed.
+        A ``UserError`` where none is complete, or ``check`` refuses it; nothing on disk is changed.
         """
-        path, index = self.world.on_main(lambda: self._choose(say))
+        path, index = self.world.on_main(lambda: self._choose(say, check))
         try:
-            with self.world.together():
-                try:
-                    _read(path, sorted(index["files"]), state)
-                except (SafetensorError, RuntimeError, AssertionError, *DAMAGE) as error:
-                    reason = one_line(error)[:200]
-                    raise UserError(
-                        f"{path}: the checkpoint does not fit this run ({reason}); {ADVICE}"
-                    ) from None
+            self._fill(state, path, index)
         finally:
             self.good = [path.name]
+        return index
+
+    def load_from(
+        self, root: Path, step: int | None, state: RunState, check: Callable[[Path, dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Bring ``state`` to a checkpoint of another run (default: its newest complete one); its index."""
+        path, index = self.world.on_main(lambda: _chosen_from(root, step, check))
+        self._fill(state, path, index)
+        return index
+
+    def _fill(self, state: RunState, path: Path, index: dict[str, Any]) -> None:
+        with self.world.together():
+            try:
+                _read(path, sorted(index["files"]), state)
+            except (SafetensorError, RuntimeError, AssertionError, *DAMAGE) as error:
+                reason = one_line(error)[:200]
+                raise UserError(
+                    f"{path}: the checkpoint does not fit this run ({reason}); {ADVICE}"
+                ) from None
         state.step, state.seconds, state.best = index["step"], index["seconds"], index["best"]
 
-    def _choose(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    def _choose(
+        self, say: Callable[[str], None], check: Callable[[Path, dict[str, Any]], None]
+    ) -> tuple[Path, dict[str, Any]]:
         said = []
         for path in candidates(self.root):
             try:
@@ -136,6 +116,7 @@ class Checkpoints:
             except Damaged as damage:
                 said.append(f"{path}: the checkpoint is damaged ({damage})")
                 continue
+            check(path, index)
             for line in said:
                 say(f"{line}; continuing from {path.name}")
             return path, index
@@ -148,12 +129,16 @@ class Checkpoints:
     def save(self, state: RunState) -> None:
         """Copy the state and begin to write it; one that is still being written is waited for first."""
         self.wait()
-        name, self.step = f"step-{state.step:08d}", state.step
+        name, self.step = name_of(state.step), state.step
         if self.good and self.good[-1] == name:
             return
         tensors = {key: tensor.detach().contiguous() for key, tensor in state.tensors()}
         staged = self._stage(tensors)
         about = {"format": FORMAT, "step": state.step, "seconds": state.seconds, "best": state.best}
+        if self.identity is not None:
+            about["identity"] = dataclasses.asdict(self.identity)
+        if self.network is not None:
+            about["network"] = self.network
         self._thread = threading.Thread(
             target=self._run, args=(name, staged, about), name="diffratio-checkpoint", daemon=True
         )
@@ -211,8 +196,8 @@ class Checkpoints:
         problem = None
         try:
             if self.world.main:
-                make_directory(self.root)
-                shutil.rmtree(temporary, ignore_errors=True)
+                make_directory(self.root, root=self.root.parent)
+                _remove(temporary)
             if self._group is None:
                 _write_whole(temporary, staged, files)
             else:
@@ -233,7 +218,7 @@ class Checkpoints:
                 everything = {file: what for _, part in parts for file, what in part.items()}
                 answer = [self._commit(temporary, about | {"files": everything})]
             if answer[0] is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove(temporary)
         if self._group is not None:
             dist.broadcast_object_list(answer, 0, group=self._group)
         return answer[0]
@@ -242,24 +227,59 @@ class Checkpoints:
         place = temporary.with_suffix("")
         try:
             _write_file(
-                temporary / INDEX, json.dumps(index | {"digest": _digest_of_index(index)}, indent=1).encode()
+                temporary / INDEX, json.dumps(index | {"digest": digest_of_index(index)}, indent=1).encode()
             )
             sync_directory(temporary)
             read_index(temporary)
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one, which this run has done again
+            _remove(place)  # a damaged one, which this run has done again
             os.rename(temporary, place)
             sync_directory(self.root)
         except (OSError, Damaged) as error:
             return getattr(error, "strerror", None) or str(error)
-        keep = {place.name, *self.good[1 - KEPT :]}
-        for path in self.root.iterdir():
-            if path.is_dir() and path.name not in keep and _NAME.fullmatch(path.name.removesuffix(".tmp")):
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_others(step_of(place.name), index["best"].get("step"))
         return None
+
+    def _remove_others(self, step: int, best: int | None) -> None:
+        """Remove what the policy does not keep, and what lies after ``step``: of work that was undone."""
+        with contextlib.suppress(OSError):  # tried again with the next checkpoint
+            steps = [found for path in candidates(self.root) if (found := step_of(path.name)) <= step]
+            keep = {name_of(one) for one in kept(steps, self.policy, best)}
+            for path in self.root.iterdir():
+                if path.name not in keep and NAME.fullmatch(path.name.removesuffix(".tmp")):
+                    _remove(path)
+
+
+def _chosen_from(
+    root: Path, step: int | None, check: Callable[[Path, dict[str, Any]], None]
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of another run, complete and accepted by ``check``; else a ``UserError``."""
+    found = candidates(root)
+    there = ", ".join(str(step_of(path.name)) for path in reversed(found)) or "none"
+    if step is not None:
+        found = [path for path in found if step_of(path.name) == step]
+    problem = f"there is none of step {step} (those there: {there})" if step is not None else "there is none"
+    for path in found:
+        try:
+            index = read_index(path)
+        except Damaged as damage:
+            problem = f"{path.name} is damaged: {damage} (those there: {there})"
+            continue
+        check(path, index)
+        return path, index
+    raise UserError(f"--resume-from: no checkpoint to use in {root}: {problem}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or a link or file in its place; nothing happens where that fails."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

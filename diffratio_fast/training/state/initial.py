@@ -16,7 +16,7 @@ from diffratio_fast.networks import load_published
 from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio, copy_weights
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.runs.paths import RunPaths
-from diffratio_fast.storage.reading import parse_json
+from diffratio_fast.storage.reading import parse_json, require_regular
 
 
 def load_initial(
@@ -114,6 +114,7 @@ def take(
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except FileNotFoundError:

@@ -1,0 +1,31 @@
+"""Derived output: files of a run that can be made again, or missed. They never end training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffratio_fast.errors import UserError
+from diffratio_fast.storage.reading import one_line
+
+
+class Derived:
+    """Writes derived output; where that fails, one warning is printed until it works again."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._failing: set[str] = set()
+
+    def attempt(self, what: str, write: Callable[[], object]) -> bool:
+        """Whether ``write`` succeeded; an error of the file system is a warning that names ``what``."""
+        try:
+            write()
+        except (OSError, UserError) as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                reason = getattr(error, "strerror", None) or one_line(error).rpartition(": ")[2]
+                self._say(f"warning: {what} cannot be written now ({reason}); training goes on")
+            return False
+        if what in self._failing:
+            self._failing.remove(what)
+            self._say(f"{what}: written again")
+        return True

@@ -1,0 +1,49 @@
+"""How a run begins: from nothing, from its own newest checkpoint, or from another run's. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffratio_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """RUN@STEP of ``--resume-from``; without a step the newest checkpoint."""
+
+    run: Path
+    step: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        run, at, step = text.rpartition("@")
+        if at and step.isdecimal() and len(step) < 12:
+            return cls(Path(run), int(step))
+        return cls(Path(text))
+
+    def __str__(self) -> str:
+        return f"{self.run}" if self.step is None else f"{self.run}@{self.step}"
+
+    def require_config(self) -> Path:
+        """The run's config.yaml; a ``UserError`` where there is none."""
+        path = self.run / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"--resume-from {self}: {self.run} is no run directory (it holds no config.yaml)")
+        return path
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the command line says of the start of a run, beside its configuration.
+
+    ``fresh`` removes the run that is there; ``accept_data`` continues on other data than those of the
+    checkpoint; ``source`` is whose checkpoint a run without one of its own begins from.
+    """
+
+    fresh: bool = False
+    accept_data: bool = False
+    source: Source | None = None
+
+
+ORDINARY = Beginning()

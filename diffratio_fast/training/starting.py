@@ -1,0 +1,154 @@
+"""The start of a run: what is in its directory, whether that may be continued, from which checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffratio_fast.config.options import changed_fields, read_yaml
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.errors import UserError
+from diffratio_fast.runs.derived import Derived
+from diffratio_fast.runs.directory import RunDirectory, new_run_id
+from diffratio_fast.runs.environment import environment
+from diffratio_fast.runs.history import add_start, changes, read_history
+from diffratio_fast.runs.paths import RunPaths
+from diffratio_fast.storage import checkpoints
+from diffratio_fast.storage.reading import read_text
+from diffratio_fast.storage.writing import remove_file, replace_file
+from diffratio_fast.training.beginning import Beginning, Source
+from diffratio_fast.training.processes.world import World
+from diffratio_fast.training.state.identity import Identity, data_digest, fixed_options, run_of
+
+if TYPE_CHECKING:
+    from diffratio_fast.training.run import Run
+
+
+class Start:
+    """One start of a run by all its processes; rank 0 looks at the directory, and takes its lock first."""
+
+    def __init__(
+        self, directory: RunDirectory, config: RunConfig, beginning: Beginning, world: World
+    ) -> None:
+        """A ``UserError`` where what is in the directory must not be touched."""
+        self.directory, self.config, self.beginning, self.world = directory, config, beginning, world
+        self.own, self.finished = world.on_main(self._look)
+        """Whether the run has a checkpoint of its own, and whether it has finished."""
+        self.source: Source | None = None if self.own else beginning.source
+        self._origin: dict[str, Any] = {}
+
+    @property
+    def continues(self) -> bool:
+        """Whether a checkpoint will replace the first state."""
+        return self.own or self.source is not None
+
+    def _look(self) -> tuple[bool, bool]:
+        directory, beginning = self.directory, self.beginning
+        if directory.root.is_dir():
+            directory.take()
+        own = checkpoints.exists(directory.checkpoint) and not beginning.fresh
+        if not (own or beginning.fresh) and directory.has_results():
+            raise UserError(
+                f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
+            )
+        if own:
+            directory.check_same(self.config)
+        return own, own and directory.finished()
+
+    def load(self, one: Run) -> None:
+        """Fill the run's state from the checkpoint that it continues, if any; see ``Identity``."""
+        directory, beginning = self.directory, self.beginning
+
+        def identity() -> Identity:
+            run = (directory.run_id() or "") if self.own else ""
+            return Identity(run, data_digest(one.dataset), fixed_options(self.config))
+
+        found = self.world.on_main(identity)
+        run: str | None = None
+        if self.own:
+            index = one.checkpoints.load(
+                one.state,
+                check=lambda path, index: found.check(index, path, accept_data=beginning.accept_data),
+            )
+            run = found.run or run_of(index)
+        elif self.source is not None:
+            index = one.checkpoints.load_from(
+                RunPaths(self.source.run).checkpoint, self.source.step, one.state,
+                lambda path, index: self._check_source(found, path, index),
+            )  # fmt: skip
+            self._origin = self._resumed_from(index)
+        one.checkpoints.identity = replace(found, run=run or new_run_id())
+
+    def _check_source(self, identity: Identity, path: Path, index: dict[str, Any]) -> None:
+        before = index.get("identity")
+        options = before.get("configuration") if isinstance(before, dict) else None
+        if isinstance(options, dict) and options.get("data") == self.config.data:
+            identity.check_data(index, path, accept_data=self.beginning.accept_data)
+
+    def _resumed_from(self, index: dict[str, Any]) -> dict[str, Any]:
+        assert self.source is not None
+        kind = type(self.config)
+        old = kind(**read_yaml(kind, self.source.require_config()))
+        changed = {
+            name: [getattr(old, name), getattr(self.config, name)]
+            for name in changed_fields(old, self.config)
+        }
+        return {
+            "resumed_from": {"run": run_of(index), "directory": str(self.source.run), "step": index["step"]},
+            "changed": changed,
+        }
+
+    def open(self, one: Run) -> None:
+        """Take the directory for the run and note there what it is; rank 0 alone."""
+        directory, step, world = self.directory, one.state.step, self.world
+        if not directory.taken:
+            directory.open()
+            if checkpoints.exists(directory.checkpoint) or directory.has_results():
+                raise UserError(f"{directory.root}: another process has trained there meanwhile; run again")
+        if self.beginning.fresh:
+            directory.clear()
+        remove_file(directory.summary)
+        derived = Derived(print)
+        now = environment(one.device) | {"processes": world.size}
+        self._say_changed_versions(now)
+        if self.own:  # the one that is there agrees in all that decides the training
+            derived.attempt(
+                "config.yaml",
+                lambda: directory.write_config(one.preset, one.config, one.device, world.size),
+            )
+        else:
+            directory.write_config(one.preset, one.config, one.device, world.size)
+        identity = one.checkpoints.identity
+        assert identity is not None
+        add_start(
+            directory.history, derived, run=identity.run, step=step, environment=now,
+            data=identity.data, **self._origin,
+        )  # fmt: skip
+        if self.source is not None:
+            derived.attempt("metrics.jsonl", self._copy_log)
+        several = f" on {world.size} processes" if world.size > 1 else ""
+        print(f"{directory.root}: {self._words(step)}{several}", flush=True)
+
+    def _words(self, step: int) -> str:
+        if self.source is None:
+            return f"continuing at step {step}" if step else "starting"
+        changed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self._origin["changed"].items())
+        return f"continuing {self.source.run} at step {step}" + (f" with {changed}" if changed else "")
+
+    def _say_changed_versions(self, now: dict[str, Any]) -> None:
+        root = self.directory if self.own else RunPaths(self.source.run) if self.source else None
+        before = read_history(root.history) if root is not None else []
+        if before and (changed := changes(before[-1]["environment"], now)):
+            print(
+                f"{self.directory.root}: what it runs on has changed ({changed}); from here on results may "
+                "be rounded otherwise",
+                flush=True,
+            )
+
+    def _copy_log(self) -> None:
+        """The other run's metrics up to the checkpoint; ``MetricsLog`` drops the later lines."""
+        assert self.source is not None
+        path = RunPaths(self.source.run).metrics
+        if path.is_file() and not self.directory.metrics.exists():
+            replace_file(self.directory.metrics, read_text(path))
