@@ -1,16 +1,23 @@
-"""Runs that are killed, run out of disk or have checkpoints damaged, and must end as if nothing had been.
+"""Runs under every fault that a cluster has for them, which must end as if nothing had been.
 
 Usage: python -m benchmarks.fault_injection [--cases N] [--seed N] [--processes 1,2,4] [--json FILE]
 
 A case trains a tiny model under faults that its own seed decides, starts it again after each as torchrun
 would, and at last lets it finish. The run is lost unless its networks, its whole state and its log are then,
-bit for bit, those of a run that nothing disturbed. Faults:
+bit for bit, those of a run that nothing disturbed (lines of the log may be missing where the disk refused
+them). No process may print a traceback, or end with a status that the documentation does not name. Faults:
 
 - kill: SIGKILL of all processes, or of one of several, at a random moment
 - kill in save: the same right before the n-th flush to disk, rename or removal of a directory
-- stop: SIGTERM or SIGUSR1 to one process: all save and end
+- stop: SIGINT, SIGTERM or SIGUSR1 to one process: all save and end
 - damage: a bit of the newest checkpoint flips, or a file of it is cut, emptied or removed; an older is whole
 - full disk: the n-th flush to disk and some after it fail with ENOSPC; or the kernel limits the size of files
+- full file system: a real one of a few MiB is filled at a random moment, and perhaps emptied again
+- broken disk: from the n-th call on a file of the run on, some fail with EIO, EROFS, ESTALE or EACCES
+- links: files and directories of the run are symbolic links to a file elsewhere, which must not change
+- other data: the data set is replaced by another of the same shape: refused until it is back
+- torchrun: 2 or 4 processes, on one node or two, of which one or several are killed once or twice, while
+  torchrun starts them again: the job must finish by itself
 """
 
 from __future__ import annotations
@@ -22,208 +29,43 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import socket
+import struct
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.faults import (
+    LINKS,
+    OPTIONS,
+    REFUSED_LINKS,
+    STEPS,
+    Attempt,
+    Launched,
+    broken_disk,
+    damage,
+    fill,
+    full_disk,
+    kill_in_save,
+    small_disk,
+)
 from benchmarks.harness import environment
-from diffratio_fast import command, train
+from diffratio_fast import prepare, train
+from diffratio_fast.storage import checkpoints
 from diffratio_fast.training import monitor
 from diffratio_fast.training.processes import pulse
-from diffratio_fast.training.state import checkpoint
 
-STEPS = 14
-OPTIONS = [
-    "--device", "cpu", "--threads", "1", "--steps", str(STEPS), "--batch-size", "8", "--generator-width", "8",
-    "--ratio-width", "8", "--latent-size", "4", "--log-every", "3", "--eval-every", "50",
-    "--checkpoint-every", "2", "--snapshot-every", "50", "--refit-steps", "0",
-]  # fmt: skip
 TIMED = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
-PATIENCE = 30.0
-"""Seconds that processes have to end by themselves once one of them is gone."""
-
-
-class Attempt:
-    """The processes of one start of the run, forked from this one, as torchrun would start them."""
-
-    def __init__(
-        self,
-        where: Path,
-        processes: int,
-        parallel: str,
-        prepare: Callable[[int], None] | None = None,
-        options: Sequence[str] = (),
-    ) -> None:
-        # a pipe, as a limit on the size of files would hold for a file too
-        self._source, self._sink = os.pipe()
-        os.set_blocking(self._source, False)
-        self._output = b""
-        self.arguments = [*OPTIONS, "--parallel", parallel, "--run-dir", str(where / "run"), *options]
-        port = _free_port()
-        self.children = [self._fork(rank, processes, port, prepare) for rank in range(processes)]
-        os.close(self._sink)
-        self.statuses: dict[int, int] = {}
-        self.launcher_ended = False
-
-    def _fork(self, rank: int, processes: int, port: int, prepare: Callable[[int], None] | None) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 70
-        try:
-            os.dup2(self._sink, 1)
-            os.dup2(self._sink, 2)
-            if processes > 1:
-                os.environ |= {
-                    "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
-                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
-            if prepare is not None:
-                prepare(rank)
-            with contextlib.suppress(SystemExit):
-                command.run(lambda _: _note(train.main(self.arguments)))
-            status = _STATUS[0]
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-
-    def output(self) -> str:
-        """What the processes have written so far."""
-        with contextlib.suppress(BlockingIOError):
-            while self._source >= 0:
-                piece = os.read(self._source, 65536)
-                self._output += piece
-                if not piece:
-                    os.close(self._source)
-                    self._source = -1
-        return self._output.decode(errors="replace")
-
-    def poll(self) -> bool:
-        """Whether all processes have ended."""
-        for pid in self.children:
-            if pid not in self.statuses:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    self.statuses[pid] = os.waitstatus_to_exitcode(status)
-        self.output()
-        return len(self.statuses) == len(self.children)
-
-    def send(self, number: int, *ranks: int) -> None:
-        for rank in ranks or range(len(self.children)):
-            if self.children[rank] not in self.statuses:
-                os.kill(self.children[rank], number)
-
-    def wait(self) -> list[int]:
-        """Exit statuses of all. Where one fails and others stay, they are ended, as torchrun would do."""
-        ended = None
-        while not self.poll():
-            if self.statuses and ended is None:
-                ended = time.monotonic()
-            if ended is not None and time.monotonic() - ended > PATIENCE:
-                if not any(self.statuses.values()):
-                    raise RuntimeError(f"processes hang after the others' end: {self.output()[-2000:]}")
-                self.send(signal.SIGKILL)
-                self.launcher_ended = True
-            time.sleep(0.002)
-        return [self.statuses[pid] for pid in self.children]
-
-
-_STATUS = [2]
-
-
-def _note(status: int | None) -> int:
-    _STATUS[0] = status or 0
-    return _STATUS[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class _Count:
-    """Lets ``act`` come before the n-th call of what it wraps, and the ``more`` after it."""
-
-    def __init__(self, first: int, more: int, act: Callable[[], None]) -> None:
-        self.first, self.last, self.act, self.calls = first, first + more, act, 0
-
-    def wrap(self, function: Any) -> Any:
-        def wrapped(*arguments: Any, **keywords: Any) -> Any:
-            self.calls += 1
-            if self.first <= self.calls <= self.last:
-                self.act()
-            return function(*arguments, **keywords)
-
-        return wrapped
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _no_space() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _kill_in_save(first: int, victim: int | None) -> Callable[[int], None]:
-    def prepare(rank: int) -> None:
-        if victim in (None, rank):
-            count = _Count(first, 0, _die)
-            os.fsync, os.rename, os.replace = map(count.wrap, (os.fsync, os.rename, os.replace))
-            shutil.rmtree = count.wrap(shutil.rmtree)
-
-    return prepare
-
-
-def _full_disk(first: int, more: int, limit: int | None) -> Callable[[int], None]:
-    def prepare(rank: int) -> None:
-        if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        elif rank == 0:
-            os.fsync = _Count(first, more, _no_space).wrap(os.fsync)
-
-    return prepare
-
-
-def _damage(where: Path, chance: random.Random) -> str | None:
-    """Damage the newest checkpoint, where another one is whole; what was done."""
-    found = checkpoint.candidates(where / "run" / "checkpoint")
-    whole = 0
-    for path in found[1:]:
-        with contextlib.suppress(checkpoint.Damaged):
-            checkpoint.read_index(path)
-            whole += 1
-    if not whole:
-        return None
-    file = chance.choice(sorted(found[0].iterdir()))
-    how = chance.choice(["flipped", "cut", "emptied", "removed"])
-    content = bytearray(file.read_bytes())
-    if how == "removed" or not content:
-        file.unlink()
-        return f"{file.name} removed"
-    if how == "flipped":
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    else:
-        del content[chance.randrange(len(content)) if how == "cut" else 0 :]
-    file.write_bytes(content)
-    return f"{file.name} {how}"
+REFUSALS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES)
 
 
 def end_state(where: Path) -> dict[str, Any]:
@@ -232,7 +74,7 @@ def end_state(where: Path) -> dict[str, Any]:
     state: dict[str, Any] = {"log": [], "steps": json.loads((run / "summary.json").read_text())["steps"]}
     files = [(name, run / f"{name}.safetensors") for name in ("generator", "ratio")]
     # which process wrote a tensor does not matter; parts of one are in the order of the processes
-    newest = checkpoint.candidates(run / "checkpoint")[0]
+    newest = checkpoints.candidates(run / "checkpoint")[0]
     files += [(newest.name, file) for file in sorted(newest.glob("*.safetensors"))]
     for of, file in files:
         for name, tensor in load_file(file).items():
@@ -243,90 +85,271 @@ def end_state(where: Path) -> dict[str, Any]:
     return state
 
 
+class Data:
+    """Two data sets of the same shape, as ``prepare`` writes them."""
+
+    def __init__(self, root: Path) -> None:
+        self.sets = [self._prepared(root / name, seed) for seed, name in enumerate("ab")]
+
+    def _prepared(self, where: Path, seed: int) -> Path:
+        source = where / "idx"
+        source.mkdir(parents=True)
+        chance = np.random.default_rng(seed)
+        for split, count in (("train", 80), ("t10k", 20)):
+            pixels = chance.integers(0, 256, (count, 8, 8), np.uint8)
+            labels = (np.arange(count) % 10).astype(np.uint8)
+            for what, head, content in (
+                ("images-idx3", (0x803, count, 8, 8), pixels), ("labels-idx1", (0x801, count), labels),
+            ):  # fmt: skip
+                head_bytes = struct.pack(f">{len(head)}I", *head)
+                (source / f"{split}-{what}-ubyte").write_bytes(head_bytes + content.tobytes())
+        prepare.main([str(source), str(where / "data"), "--validation", "16", "--name", "data"])
+        return where / "data"
+
+    def put(self, where: Path, which: int) -> list[str]:
+        """Let ``where``/data be that data set; the options of a run on it."""
+        shutil.rmtree(where / "data", ignore_errors=True)
+        shutil.copytree(self.sets[which], where / "data")
+        return ["--data", str(where / "data")]
+
+
 class References:
-    """End states and durations of runs that nothing disturbed, by the number of processes."""
+    """End states and durations of runs that nothing disturbed, by processes, ``--parallel`` and data."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, str], tuple[dict[str, Any], float]] = {}
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self._known: dict[tuple[int, str, bool], tuple[dict[str, Any], float]] = {}
 
-    def __call__(self, processes: int, parallel: str) -> tuple[dict[str, Any], float]:
-        if (processes, parallel) not in self._known:
+    def __call__(self, processes: int, parallel: str, own_data: bool) -> tuple[dict[str, Any], float]:
+        key = processes, parallel, own_data
+        if key not in self._known:
             with tempfile.TemporaryDirectory() as folder:
-                began = time.monotonic()
-                attempt = Attempt(Path(folder), processes, parallel)
+                where, began = Path(folder), time.monotonic()
+                attempt = Attempt(
+                    where, processes, parallel, options=self._data.put(where, 0) if own_data else ()
+                )
                 if any(attempt.wait()):
                     raise RuntimeError(attempt.output())
-                self._known[processes, parallel] = end_state(Path(folder)), time.monotonic() - began
-        return self._known[processes, parallel]
+                self._known[key] = end_state(where), time.monotonic() - began
+        return self._known[key]
 
 
-FAULTS = ("kill", "kill in save", "stop", "damage", "full disk")
+class Case:
+    """A run of ``processes`` in the directory ``where``; ``seconds`` is what an undisturbed one takes."""
 
+    def __init__(
+        self, where: Path, processes: int, parallel: str, seconds: float, chance: random.Random,
+        options: Sequence[str], data: Data,
+    ) -> None:  # fmt: skip
+        self.where, self.processes, self.parallel, self.seconds = where, processes, parallel, seconds
+        self.chance, self.options, self.data = chance, list(options), data
+        self.outside = where / "outside"
+        self.outside.write_text("not to be touched")
+        self.tracebacks = 0
+        self.disk_refused = False  # lines of the log may be missing
 
-def one_fault(
-    kind: str, where: Path, processes: int, parallel: str, seconds: float, chance: random.Random
-) -> str:
-    """Start the run and let the fault befall it; what happened, in words."""
-    victim = chance.choice([None, *range(processes)]) if processes > 1 else None
-    name = "all" if victim is None else f"process {victim}"
-    prepare = None
-    options: list[str] = []
-    words = kind
-    if kind == "kill in save":
-        first = chance.randint(1, 45)
-        prepare, words = _kill_in_save(first, victim), f"kill in save: {name} at call {first}"
-    elif kind == "full disk":
-        first, more = chance.randint(1, 45), chance.randint(0, 6)
-        limit = chance.choice([None, None, 3000, 20_000])
-        options = ["--on-save-failure", chance.choice(["continue", "stop"])]
-        prepare = _full_disk(first, more, limit)
-        what = f"flushes {first} to {first + more}" if limit is None else f"files above {limit} bytes"
-        words = f"full disk: {what}, {options[-1]}"
-    attempt = Attempt(where, processes, parallel, prepare, options)
-    if kind in ("kill", "stop", "damage"):
-        moment = time.monotonic() + chance.uniform(0, seconds)
+    def fault(self, kind: str) -> str:
+        """Start the run and let a fault of this kind befall it; what happened, in words."""
+        words: str = getattr(self, "_" + kind.replace(" ", "_"))()
+        return f"{kind}: {words}"
+
+    def attempt(self, prepare: Any = None, options: Sequence[str] = ()) -> Attempt:
+        return Attempt(self.where, self.processes, self.parallel, prepare, [*self.options, *options])
+
+    def ended(self, attempt: Attempt | Launched, words: str, allowed: set[int]) -> str:
+        """Wait for the processes' end; an error unless every status is allowed."""
+        statuses = attempt.wait()
+        output = attempt.output()
+        self.tracebacks += "Traceback (most recent call last)" in output
+        if not set(statuses) <= allowed or "Traceback (most recent call last)" in output:
+            raise RuntimeError(f"exit statuses {statuses} after {words}: {output[-3000:]}")
+        late = " (the launcher ended the others)" if getattr(attempt, "launcher_ended", False) else ""
+        return words + late
+
+    def _victim(self) -> tuple[int | None, str]:
+        victim = self.chance.choice([None, *range(self.processes)]) if self.processes > 1 else None
+        return victim, "all" if victim is None else f"process {victim}"
+
+    def _later(self, attempt: Attempt | Launched, most: float) -> None:
+        """Wait for a random moment, or for the processes' end."""
+        moment = time.monotonic() + self.chance.uniform(0, most)
         while time.monotonic() < moment and not attempt.poll():
             time.sleep(0.001)
-        number = signal.SIGKILL if kind != "stop" else chance.choice([signal.SIGTERM, signal.SIGUSR1])
-        ranks = [] if victim is None else [victim]
-        attempt.send(number, *(ranks or ([0] if kind == "stop" else [])))
-        words = f"{signal.Signals(number).name} of {name}"
-    statuses = attempt.wait()
-    words += " (the launcher ended the others)" if attempt.launcher_ended else ""
-    allowed = {0, 2, pulse.STATUS, -signal.SIGKILL} | (
-        {-signal.SIGTERM, -signal.SIGUSR1} if kind == "stop" else set()
-    )
-    if not set(statuses) <= allowed:
-        raise RuntimeError(f"exit statuses {statuses} after {words}: {attempt.output()[-3000:]}")
-    if kind == "damage":
-        words += f", then {_damage(where, chance) or 'nothing to damage'}"
-    return words
+
+    def _signal(self, numbers: Sequence[signal.Signals], allowed: set[int]) -> str:
+        victim, name = self._victim()
+        attempt = self.attempt()
+        self._later(attempt, self.seconds)
+        number = self.chance.choice(numbers)
+        # a signal to save goes to one process, SIGKILL perhaps to all
+        ranks = [victim] if victim is not None else [] if number == signal.SIGKILL else [0]
+        attempt.send(number, *ranks)
+        return self.ended(attempt, f"{number.name} of {name}", allowed)
+
+    ORDINARY = frozenset({0, 2, pulse.STATUS, -signal.SIGKILL})
+
+    def _kill(self) -> str:
+        return self._signal([signal.SIGKILL], set(self.ORDINARY))
+
+    def _stop(self) -> str:
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        # before Python has its handlers, or after it has put back its own, a signal acts as usual
+        early = {-number for number in numbers} | {130, 143}
+        return self._signal(numbers, set(self.ORDINARY) | early)
+
+    def _kill_in_save(self) -> str:
+        victim, name = self._victim()
+        first = self.chance.randint(1, 45)
+        attempt = self.attempt(kill_in_save(first, victim))
+        return self.ended(attempt, f"{name} at call {first}", set(self.ORDINARY))
+
+    def _damage(self) -> str:
+        words = self._kill()
+        return f"{words}, then {damage(self.where, self.chance) or 'nothing to damage'}"
+
+    def _policy(self) -> list[str]:
+        self.disk_refused = True
+        return ["--on-save-failure", self.chance.choice(["continue", "stop"])]
+
+    def _full_disk(self) -> str:
+        first, more = self.chance.randint(1, 45), self.chance.randint(0, 6)
+        limit = self.chance.choice([None, None, 3000, 20_000])
+        policy = self._policy()
+        attempt = self.attempt(full_disk(first, more, limit), policy)
+        what = f"flushes {first} to {first + more}" if limit is None else f"files above {limit} bytes"
+        return self.ended(attempt, f"{what}, {policy[-1]}", set(self.ORDINARY))
+
+    def _broken_disk(self) -> str:
+        first, more = self.chance.randint(1, 60), self.chance.choice([0, 3, 20, 1000])
+        number, policy = self.chance.choice(REFUSALS), self._policy()
+        attempt = self.attempt(broken_disk(first, more, number), policy)
+        words = f"{errno.errorcode[number]} at calls {first} to {first + more}, {policy[-1]}"
+        return self.ended(attempt, words, set(self.ORDINARY))
+
+    def _full_file_system(self) -> str:
+        disk, run = self.where / "disk", self.where / "run"
+        with small_disk(disk, "6m") as mounted:
+            if not mounted:
+                return "no right to mount one"
+            if run.exists():
+                shutil.move(run, disk / "run")
+            os.symlink(disk / "run", run)
+            (disk / "run").mkdir(exist_ok=True)
+            try:
+                policy = self._policy()
+                attempt = self.attempt(options=policy)
+                self._later(attempt, self.seconds)
+                fill(disk)
+                emptied = self.chance.random() < 0.5
+                self._later(attempt, self.seconds / 2)
+                if emptied:
+                    (disk / "filler").unlink(missing_ok=True)
+                words = f"filled{', then emptied' if emptied else ''}, {policy[-1]}"
+                return self.ended(attempt, words, set(self.ORDINARY))
+            finally:
+                run.unlink()
+                (disk / "filler").unlink(missing_ok=True)
+                shutil.move(disk / "run", run)
+
+    def _links(self) -> str:
+        run = self.where / "run"
+        run.mkdir(exist_ok=True)
+        for name in self.chance.sample(LINKS, 3):
+            (run / name).unlink(missing_ok=True)
+            os.symlink(self.outside, run / name)
+        words = self._kill()
+        refused = self.chance.choice(REFUSED_LINKS)
+        kept, path = self.where / "kept", run / refused
+        run.mkdir(exist_ok=True)
+        if path.exists():
+            os.rename(path, kept)
+        elsewhere = self.where / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        os.symlink(self.outside if refused == ".lock" else elsewhere, path)
+        words = self.ended(self.attempt(), f"{words}; then {refused} is a link", {2, pulse.STATUS})
+        path.unlink()
+        if kept.exists():
+            os.rename(kept, path)
+        if self.outside.read_text() != "not to be touched" or any(elsewhere.iterdir()):
+            raise RuntimeError(f"what a link leads to was written, after {words}")
+        return words
+
+    def _other_data(self) -> str:
+        words = self._kill()
+        if not checkpoints.candidates(self.where / "run" / "checkpoint"):
+            return f"{words}; no checkpoint yet"
+        self.data.put(self.where, 1)
+        attempt = self.attempt()
+        words = self.ended(attempt, f"{words}; then other data", {2, pulse.STATUS})
+        if "was trained on data with the digest" not in attempt.output():
+            raise RuntimeError(f"other data are not noticed: {attempt.output()[-2000:]}")
+        self.data.put(self.where, 0)
+        return words
+
+    def _torchrun(self) -> str:
+        nodes = self.chance.choice([1, 2])
+        real = nodes == 1 and self.chance.random() < 0.15
+        job = Launched(self.where, self.processes, self.parallel, self.options, nodes=nodes, real=real)
+        killed = []
+        try:
+            for _ in range(self.chance.choice([1, 1, 2])):
+                began = time.monotonic()
+                while not job.workers() and not job.poll() and time.monotonic() - began < 60:
+                    time.sleep(0.01)
+                self._later(job, 1.5 * self.seconds + (8 if real else 0))
+                alive = job.workers()
+                ranks = self.chance.sample(sorted(alive), self.chance.randint(1, len(alive))) if alive else []
+                for rank in ranks:
+                    with contextlib.suppress(OSError):
+                        os.kill(alive[rank], signal.SIGKILL)
+                killed.append(f"{ranks}")
+                time.sleep(0.5)
+            how = "torchrun" if real else "its agent"
+            return self.ended(
+                job, f"{how}, {nodes} nodes, {self.processes} processes, killed {' and '.join(killed)}", {0}
+            )
+        finally:
+            job.end()
 
 
-def run_case(seed: int, processes: list[int], references: References) -> dict[str, Any]:
+FAULTS = (
+    "kill", "kill in save", "stop", "damage", "full disk", "full file system", "broken disk", "links",
+    "other data", "torchrun",
+)  # fmt: skip
+MORE = FAULTS[:8]
+"""What may come after the first fault: ``other data`` and ``torchrun`` decide a whole case."""
+
+
+def run_case(seed: int, processes: list[int], references: References, data: Data) -> dict[str, Any]:
     """One run under faults, brought to its end; a row of the result."""
     chance = random.Random(seed)
-    count = chance.choice(processes)
+    kinds = [FAULTS[seed % len(FAULTS)], *chance.choices(MORE, k=chance.randint(0, 2))]
+    count = chance.choice([2, 4] if kinds[0] == "torchrun" else processes)
     parallel = chance.choice(["ddp", "fsdp"])
-    wanted, seconds = references(count, parallel)
+    own_data = kinds[0] == "other data"
+    wanted, seconds = references(count, parallel, own_data)
     began = time.monotonic()
     row: dict[str, Any] = {"seed": seed, "processes": count, "parallel": parallel, "faults": [], "lost": True}
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
+        options = data.put(where, 0) if own_data else []
+        case = Case(where, count, parallel, seconds, chance, options, data)
         try:
-            kinds = [FAULTS[seed % len(FAULTS)], *chance.choices(FAULTS, k=chance.randint(0, 2))]
             for kind in kinds:
-                row["faults"].append(one_fault(kind, where, count, parallel, seconds, chance))
-            attempt = Attempt(where, count, parallel)
+                row["faults"].append(case.fault(kind))
+            attempt = case.attempt()
             if any(attempt.wait()):
                 raise RuntimeError(attempt.output()[-3000:])
             found = end_state(where)
+            if case.disk_refused and all(line in wanted["log"] for line in found["log"]):
+                found["log"] = wanted["log"]
             differing = sorted(key for key in wanted if found.get(key) != wanted[key])
             row["lost"] = bool(differing) or found.keys() != wanted.keys()
             if row["lost"]:
                 row["differing"] = differing[:5]
         except (RuntimeError, OSError) as error:
             row["error"] = str(error)
+        row["tracebacks"] = case.tracebacks
     row["kinds"], row["seconds"] = kinds, round(time.monotonic() - began, 2)
     return row
 
@@ -340,36 +363,49 @@ def main() -> int:
         "--seed", type=int, default=0, help="of the first case; the next have the next numbers"
     )
     parser.add_argument("--processes", default="1,1,1,2,2,4", help="numbers of processes to draw from")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="cases whose first fault is this kind: their seeds are a tenth of all")
+    parser.add_argument("--json", type=Path, help="written after each case")
     options = parser.parse_args()
     torch.set_num_threads(1)
     monitor.PixelMetrics.suits = staticmethod(lambda dataset: False)  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.main(
-            [*OPTIONS, "--run-dir", str(Path(folder) / "run")]
-        )  # what is done once is not done in each fork
-    references, rows = References(), []
+    rows: list[dict[str, Any]] = []
     processes = [int(word) for word in options.processes.split(",")]
-    for seed in range(options.seed, options.seed + options.cases):
-        row = run_case(seed, processes, references)
-        rows.append(row)
-        verdict, told = "LOST" if row["lost"] else "same", "; ".join(row["faults"])
-        print(
-            f"{seed:>5}  {row['processes']} {row['parallel']}  {verdict}  {told}  {row.get('error', '')}",
-            flush=True,
-        )
-    lost = sum(row["lost"] for row in rows)
-    faults = Counter(kind for row in rows for kind in row["kinds"])
-    print(
-        f"{len(rows)} cases, {lost} lost; {', '.join(f'{n} x {kind}' for kind, n in sorted(faults.items()))}"
-    )
-    if options.json is not None:
-        content = {
-            "environment": environment(torch.device("cpu")), "steps": STEPS, "cases": len(rows), "lost": lost,
-            "faults": dict(faults), "rows": rows,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 1 if lost else 0
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            # what is done once is not done in each fork
+            train.main([*OPTIONS, "--run-dir", str(Path(folder) / "run")])
+            data = Data(Path(folder))
+        references = References(data)
+        step, first = 1, options.seed
+        if options.only is not None:
+            step, first = len(FAULTS), options.seed * len(FAULTS) + FAULTS.index(options.only)
+        for seed in range(first, first + step * options.cases, step):
+            row = run_case(seed, processes, references, data)
+            rows.append(row)
+            verdict, told = "LOST" if row["lost"] else "same", "; ".join(row["faults"])
+            print(
+                f"{seed:>5}  {row['processes']} {row['parallel']}  {verdict}  {row['seconds']} s  {told}  "
+                f"{row.get('error', '')}",
+                flush=True,
+            )
+            if options.json is not None:
+                options.json.write_text(json.dumps(_result(rows), indent=1) + "\n")
+    found = _result(rows)
+    faults = ", ".join(f"{number} x {kind}" for kind, number in sorted(found["faults"].items()))
+    print(f"{len(rows)} cases, {found['lost']} lost, {found['tracebacks']} tracebacks; {faults}")
+    return 1 if found["lost"] or found["tracebacks"] else 0
+
+
+def _result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "environment": environment(torch.device("cpu")),
+        "steps": STEPS,
+        "cases": len(rows),
+        "lost": sum(row["lost"] for row in rows),
+        "tracebacks": sum(row["tracebacks"] for row in rows),
+        "faults": dict(Counter(kind for row in rows for kind in row["kinds"])),
+        "rows": rows,
+    }
 
 
 if __name__ == "__main__":
