@@ -1,4 +1,4 @@
-// The Python module diffratio_fast._C. Importing it registers the operations of bindings.cpp with torch.
+// The Python module diffratio_fast._C. Importing it registers the operations with torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "common/divergences.h"
 #include "cpu/noise.h"
 
 namespace py = pybind11;
@@ -49,18 +50,34 @@ std::array<uint32_t, 4> philox(const std::string& name, std::array<uint32_t, 4> 
   return out;
 }
 
+// The numbers of ops.ratio_checks.Layout.
+using Layout = std::array<int64_t, 8>;
+
+diffratio::MixerSizes sizes_of(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7]}; }
+
+py::dict plan_ratio(const std::string& operation, const std::string& device, const Layout& layout, int64_t samples,
+                    int64_t parallel) {
+  const diffratio::RatioPlan plan = diffratio::plan_ratio(operation, device, sizes_of(layout), samples, parallel);
+  py::dict result;
+  result["packed"] = plan.packed;
+  result["workspace"] = plan.workspace;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  diffratio::simd_level();  // a wrong DIFFRATIO_SIMD is an import error, said once
+  diffratio::simd_level();  // so that a wrong DIFFRATIO_SIMD is an import error
   m.def("build_info", &build_info);
   m.def("use_simd_level", [](const std::string& name) { diffratio::use_simd_level(name.c_str()); });
+  m.def("philox", &philox, "Philox4x32-10 of one raw counter and key, on the named SIMD level");
+  m.def("plan_ratio", &plan_ratio, "Bytes that a ratio operation allocates besides its arguments and results");
+  m.attr("divergences") =
+      std::vector<std::string>(diffratio::divergence_names, diffratio::divergence_names + diffratio::divergences);
 #if defined(DIFFRATIO_WITH_CUDA)
-  m.def("ratio_kernels_fit", [](int64_t channels, int64_t height, int64_t across, int64_t patch, int64_t tokens,
-                                int64_t width, int64_t depth, int64_t hidden, int device) {
-    return diffratio::ratio_kernels_fit({channels, height, across, patch, tokens, width, depth, hidden}, device);
+  m.def("ratio_kernels_fit", [](const std::string& operation, const Layout& layout, int device) {
+    return diffratio::ratio_kernels_fit(operation, sizes_of(layout), device);
   });
   m.def("use_ratio_loss_form", &diffratio::use_ratio_loss_form);
 #endif
-  m.def("philox", &philox, "Philox4x32-10 of one raw counter and key, on the named SIMD level");
 }

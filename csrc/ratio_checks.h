@@ -1,4 +1,4 @@
-// Checks of the ratio operations' arguments, for both devices: what keeps memory safe.
+// Checks of the ratio operations' arguments that keep memory safe, for every backend.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,26 +18,29 @@ inline void check(const char* name, const at::Tensor& t, std::vector<int64_t> sh
                    " must be float32 or bfloat16");
 }
 
-// The sizes of a network and of images [B, channels, H, W] that it fits.
+// The sizes of a network and of images [B, channels, H, W] that fit it.
 inline MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
   const at::Device device = images.device();
   TORCH_CHECK_VALUE(weights.size() == diffratio::weights, "weights must be ", int{diffratio::weights}, " tensors");
+  for (const at::Tensor& weight : weights) {
+    TORCH_CHECK_TYPE(weight.scalar_type() == weights[0].scalar_type(), "weights must have one dtype");
+  }
   TORCH_CHECK_VALUE(images.dim() == 4, "images must be [B, channels, H, W]");
   TORCH_CHECK_VALUE(weights[w_patch].dim() == 2 && weights[w_position].dim() == 2 && weights[w_up].dim() == 3,
                     "patch and position must be matrices, up a stack of matrices");
   MixerSizes s{};
   s.channels = images.size(1);
-  s.height = images.size(2);
-  s.across = images.size(3);
+  s.image_height = images.size(2);
+  s.image_width = images.size(3);
   s.width = weights[w_patch].size(0);
   s.tokens = weights[w_position].size(0);
   s.depth = weights[w_up].size(0);
   s.hidden = weights[w_up].size(1);
   const int64_t p = weights[w_patch].size(1);
   while (s.channels > 0 && s.channels * s.patch * s.patch < p) ++s.patch;
-  TORCH_CHECK_VALUE(s.patch > 0 && s.vector() == p && s.height % s.patch == 0 && s.across % s.patch == 0 &&
-                        s.height / s.patch * (s.across / s.patch) == s.tokens && s.tokens > 0 && s.width > 0 &&
-                        s.depth > 0 && s.hidden > 0,
+  TORCH_CHECK_VALUE(s.patch > 0 && s.vector() == p && s.image_height % s.patch == 0 && s.image_width % s.patch == 0 &&
+                        s.image_height / s.patch * (s.image_width / s.patch) == s.tokens && s.tokens > 0 &&
+                        s.width > 0 && s.depth > 0 && s.hidden > 0,
                     "weights do not fit images ", images.sizes());
   check("patch", weights[w_patch], {s.width, p}, device);
   check("position", weights[w_position], {s.tokens, s.width}, device);

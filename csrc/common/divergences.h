@@ -1,11 +1,12 @@
-// h(l) of the divergences, by their place in the table of diffratio_fast/ops/divergences.py.
+// The divergences that a generator can descend: h(l) = f''(rho) rho^2 of each, with rho = e^l.
+//
+// The same table in Python is diffratio_fast/ops/divergences.py; tests compare names, order and values. To add a
+// divergence, append one row to each table. Never reorder: the place in the table is the code of the operations.
 #pragma once
 
 #include "host_device.h"
 
 namespace diffratio {
-
-constexpr int divergences = 6;
 
 DR_HOST_DEVICE float exponential(float x) {
 #if defined(__CUDA_ARCH__)
@@ -23,19 +24,42 @@ DR_HOST_DEVICE float log_one_plus(float x) {
 #endif
 }
 
-// h of the clamped log ratio; *clamped says whether the clamp acted.
-DR_HOST_DEVICE float divergence_factor(int divergence, float log_ratio, bool* clamped) {
-  const float bound = divergence == 3 || divergence == 5 ? 3.0f : divergence == 4 ? 5.0f : 0.0f;
-  *clamped = bound > 0.0f && (log_ratio > bound || log_ratio < -bound);
-  const float l = !*clamped ? log_ratio : log_ratio > 0.0f ? bound : -bound;
+// name, bound on |l| inside h (0: none), h(l)
+#define DR_DIVERGENCES(ROW)                                      \
+  ROW(reverse_kl, 0.0f, 1.0f)                                    \
+  ROW(jensen_shannon, 0.0f, 1.0f / (1.0f + exponential(-l)))     \
+  ROW(softened_reverse_kl, 0.0f, 1.0f / (1.0f + exponential(l))) \
+  ROW(forward_kl, 3.0f, exponential(l))                          \
+  ROW(squared_hellinger, 5.0f, exponential(0.5f * l))            \
+  ROW(jeffreys, 3.0f, 1.0f + exponential(l))
+
+#define DR_ROW(name, bound, h) name,
+enum class Divergence : int { DR_DIVERGENCES(DR_ROW) };
+#undef DR_ROW
+
+#define DR_ROW(name, bound, h) #name,
+constexpr const char* divergence_names[] = {DR_DIVERGENCES(DR_ROW)};
+#undef DR_ROW
+
+constexpr int divergences = sizeof divergence_names / sizeof divergence_names[0];
+
+// `bound` 0 means none. NaN stays NaN.
+DR_HOST_DEVICE float clamped_to(float l, float bound) {
+  return bound > 0.0f && l > bound ? bound : bound > 0.0f && l < -bound ? -bound : l;
+}
+
+// h of the log ratio, which is clamped to the bound.
+DR_HOST_DEVICE float divergence_factor(Divergence divergence, float log_ratio) {
   switch (divergence) {
-    case 1: return 1.0f / (1.0f + exponential(-l));  // jensen_shannon
-    case 2: return 1.0f / (1.0f + exponential(l));   // softened_reverse_kl
-    case 3: return exponential(l);                   // forward_kl
-    case 4: return exponential(0.5f * l);            // squared_hellinger
-    case 5: return 1.0f + exponential(l);            // jeffreys
-    default: return 1.0f;                            // reverse_kl
+#define DR_ROW(name, bound, h)                                     \
+  case Divergence::name: {                                         \
+    [[maybe_unused]] const float l = clamped_to(log_ratio, bound); \
+    return h;                                                      \
   }
+    DR_DIVERGENCES(DR_ROW)
+#undef DR_ROW
+  }
+  return 0.0f;  // not reached: the bindings check the code
 }
 
 }  // namespace diffratio

@@ -1,5 +1,5 @@
-// The CPU twin of the ratio operations: layouts, packing of the weights, the split of the work, the sums of the
-// weight gradients. The arithmetic is in mixer_level.cpp.
+// The CPU implementation of the ratio operations: layouts, packing of the weights, distribution of the work, sums of
+// the weight gradients. The arithmetic is in mixer_level.cpp.
 #include "mixer.h"
 
 #include <algorithm>
@@ -29,7 +29,7 @@ const MixerLevel& kernels(const Level& level) {
 
 int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A strided matrix [rows, columns] to [columns / width][padded rows][width], zeros where it is padded.
+// Copies a strided matrix [rows, columns] to [columns / width][padded rows][width], padded with zeros.
 void pack(const float* from, int64_t rows, int64_t columns, int64_t row, int64_t column, int64_t padded_rows,
           int64_t padded_columns, int64_t width, float* to) {
   for (int64_t n = 0; n < padded_columns; n += width) {
@@ -43,7 +43,7 @@ void pack(const float* from, int64_t rows, int64_t columns, int64_t row, int64_t
   }
 }
 
-// Back, dropping the padding.
+// The inverse of pack, without the padding.
 void unpack(const float* from, int64_t rows, int64_t columns, int64_t padded_rows, int64_t width, float* to) {
   for (int64_t n = 0; n < columns; n += width) {
     for (int64_t k = 0; k < rows; ++k) {
@@ -64,57 +64,57 @@ void each(ParallelFor parallel_for, int64_t count, int64_t grain, const F& body)
       &body);
 }
 
-void pack_weights(const Mixer& call, const MixerLayout& l, float* packed, ParallelFor parallel_for) {
-  const MixerSizes& s = call.sizes;
+void pack_weights(const Mixer& m, const MixerLayout& l, float* packed, ParallelFor parallel_for) {
+  const MixerSizes& s = m.sizes;
   const int64_t t = s.tokens, c = s.width, h = s.hidden, p = s.vector(), T = l.tokens, C = l.width, H = l.hidden;
-  const bool back = call.objective != Objective::none;
-  const auto to = [&](Packed name, int64_t block, int64_t size) { return packed + l.packed[name] + block * size; };
-  each(parallel_for, s.depth + 1, 1, [&](int64_t block) {
-    if (block == s.depth) {
-      pack(call.weight[w_patch], p, c, 1, p, p, C, l.panel, to(p_patch, 0, 0));
-      pack(call.weight[w_position], t, c, c, 1, T, C, l.panel, to(p_position, 0, 0));
-      pack(call.weight[w_head], t, c, c, 1, T, C, l.panel, to(p_head, 0, 0));
-      if (back) pack(call.weight[w_patch], c, p, p, 1, C, l.vector, l.vector_panel, to(p_patch_t, 0, 0));
+  const bool back = m.has_backward();
+  const auto to = [&](Packed name, int64_t layer, int64_t size) { return packed + l.packed[name] + layer * size; };
+  each(parallel_for, s.depth + 1, 1, [&](int64_t layer) {
+    if (layer == s.depth) {
+      pack(m.weight[w_patch], p, c, 1, p, p, C, l.panel, to(p_patch, 0, 0));
+      pack(m.weight[w_position], t, c, c, 1, T, C, l.panel, to(p_position, 0, 0));
+      pack(m.weight[w_head], t, c, c, 1, T, C, l.panel, to(p_head, 0, 0));
+      if (back) pack(m.weight[w_patch], c, p, p, 1, C, l.vector, l.vector_panel, to(p_patch_t, 0, 0));
       return;
     }
-    const float *mix = call.weight[w_mix] + block * t * t, *up = call.weight[w_up] + block * h * c;
-    const float* down = call.weight[w_down] + block * c * h;
-    pack(mix, t, t, t, 1, T, T, T, to(p_mix, block, T * T));
-    pack(call.weight[w_mix_bias] + block * t, 1, t, t, 1, 1, T, T, to(p_mix_bias, block, T));
-    pack(up, c, h, 1, c, C, H, l.panel, to(p_up, block, C * H));
-    pack(down, h, c, 1, h, H, C, l.panel, to(p_down, block, C * H));
+    const float *mix = m.weight[w_mix] + layer * t * t, *up = m.weight[w_up] + layer * h * c;
+    const float* down = m.weight[w_down] + layer * c * h;
+    pack(mix, t, t, t, 1, T, T, T, to(p_mix, layer, T * T));
+    pack(m.weight[w_mix_bias] + layer * t, 1, t, t, 1, 1, T, T, to(p_mix_bias, layer, T));
+    pack(up, c, h, 1, c, C, H, l.panel, to(p_up, layer, C * H));
+    pack(down, h, c, 1, h, H, C, l.panel, to(p_down, layer, C * H));
     if (!back) return;
-    pack(mix, t, t, 1, t, T, T, T, to(p_mix_t, block, T * T));
-    pack(up, h, c, c, 1, H, C, l.panel, to(p_up_t, block, C * H));
-    pack(down, c, h, h, 1, C, H, l.panel, to(p_down_t, block, C * H));
+    pack(mix, t, t, 1, t, T, T, T, to(p_mix_t, layer, T * T));
+    pack(up, h, c, c, 1, H, C, l.panel, to(p_up_t, layer, C * H));
+    pack(down, c, h, h, 1, C, H, l.panel, to(p_down_t, layer, C * H));
   });
 }
 
-void unpack_gradients(const Mixer& call, const MixerLayout& l, const float* sums, ParallelFor parallel_for) {
-  const MixerSizes& s = call.sizes;
+void unpack_gradients(const Mixer& m, const MixerLayout& l, const float* sums, ParallelFor parallel_for) {
+  const MixerSizes& s = m.sizes;
   const int64_t t = s.tokens, c = s.width, h = s.hidden, p = s.vector(), T = l.tokens, C = l.width, H = l.hidden;
-  const auto from = [&](Weight name, int64_t block, int64_t size) { return sums + l.gradient[name] + block * size; };
-  each(parallel_for, s.depth + 1, 1, [&](int64_t block) {
-    float* const* out = call.weight_gradient;
-    if (block == s.depth) {
+  const auto from = [&](Weight name, int64_t layer, int64_t size) { return sums + l.gradient[name] + layer * size; };
+  each(parallel_for, s.depth + 1, 1, [&](int64_t layer) {
+    float* const* out = m.weight_gradient;
+    if (layer == s.depth) {
       unpack(from(w_patch, 0, 0), c, p, C, l.vector_panel, out[w_patch]);
       unpack(from(w_position, 0, 0), t, c, T, l.panel, out[w_position]);
       unpack(from(w_head, 0, 0), t, c, T, l.panel, out[w_head]);
       return;
     }
-    unpack(from(w_mix, block, T * T), t, t, T, l.token_panel, out[w_mix] + block * t * t);
-    unpack(from(w_mix_bias, block, T), 1, t, 1, T, out[w_mix_bias] + block * t);
-    unpack(from(w_up, block, C * H), h, c, H, l.panel, out[w_up] + block * h * c);
-    unpack(from(w_down, block, C * H), c, h, C, l.panel, out[w_down] + block * c * h);
+    unpack(from(w_mix, layer, T * T), t, t, T, l.token_panel, out[w_mix] + layer * t * t);
+    unpack(from(w_mix_bias, layer, T), 1, t, 1, T, out[w_mix_bias] + layer * t);
+    unpack(from(w_up, layer, C * H), h, c, H, l.panel, out[w_up] + layer * h * c);
+    unpack(from(w_down, layer, C * H), c, h, C, l.panel, out[w_down] + layer * c * h);
   });
 }
 
 }  // namespace
 
-MixerLayout mixer_layout(const Level& level, const Mixer& call) {
+MixerLayout mixer_layout(const Level& level, const Mixer& m) {
   const MixerLevel& k = kernels(level);
-  const MixerSizes& s = call.sizes;
-  const bool back = call.objective != Objective::none, gradients = call.weight_gradient[0] != nullptr;
+  const MixerSizes& s = m.sizes;
+  const bool back = m.has_backward(), gradients = m.has_weight_gradients();
   MixerLayout l{};
   l.lanes = k.lanes;
   l.panel = 2 * k.lanes;
@@ -137,24 +137,24 @@ MixerLayout mixer_layout(const Level& level, const Mixer& call) {
     l.gradient[i] = l.gradient_floats;
     l.gradient_floats += rounded(sums[i], 16);
   }
-  l.groups = gradients ? std::min(max_groups, call.halves * call.batch) : 0;
-  l.workspace_floats = k.workspace_floats(call, l);
+  l.groups = gradients ? std::min(max_groups, m.samples()) : 0;
+  l.workspace_floats = k.workspace_floats(m, l);
   return l;
 }
 
-void mixer(const Level& level, const Mixer& call, const MixerLayout& l, float* packed, float* workspace,
-           float* gradients, int64_t workers, ParallelFor parallel_for) {
+void run_mixer(const Level& level, const Mixer& m, const MixerLayout& l, float* packed, float* workspace,
+               float* gradients, int64_t workers, ParallelFor parallel_for) {
   const MixerLevel& k = kernels(level);
-  const int64_t items = call.halves * call.batch;
-  pack_weights(call, l, packed, parallel_for);
+  const int64_t items = m.samples();
+  pack_weights(m, l, packed, parallel_for);
   each(parallel_for, workers, 1, [&](int64_t worker) {
     float* own = workspace + worker * l.workspace_floats;
     if (!gradients) {
-      k.samples(level, call, l, packed, own, nullptr, items * worker / workers, items * (worker + 1) / workers);
+      k.samples(level, m, l, packed, own, nullptr, items * worker / workers, items * (worker + 1) / workers);
       return;
     }
     for (int64_t group = l.groups * worker / workers; group < l.groups * (worker + 1) / workers; ++group) {
-      k.samples(level, call, l, packed, own, gradients + group * l.gradient_floats, items * group / l.groups,
+      k.samples(level, m, l, packed, own, gradients + group * l.gradient_floats, items * group / l.groups,
                 items * (group + 1) / l.groups);
     }
   });
@@ -167,7 +167,7 @@ void mixer(const Level& level, const Mixer& call, const MixerLayout& l, float* p
       for (int64_t i = piece * chunk; i < end; ++i) gradients[i] += more[i];
     }
   });
-  unpack_gradients(call, l, gradients, parallel_for);
+  unpack_gradients(m, l, gradients, parallel_for);
 }
 
 }  // namespace diffratio::cpu

@@ -1,10 +1,10 @@
-// The CPU twin of the ratio operations (diffratio_fast/ops/reference_ratio.py is the definition): plain pointers
-// and sizes, no torch. Every operation is one Mixer: images are noised, cut, sent through the network, and where
-// asked the gradient of their objective comes back to images, conditioning and weights.
+// The CPU implementation of the ratio operations: plain pointers and sizes, no torch. Every operation is one Mixer:
+// images get noise, are split into patches and go through the network; where a gradient is wanted, the gradient of the
+// objective is propagated back to images, conditioning and weights.
 //
-// A sample goes through the whole network, and back, on one thread with its activations in that thread's
-// workspace, small enough for its cache. Weight gradients are summed over a fixed number of groups of samples
-// and then over groups, in order: results do not depend on the number of threads.
+// One thread takes a sample through the whole network and back. Its activations stay in that thread's workspace, which
+// fits the cache. Weight gradients are summed within a fixed number of groups of samples, then over the groups, both in
+// order: results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -14,27 +14,13 @@
 
 namespace diffratio::cpu {
 
-// Unit (half, sample, draw) has place (half * batch + sample) * draws + draw in log_ratio, and
-// sample * draws + draw in sigma and weight.
-struct Mixer {
-  MixerSizes sizes;
-  const float* weight[weights];  // contiguous, shapes as in ops/ratio_checks.py
-  float sigma_data;
-  int64_t batch, draws;
-  int halves;                    // 1 or 2
-  const float* images[2];        // each [batch][image]
-  const float* sigma;            // [batch][draws]
-  const float* conditioning[2];  // each [batch][draws][conditioning]
-  const int64_t* rng;            // null: images are already noised
-  const int64_t* index;          // [batch]
-  uint32_t streams[2];           // stream word of each half, draw 0
-  Objective objective;
-  const float* upstream;  // given: [batch]; score: the weights [batch][draws]
-  int divergence;
-  float* log_ratio;                 // [halves][batch][draws]
-  float* image_gradient;            // [batch][image], summed over draws, or null
-  float* conditioning_gradient[2];  // each [batch][draws][conditioning], or null
+struct Mixer : RatioCall {          // images are float32
+  const float* weight[weights];     // contiguous, shapes as in ops/ratio_checks.py
   float* weight_gradient[weights];  // null: none
+
+  bool has_backward() const { return objective.kind != Objective::none; }
+  bool has_weight_gradients() const { return weight_gradient[0] != nullptr; }
+  int64_t samples() const { return int64_t{inputs.halves} * inputs.batch; }
 };
 
 // Sizes padded to whole registers, and the layouts that the kernels of one SIMD level use. Activations [T, X] lie in
@@ -45,7 +31,7 @@ struct MixerLayout {
   int64_t tokens, width, hidden;               // padded
   int64_t vector, vector_panel;                // patch vectors: padded, one or two registers wide
   int64_t token_panel;                         // panel of matrices whose columns are tokens
-  int64_t packed[11], packed_floats;           // offsets of the packed weights, see mixer.cpp
+  int64_t packed[11], packed_floats;           // offsets of the packed weights: pack_weights in mixer.cpp
   int64_t gradient[weights], gradient_floats;  // offsets of a group's weight gradients
   int64_t workspace_floats;                    // for one thread
   int64_t groups;                              // of samples, for weight gradients; 0 without
@@ -66,18 +52,18 @@ enum Packed {
   packs
 };
 
-MixerLayout mixer_layout(const Level& level, const Mixer& call);
+MixerLayout mixer_layout(const Level& level, const Mixer& mixer);
 
-// Runs it on `workers` threads. Memory comes from outside, aligned to 64 bytes: packed_floats, workers *
-// workspace_floats, groups * gradient_floats.
-void mixer(const Level& level, const Mixer& call, const MixerLayout& layout, float* packed, float* workspace,
-           float* gradients, int64_t workers, ParallelFor parallel_for);
+// Runs the call on `workers` threads. The caller provides the memory, aligned to 64 bytes: packed_floats,
+// workers * workspace_floats and, with weight gradients, groups * gradient_floats.
+void run_mixer(const Level& level, const Mixer& mixer, const MixerLayout& layout, float* packed, float* workspace,
+               float* gradients, int64_t workers, ParallelFor parallel_for);
 
 // The kernels of one SIMD level.
 struct MixerLevel {
   int64_t lanes;
   int64_t (*workspace_floats)(const Mixer&, const MixerLayout&);
-  // Samples [begin, end) of halves * batch; gradient: this group's sums, or null.
+  // Samples [begin, end) of halves * batch. `gradient`: this group's sums, or null.
   void (*samples)(const Level&, const Mixer&, const MixerLayout&, const float* packed, float* workspace,
                   float* gradient, int64_t begin, int64_t end);
 };

@@ -1,5 +1,5 @@
-// The RatioMixer's kernels of one SIMD level; CMake compiles this file once per level, with that level's flags and
-// DR_LEVEL set to its name. One sample at a time: forward, objective, backward (mixer.h).
+// The RatioMixer for one SIMD level. CMake compiles this file once per level, with that level's flags and DR_LEVEL set
+// to its name. One sample at a time: forward pass, objective, backward pass (mixer.h).
 #include <cmath>
 #include <cstring>
 
@@ -13,7 +13,7 @@ namespace {
 constexpr float residual = mixer_residual;
 constexpr int64_t noise_chunk = 2048;  // elements of a work item of Level::add_noise
 
-// Hands out consecutive pieces of a buffer; with a null buffer it only counts.
+// Allocates consecutive pieces of a buffer. With a null buffer it only counts.
 struct Pieces {
   float* next;
   int64_t used = 0;
@@ -25,17 +25,16 @@ struct Pieces {
   }
 };
 
-// Activations of the sample in work. Where weight gradients are wanted every block keeps its own input, mixed
-// tokens and hidden units; else one of each is reused. The slope silu' is kept for every block where there is a
-// backward pass at all.
+// Activations of the current sample. With weight gradients, every layer keeps its input, mixed tokens and hidden units;
+// otherwise all layers share one buffer of each. With a backward pass, the slope silu' is kept for every layer.
 struct Workspace {
-  float *image, *noised, *z, *h, *m, *a, *slope, *e, *g, *gu, *gm, *turned, *dz, *sums;
-  int64_t block_h, block_m, block_a, block_slope;  // floats from one block's to the next
+  float *image, *noised, *z, *h, *m, *a, *slope, *e, *g, *gu, *gm, *transposed_h, *dz, *sums;
+  int64_t layer_h, layer_m, layer_a, layer_slope;  // floats from one layer to the next
   int64_t floats;
 
   Workspace(const Mixer& c, const MixerLayout& l, float* buffer) {
     const int64_t th = l.tokens * l.hidden, tc = l.tokens * l.width;
-    const bool back = c.objective != Objective::none, all = c.weight_gradient[0] != nullptr;
+    const bool back = c.has_backward(), all = c.has_weight_gradients();
     Pieces pieces{buffer};
     const auto stack = [&](int64_t size, bool each, int64_t count, int64_t* stride) {
       *stride = each ? size : 0;
@@ -43,16 +42,16 @@ struct Workspace {
     };
     noised = pieces.take(c.sizes.image());
     z = pieces.take(l.tokens * l.vector);
-    h = stack(tc, all, c.sizes.depth + 1, &block_h);
-    m = stack(tc, all, c.sizes.depth, &block_m);
-    a = stack(th, all, c.sizes.depth, &block_a);
-    slope = stack(back ? th : 0, true, c.sizes.depth, &block_slope);
+    h = stack(tc, all, c.sizes.depth + 1, &layer_h);
+    m = stack(tc, all, c.sizes.depth, &layer_m);
+    a = stack(th, all, c.sizes.depth, &layer_a);
+    slope = stack(back ? th : 0, true, c.sizes.depth, &layer_slope);
     e = pieces.take(l.width + c.sizes.depth * l.hidden);
     g = pieces.take(back ? tc : 0);
     gu = pieces.take(back ? th : 0);
     gm = pieces.take(back ? tc : 0);
     dz = pieces.take(back ? l.tokens * l.vector : 0);
-    turned = pieces.take(all ? tc : 0);
+    transposed_h = pieces.take(all ? tc : 0);
     sums = pieces.take(l.width > l.hidden ? l.width : l.hidden);
     floats = pieces.used;
   }
@@ -67,11 +66,11 @@ constexpr int registers(const V (&)[tile_rows][N]) {
   return N;
 }
 
-// A panelled matrix [rows, columns] as the left factor, and its transpose.
+// A panelled matrix [rows, columns] as the left factor of a product, and its transpose.
 Left panelled(const float* x, int64_t rows) { return {x, panel, panel, rows * panel}; }
 Left transposed(const float* x, int64_t rows) { return {x, 0, 0, rows * panel}; }
 
-// One group's sums += transpose(x) y over tokens; x is [T, rows] panelled, y [T, panels] in panels of `width`.
+// A group's sums += transpose(x) y, summed over tokens. x is [T, rows] panelled, y [T, columns] in panels of `width`.
 void accumulate(const MixerLayout& l, const float* x, const float* y, int64_t rows, int64_t columns, int64_t width,
                 float* sum) {
   product_of<true>(width, rows, columns / width, l.tokens, transposed(x, l.tokens), y,
@@ -103,12 +102,12 @@ float horizontal(V v) {
   return sum;
 }
 
-// Patch vectors of c_in x, [T, P] in panels of l.vector_panel (zero where padded, from the start).
-void cut(const MixerSizes& s, const MixerLayout& l, const float* x, float c_in, float* z) {
+// Patch vectors of c_in x, [T, P] in panels of l.vector_panel. The padding is zero beforehand.
+void load_patches(const MixerSizes& s, const MixerLayout& l, const float* x, float c_in, float* z) {
   for (int64_t c = 0; c < s.channels; ++c) {
-    for (int64_t y = 0; y < s.height; ++y) {
-      const int64_t first = y / s.patch * (s.across / s.patch);
-      for (int64_t w = 0; w < s.across; ++w, ++x) {
+    for (int64_t y = 0; y < s.image_height; ++y) {
+      const int64_t first = y / s.patch * (s.image_width / s.patch);
+      for (int64_t w = 0; w < s.image_width; ++w, ++x) {
         const int64_t t = first + w / s.patch, p = (c * s.patch + y % s.patch) * s.patch + w % s.patch;
         z[(p / l.vector_panel * l.tokens + t) * l.vector_panel + p % l.vector_panel] = c_in * *x;
       }
@@ -116,12 +115,12 @@ void cut(const MixerSizes& s, const MixerLayout& l, const float* x, float c_in, 
   }
 }
 
-// The transpose: image gradient += c_in times the gradient of patch vectors.
-void paste(const MixerSizes& s, const MixerLayout& l, const float* dz, float c_in, float* x) {
+// The transposed operation: image gradient += c_in times the gradient by the patch vectors.
+void add_patches(const MixerSizes& s, const MixerLayout& l, const float* dz, float c_in, float* x) {
   for (int64_t c = 0; c < s.channels; ++c) {
-    for (int64_t y = 0; y < s.height; ++y) {
-      const int64_t first = y / s.patch * (s.across / s.patch);
-      for (int64_t w = 0; w < s.across; ++w, ++x) {
+    for (int64_t y = 0; y < s.image_height; ++y) {
+      const int64_t first = y / s.patch * (s.image_width / s.patch);
+      for (int64_t w = 0; w < s.image_width; ++w, ++x) {
         const int64_t t = first + w / s.patch, p = (c * s.patch + y % s.patch) * s.patch + w % s.patch;
         *x += c_in * dz[(p / l.vector_panel * l.tokens + t) * l.vector_panel + p % l.vector_panel];
       }
@@ -129,8 +128,8 @@ void paste(const MixerSizes& s, const MixerLayout& l, const float* dz, float c_i
   }
 }
 
-// [T, C] panelled to its transpose [C, T] in panels of l.token_panel.
-void turn(const MixerLayout& l, const float* h, float* out) {
+// Transposes [T, C], panelled, to [C, T] in panels of l.token_panel.
+void transpose(const MixerLayout& l, const float* h, float* out) {
   const int64_t step = l.token_panel;
   for (int64_t c = 0; c < l.width; ++c) {
     const float* from = h + c / panel * l.tokens * panel + c % panel;
@@ -141,8 +140,8 @@ void turn(const MixerLayout& l, const float* h, float* out) {
   }
 }
 
-// Conditioning, padded, and back.
-void spread(const MixerSizes& s, const MixerLayout& l, const float* e, float* out) {
+// Copies the conditioning to its padded layout.
+void pad_conditioning(const MixerSizes& s, const MixerLayout& l, const float* e, float* out) {
   std::memcpy(out, e, sizeof(float) * s.width);
   for (int64_t b = 0; b < s.depth; ++b) {
     std::memcpy(out + l.width + b * l.hidden, e + s.width + b * s.hidden, sizeof(float) * s.hidden);
@@ -151,8 +150,8 @@ void spread(const MixerSizes& s, const MixerLayout& l, const float* e, float* ou
 
 float forward(const Mixer& call, const MixerLayout& l, const float* packed, const Workspace& w) {
   const int64_t T = l.tokens, C = l.width, H = l.hidden, depth = call.sizes.depth;
-  const bool back = call.objective != Objective::none;
-  const auto weight = [&](Packed name, int64_t block, int64_t size) { return packed + l.packed[name] + block * size; };
+  const bool back = call.has_backward();
+  const auto weight = [&](Packed name, int64_t layer, int64_t size) { return packed + l.packed[name] + layer * size; };
   const float *position = weight(p_position, 0, 0), *e = w.e;
   float* h = w.h;
   product<2, false>(T, C / panel, call.sizes.vector(), {w.z, l.vector_panel, l.vector_panel, T * l.vector_panel},
@@ -164,11 +163,11 @@ float forward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                         }
                       }
                     });
-  for (int64_t block = 0; block < depth; ++block) {
-    float *m = w.m + block * w.block_m, *a = w.a + block * w.block_a, *slope = w.slope + block * w.block_slope;
-    float* next = w.h + (block + 1) * w.block_h;
-    const float *bias = weight(p_mix_bias, block, T), *hidden = e + C + block * H;
-    product<2, false>(T, C / panel, T, {weight(p_mix, block, T * T), T, T, 0}, h,
+  for (int64_t layer = 0; layer < depth; ++layer) {
+    float *m = w.m + layer * w.layer_m, *a = w.a + layer * w.layer_a, *slope = w.slope + layer * w.layer_slope;
+    float* next = w.h + (layer + 1) * w.layer_h;
+    const float *bias = weight(p_mix_bias, layer, T), *hidden = e + C + layer * H;
+    product<2, false>(T, C / panel, T, {weight(p_mix, layer, T * T), T, T, 0}, h,
                       [=](int64_t i, int64_t n, const auto& tile) {
                         for (int r = 0; r < tile_rows; ++r) {
                           for (int j = 0; j < 2; ++j) {
@@ -177,7 +176,7 @@ float forward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                           }
                         }
                       });
-    product<2, false>(T, H / panel, C, panelled(m, T), weight(p_up, block, C * H),
+    product<2, false>(T, H / panel, C, panelled(m, T), weight(p_up, layer, C * H),
                       [=](int64_t i, int64_t n, const auto& tile) {
                         for (int r = 0; r < tile_rows; ++r) {
                           for (int j = 0; j < 2; ++j) {
@@ -188,7 +187,7 @@ float forward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                           }
                         }
                       });
-    product<2, false>(T, C / panel, H, panelled(a, T), weight(p_down, block, C * H),
+    product<2, false>(T, C / panel, H, panelled(a, T), weight(p_down, layer, C * H),
                       [=](int64_t i, int64_t n, const auto& tile) {
                         for (int r = 0; r < tile_rows; ++r) {
                           for (int j = 0; j < 2; ++j) {
@@ -209,25 +208,25 @@ float forward(const Mixer& call, const MixerLayout& l, const float* packed, cons
   return static_cast<float>(sum);
 }
 
-// From the objective's derivative by the log ratio to the gradients of all that is asked for.
+// Propagates the objective's derivative by the log ratio to every gradient whose destination is not null.
 void backward(const Mixer& call, const MixerLayout& l, const float* packed, const Workspace& w, float by_log_ratio,
               float c_in, float* image, float* conditioning, float* group) {
   const MixerSizes& s = call.sizes;
   const int64_t T = l.tokens, C = l.width, H = l.hidden;
-  const auto weight = [&](Packed name, int64_t block, int64_t size) { return packed + l.packed[name] + block * size; };
-  const auto sums = [&](Weight name, int64_t block, int64_t size) { return group + l.gradient[name] + block * size; };
+  const auto weight = [&](Packed name, int64_t layer, int64_t size) { return packed + l.packed[name] + layer * size; };
+  const auto sums = [&](Weight name, int64_t layer, int64_t size) { return group + l.gradient[name] + layer * size; };
   const float* head = weight(p_head, 0, 0);
   float *g = w.g, *gu = w.gu, *gm = w.gm;
   if (group) {
-    const float* h = w.h + s.depth * w.block_h;
+    const float* h = w.h + s.depth * w.layer_h;
     float* out = sums(w_head, 0, 0);
     for (int64_t at = 0; at < T * C; at += lanes) store(out + at, load(out + at) + by_log_ratio * load(h + at));
   }
-  // g is the gradient of a block's output before its residual factor
+  // g: gradient by a layer's output before the residual factor
   for (int64_t at = 0; at < T * C; at += lanes) store(g + at, residual * by_log_ratio * load(head + at));
-  for (int64_t block = s.depth - 1; block >= 0; --block) {
-    const float* slope = w.slope + block * w.block_slope;
-    product<2, false>(T, H / panel, C, panelled(g, T), weight(p_down_t, block, C * H),
+  for (int64_t layer = s.depth - 1; layer >= 0; --layer) {
+    const float* slope = w.slope + layer * w.layer_slope;
+    product<2, false>(T, H / panel, C, panelled(g, T), weight(p_down_t, layer, C * H),
                       [=](int64_t i, int64_t n, const auto& tile) {
                         for (int r = 0; r < tile_rows; ++r) {
                           for (int j = 0; j < 2; ++j) {
@@ -236,7 +235,7 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                           }
                         }
                       });
-    product<2, false>(T, C / panel, H, panelled(gu, T), weight(p_up_t, block, C * H),
+    product<2, false>(T, C / panel, H, panelled(gu, T), weight(p_up_t, layer, C * H),
                       [=](int64_t i, int64_t n, const auto& tile) {
                         for (int r = 0; r < tile_rows; ++r) {
                           for (int j = 0; j < 2; ++j) {
@@ -246,12 +245,12 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                         }
                       });
     if (group) {
-      const float *h = w.h + block * w.block_h, *m = w.m + block * w.block_m, *a = w.a + block * w.block_a;
-      accumulate(l, g, a, C, H, panel, sums(w_down, block, C * H));
-      accumulate(l, gu, m, H, C, panel, sums(w_up, block, C * H));
-      turn(l, h, w.turned);
-      float* mix = sums(w_mix, block, T * T);
-      product_of<false>(l.token_panel, T, T / l.token_panel, C, panelled(gm, T), w.turned,
+      const float *h = w.h + layer * w.layer_h, *m = w.m + layer * w.layer_m, *a = w.a + layer * w.layer_a;
+      accumulate(l, g, a, C, H, panel, sums(w_down, layer, C * H));
+      accumulate(l, gu, m, H, C, panel, sums(w_up, layer, C * H));
+      transpose(l, h, w.transposed_h);
+      float* mix = sums(w_mix, layer, T * T);
+      product_of<false>(l.token_panel, T, T / l.token_panel, C, panelled(gm, T), w.transposed_h,
                         [=](int64_t i, int64_t n, const auto& tile) {
                           constexpr int N = sizeof tile[0] / sizeof(V);
                           float* out = mix + (n * T + i) * N * lanes;
@@ -259,7 +258,7 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                             for (int j = 0; j < N; ++j, out += lanes) store(out, load(out) + tile[r][j]);
                           }
                         });
-      float* bias = sums(w_mix_bias, block, T);
+      float* bias = sums(w_mix_bias, layer, T);
       for (int64_t t = 0; t < T; ++t) {
         V sum = {};
         for (int64_t n = 0; n < C / panel; ++n) {
@@ -270,10 +269,10 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
     }
     if (conditioning) {
       column_sums(l, gu, H, w.sums);
-      std::memcpy(conditioning + s.width + block * s.hidden, w.sums, sizeof(float) * s.hidden);
+      std::memcpy(conditioning + s.width + layer * s.hidden, w.sums, sizeof(float) * s.hidden);
     }
-    const float factor = block ? residual : 1.0f;
-    product<2, false>(T, C / panel, T, {weight(p_mix_t, block, T * T), T, T, 0}, gm,
+    const float factor = layer ? residual : 1.0f;
+    product<2, false>(T, C / panel, T, {weight(p_mix_t, layer, T * T), T, T, 0}, gm,
                       [=](int64_t i, int64_t n, const auto& tile) {
                         for (int r = 0; r < tile_rows; ++r) {
                           for (int j = 0; j < 2; ++j) {
@@ -302,18 +301,19 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
                           for (int j = 0; j < N; ++j, out += lanes) store(out, tile[r][j]);
                         }
                       });
-    paste(s, l, dz, c_in, image);
+    add_patches(s, l, dz, c_in, image);
   }
 }
 
 float by_log_ratio(const Mixer& call, int half, int64_t place, float log_ratio) {
   const double l = log_ratio;
-  bool clamped;
-  switch (call.objective) {
-    case Objective::given: return call.upstream[place];
+  switch (call.objective.kind) {
+    case Objective::given: return call.objective.upstream[place];
     case Objective::score:
-      return -call.upstream[place] * divergence_factor(call.divergence, log_ratio, &clamped) / call.draws;
-    case Objective::logistic: return static_cast<float>((half ? 1 : -1) / (1 + std::exp(half ? -l : l)) / call.batch);
+      return -call.objective.upstream[place] * divergence_factor(call.objective.divergence, log_ratio) /
+             call.inputs.draws;
+    case Objective::logistic:
+      return static_cast<float>((half ? 1 : -1) / (1 + std::exp(half ? -l : l)) / call.inputs.batch);
     default: return 0.0f;
   }
 }
@@ -326,36 +326,36 @@ void samples(const Level& level, const Mixer& call, const MixerLayout& l, const 
   std::memset(w.e, 0, sizeof(float) * (l.width + s.depth * l.hidden));
   if (group) std::memset(group, 0, sizeof(float) * l.gradient_floats);
   for (int64_t item = begin; item < end; ++item) {
-    const int half = static_cast<int>(item / call.batch);
-    const int64_t sample = item % call.batch;
-    float* image = call.image_gradient ? call.image_gradient + sample * s.image() : nullptr;
+    const int half = static_cast<int>(item / call.inputs.batch);
+    const int64_t sample = item % call.inputs.batch;
+    float* image = call.results.image_gradient ? call.results.image_gradient + sample * s.image() : nullptr;
     if (image) std::memset(image, 0, sizeof(float) * s.image());
-    for (int64_t draw = 0; draw < call.draws; ++draw) {
-      const int64_t place = sample * call.draws + draw;
-      const float sigma = call.sigma[place];
+    for (int64_t draw = 0; draw < call.inputs.draws; ++draw) {
+      const int64_t place = sample * call.inputs.draws + draw;
+      const float sigma = call.inputs.sigma[place];
       const float c_in = 1.0f / std::sqrt(sigma * sigma + call.sigma_data * call.sigma_data);
-      const float* x = call.images[half] + sample * s.image();
-      if (call.rng) {
+      const float* x = static_cast<const float*>(call.inputs.images[half]) + sample * s.image();
+      if (call.noise.rng) {
         AddNoise noise{};
-        noise.rng = call.rng;
-        noise.index = call.index + sample;
+        noise.rng = call.noise.rng;
+        noise.index = call.noise.index + sample;
         noise.batch = 1;
         noise.size = s.image();
         noise.inputs = 1;
-        noise.streams[0] = call.streams[half] + static_cast<uint32_t>(draw);
+        noise.streams[0] = call.noise.streams[half] + static_cast<uint32_t>(draw);
         noise.x0[0] = x;
         noise.sigma = &sigma;
         noise.out = w.noised;
         level.add_noise(&noise, 0, (s.image() + noise_chunk - 1) / noise_chunk);
         x = w.noised;
       }
-      [[maybe_unused]] const FlushSubnormals guard;  // after the noise, which is exact
-      cut(s, l, x, c_in, w.z);
-      spread(s, l, call.conditioning[half] + place * s.conditioning(), w.e);
+      [[maybe_unused]] const FlushSubnormals guard;  // after the noise, whose bits are part of its contract
+      load_patches(s, l, x, c_in, w.z);
+      pad_conditioning(s, l, call.inputs.conditioning[half] + place * s.conditioning(), w.e);
       const float log_ratio = forward(call, l, packed, w);
-      call.log_ratio[half * call.batch * call.draws + place] = log_ratio;
-      if (call.objective == Objective::none) continue;
-      float* conditioning = call.conditioning_gradient[half];
+      call.results.log_ratio[half * call.inputs.batch * call.inputs.draws + place] = log_ratio;
+      if (!call.has_backward()) continue;
+      float* conditioning = call.results.conditioning_gradient[half];
       if (conditioning) conditioning += place * s.conditioning();
       backward(call, l, packed, w, by_log_ratio(call, half, place, log_ratio), c_in, image, conditioning, group);
     }

@@ -9,9 +9,9 @@
 namespace diffratio::cpu {
 namespace {
 
-constexpr int block = 4 * Vector::lanes;  // normals of one register of counters
-constexpr int64_t chunk = 2048;           // elements between the passes below: 8 KiB stay in the L1 cache
-static_assert(chunk % (Vector::together * block) == 0);
+constexpr int stripe = 4 * Vector::lanes;  // normals of one register of counters
+constexpr int64_t chunk = 2048;            // elements between the passes below: 8 KiB stay in the L1 cache
+static_assert(chunk % (Vector::together * stripe) == 0);
 
 struct Key {
   uint32_t low, high, step;
@@ -23,13 +23,13 @@ struct Key {
 
 // The words of `groups` consecutive blocks from `counter` on: word j of block g at out[g * block + j * lanes].
 template <int groups>
-DR_HOST_DEVICE void random_blocks(const Key& key, uint32_t index, uint32_t stream, uint32_t counter, float* out) {
+DR_HOST_DEVICE void random_stripes(const Key& key, uint32_t index, uint32_t stream, uint32_t counter, float* out) {
   using V = Several<Vector, groups>;
   typename V::Word state[4] = {V::counters(counter), V::word(key.step), V::word(index), V::word(stream)};
   philox4x32_10<V>(state, key.low, key.high);
   for (int g = 0; g < groups; ++g) {
     for (int j = 0; j < 4; ++j) {
-      Vector::store(out + g * block + j * Vector::lanes, Vector::as_float(Vector::bits(state[j].r[g])));
+      Vector::store(out + g * stripe + j * Vector::lanes, Vector::as_float(Vector::bits(state[j].r[g])));
     }
   }
 }
@@ -45,15 +45,15 @@ DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream,
   const uint32_t counter = static_cast<uint32_t>(first / 4);
   constexpr int together = Vector::together;
   int64_t i = 0;
-  for (; i + (together - 1) * block < count; i += together * block) {
-    for (int g = 0; g < together; ++g) prepare(i + g * block);
-    random_blocks<together>(key, index, stream, counter + static_cast<uint32_t>(i / 4), words + i);
+  for (; i + (together - 1) * stripe < count; i += together * stripe) {
+    for (int g = 0; g < together; ++g) prepare(i + g * stripe);
+    random_stripes<together>(key, index, stream, counter + static_cast<uint32_t>(i / 4), words + i);
   }
-  for (; i < count; i += block) {
+  for (; i < count; i += stripe) {
     prepare(i);
-    random_blocks<1>(key, index, stream, counter + static_cast<uint32_t>(i / 4), words + i);
+    random_stripes<1>(key, index, stream, counter + static_cast<uint32_t>(i / 4), words + i);
   }
-  for (i = 0; i < count; i += block) {
+  for (i = 0; i < count; i += stripe) {
     Vector::Bits w[4];
     for (int j = 0; j < 4; ++j) w[j] = Vector::as_bits(Vector::load(words + i + j * Vector::lanes));
     Vector::Float n[4];
@@ -77,7 +77,7 @@ void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first,
                  float sigma, float scale, float* out) {
   const Vector::Float s = Vector::constant(sigma), c = Vector::constant(scale);
   const auto prepare = [&](int64_t i) {
-    for (int64_t k = 0; k < block; k += 16) {
+    for (int64_t k = 0; k < stripe; k += 16) {
       __builtin_prefetch(x + i + k);
       __builtin_prefetch(out + i + k, 1);
     }
@@ -153,7 +153,7 @@ void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t s
     return;
   }
   const float sigma = value(a.sigma, sample, 0.0f), scale = value(a.scale, sample, 1.0f);
-  if (a.in_type == Type::float32 && a.out_type == Type::float32 && n % block == 0) {
+  if (a.in_type == Type::float32 && a.out_type == Type::float32 && n % stripe == 0) {
     add_normals(key, index, stream, first, n, static_cast<const float*>(x0) + from, sigma, scale,
                 static_cast<float*>(a.out) + to);
     return;

@@ -126,15 +126,6 @@ DR_DEVICE void store16(void* p, const Vector16& x, Site = DR_HERE) {
 #undef DR_LOAD16
 #undef DR_STORE16
 
-// Adds to an integer that other blocks add to as well, and gives what was there before. Everything that this thread
-// wrote before it is seen by whoever adds after it.
-DR_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value, Site = DR_HERE) {
-  __threadfence();
-  const uint32_t before = atomicAdd(p, value);
-  __threadfence();
-  return before;
-}
-
 // --- shared memory ---------------------------------------------------------------------------------------------
 
 // `count` elements of shared memory. Addresses are 32-bit offsets in the shared window.

@@ -14,7 +14,7 @@ import torch
 
 # Raised together with interface_version in csrc/bindings.h whenever an operation's schema changes, so that
 # a module left over from older sources is noticed.
-INTERFACE = 3
+INTERFACE = 4
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _INFO = _PACKAGE / "_build_info.json"

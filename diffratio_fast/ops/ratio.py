@@ -1,16 +1,16 @@
 """The fused operations of a RatioMixer: its log ratio, the generator's gradient, the ratio network's loss.
 
 ``weights`` is the list of a RatioMixer's tensors in the order of ``weight_shapes``, float32, bfloat16 or
-float64; C channels, L blocks, H hidden units, T patches of P numbers. ``conditioning`` holds D = C + L H
-numbers a sample: a token bias and the blocks' hidden biases (``reference_ratio`` has the formulas,
+float64; C channels, L layers, H hidden units, T patches of P numbers. ``conditioning`` holds D = C + L H
+numbers a sample: a token bias and the layers' hidden biases (``reference_ratio`` has the formulas,
 docs/ratio_mixer.md the reasons). Images are [B, channels, H, W], float32, bfloat16 or, with float64 weights,
 float64. Results are float32 (float64); gradients of weights have the weights' type. Noise is that of
 ``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
 
-``packed`` is what ``pack_weights`` made of the same weights, where that is at hand. CUDA kernels round the
-operands of matrix products to bfloat16 and sum in float32; they exist for up to 256 tokens, 256 channels and
-64 numbers in a patch; other networks, and those that do not fit the GPU's shared memory, take the reference's
-way on CUDA, which is said once in a warning.
+``packed`` is the result of ``pack_weights`` for the same weights, if available. CUDA kernels round the
+operands of matrix products to bfloat16 and sum in float32. They exist for up to 256 tokens, 256 channels and
+64 numbers in a patch. Other networks, and operations that do not fit the GPU's shared memory, run the
+reference on CUDA; a warning reports it once.
 
 Wrong shapes, dtypes and devices raise ``ValueError`` or ``TypeError``, as does NaN in sigma on the CPU; on
 CUDA such a sample becomes NaN. Method: arXiv 2502.08005.
@@ -48,30 +48,36 @@ __all__ = [
 HAS_OPERATIONS = compiled.module is not None and hasattr(torch.ops.diffratio, "ratio_loss")
 
 
-def _compiled(weights: Sequence[Tensor], images: Tensor) -> bool:
-    """Whether a compiled twin computes this; float64 and what a GPU has no kernel for are the reference's."""
+def _use_compiled(operation: str, weights: Sequence[Tensor], images: Tensor) -> bool:
+    """Whether the compiled implementation computes this.
+
+    The reference computes in float64, and on CUDA the operations whose kernels do not exist for the network's
+    shape or do not fit the GPU's shared memory.
+    """
     if not HAS_OPERATIONS or images.dtype == torch.float64:
         return False
     if images.device.type != "cuda":
         return images.device.type == "cpu"
-    return _kernels_fit(*checks.layout(weights, images), images.device.index or 0)
+    return _kernels_fit(operation, *checks.layout(weights, images), images.device.index or 0)
 
 
-@torch.compiler.assume_constant_result  # of a plain function: of a cached one, torch.compile forgets it
-def _kernels_fit(*sizes_and_device: int) -> bool:
-    """Whether the CUDA kernels take a network of this ``Layout`` on this device; if not, says so once."""
-    return _fit_and_say(*sizes_and_device)
+@torch.compiler.assume_constant_result  # of a plain function: torch.compile does not keep it for a cached one
+def _kernels_fit(operation: str, *sizes_and_device: int) -> bool:
+    """Whether the operation's CUDA kernels take a network of this ``Layout`` on this device; warns once if
+    not."""
+    return _fit_or_warn(operation, *sizes_and_device)
 
 
 @functools.cache
-def _fit_and_say(*sizes_and_device: int) -> bool:
+def _fit_or_warn(operation: str, *sizes_and_device: int) -> bool:
+    *sizes, device = sizes_and_device
     fit = getattr(compiled.module, "ratio_kernels_fit", None)
-    if fit is not None and fit(*sizes_and_device):
+    if fit is not None and fit(operation, sizes, device):
         return True
     reason = "was built without CUDA" if fit is None else "has no kernel for it that fits this GPU"
     warnings.warn(
-        f"a RatioMixer of {sizes_and_device[4]} tokens and {sizes_and_device[5]} channels runs in plain "
-        f"PyTorch: the compiled module {reason}",
+        f"{operation} of a RatioMixer of {sizes[4]} tokens and {sizes[5]} channels runs in plain PyTorch: "
+        f"the compiled module {reason}",
         stacklevel=4,
     )
     return False
@@ -80,9 +86,9 @@ def _fit_and_say(*sizes_and_device: int) -> bool:
 def pack_weights(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights of a RatioMixer as the CUDA kernels read them (bfloat16, in the order of use): one launch.
 
-    For the operations' ``packed``: they need not pack the weights themselves, which a training step would do
-    several times over. To be made anew whenever a weight has changed. None where the kernels are not used:
-    in float64, without the compiled module, and of no bytes on the CPU, whose twin packs in passing.
+    For the operations' argument ``packed``, so that a training step packs once, not once per operation. It
+    must be repeated whenever a weight has changed. None in float64 and without the compiled module or its
+    kernels; empty on the CPU, whose implementation packs within each call.
     """
     if not HAS_OPERATIONS or weights[0].dtype == torch.float64:
         return None
@@ -105,7 +111,9 @@ def log_ratio(
 
     Differentiable in weights, images and conditioning.
     """
-    if not _compiled(weights, noised):
+    inputs = (*weights, noised, conditioning)
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if not _use_compiled("log_ratio_backward" if differentiated else "log_ratio", weights, noised):
         return reference_ratio.log_ratio(weights, noised, sigma, conditioning, sigma_data=sigma_data)
     sizes = checks.layout(weights, noised)
     sigma = checks.level("sigma", sigma, (noised.shape[0],), noised)
@@ -132,11 +140,10 @@ def score_difference(
 
     ``fake`` [B, channels, H, W] clean; ``sigma`` and ``weight`` [B, K]; ``conditioning`` [B, K, D]; x_bk is
     fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence`` (``ops.divergences``), its clamp
-    acting inside h only; ``clamped_fraction`` is the share of the B K log ratios that it touched. Nothing
-    returned is differentiable.
+    acting inside h only. Nothing returned is differentiable.
     """
     keywords: dict[str, Any] = {"weight": weight, "divergence": divergence, "purpose": purpose}
-    if not _compiled(weights, fake):
+    if not _use_compiled("score_difference", weights, fake):
         return reference_ratio.score_difference(
             weights, fake, sigma, conditioning, rng, index, substep=substep, sigma_data=sigma_data, **keywords
         )
@@ -179,7 +186,7 @@ def ratio_loss(
     conditionings: its backward is upstream times the gradients that are returned with it, which are not
     differentiable themselves. ``real`` and ``fake`` get no gradient.
     """
-    if not _compiled(weights, real):
+    if not _use_compiled("ratio_loss", weights, real):
         return reference_ratio.ratio_loss(
             weights, real, fake, sigma, conditioning_real, conditioning_fake, rng, index,
             purposes=purposes, substep=substep, sigma_data=sigma_data,
@@ -234,7 +241,7 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _packed_like(weights: Sequence[Tensor]) -> Tensor:
-    """The CPU twin has none."""
+    """Shape of ``pack_weights``: empty on the CPU."""
     first = weights[0]
     if first.device.type != "cuda":
         return first.new_empty(0, dtype=torch.uint8)
@@ -277,7 +284,6 @@ def _register() -> None:
         lambda weights, fake, sigma, *rest: (
             fake.new_empty(fake.shape, dtype=torch.float32),
             sigma.new_empty(sigma.shape),
-            sigma.new_empty(()),
         )
     )  # fmt: skip
     library.register_fake("diffratio::ratio_loss")(

@@ -19,11 +19,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class Layout(NamedTuple):
-    """Sizes of a RatioMixer on images [channels, height, across] cut into patches of ``size`` x ``size``."""
+    """Sizes of a RatioMixer and of its images; patches are ``size`` x ``size`` pixels."""
 
     channels: int
-    height: int
-    across: int
+    image_height: int
+    image_width: int
     size: int
     tokens: int
     width: int
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
     @property
     def conditioning(self) -> int:
-        """D: the token bias and the hidden bias of every block."""
+        """D: the token bias and the hidden bias of every layer."""
         return self.width + self.depth * self.hidden
 
 
@@ -72,14 +72,14 @@ def layout(weights: Sequence[Tensor], images: Tensor) -> Layout:
         raise TypeError(f"images must be float32, bfloat16 or float64, got {images.dtype}")
     if (images.dtype == torch.float64) != (weights[0].dtype == torch.float64):
         raise TypeError(f"float64 images go with float64 weights: {images.dtype} and {weights[0].dtype}")
-    _, channels, height, across = images.shape
+    _, channels, image_height, image_width = images.shape
     size = math.isqrt(max(patch // max(channels, 1), 1))
-    fits = channels * size * size == patch and height % size == 0 and across % size == 0
-    if not fits or (height // size) * (across // size) != tokens:
+    fits = channels * size * size == patch and image_height % size == 0 and image_width % size == 0
+    if not fits or (image_height // size) * (image_width // size) != tokens:
         raise ValueError(
             f"weights for {tokens} patches of {patch} numbers do not fit images {list(images.shape[1:])}"
         )
-    return Layout(channels, height, across, size, tokens, width, depth, hidden)
+    return Layout(channels, image_height, image_width, size, tokens, width, depth, hidden)
 
 
 def compute_type(images: Tensor) -> torch.dtype:

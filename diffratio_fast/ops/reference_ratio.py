@@ -35,11 +35,10 @@ RESIDUAL = 0.7
 
 
 class ScoreDifference(NamedTuple):
-    """gradient: float32 (float64) like ``fake``; log_ratio [B, K]; clamped_fraction: scalar."""
+    """gradient: float32 (float64) like ``fake``; log_ratio [B, K]."""
 
     gradient: Tensor
     log_ratio: Tensor
-    clamped_fraction: Tensor
 
 
 class RatioLoss(NamedTuple):
@@ -55,9 +54,9 @@ class RatioLoss(NamedTuple):
 
 def patches(x: Tensor, size: int) -> Tensor:
     """Images [B, channels, H, W] to patch vectors [B, T, channels * size^2]."""
-    batch, channels, height, across = x.shape
-    cut = x.reshape(batch, channels, height // size, size, across // size, size)
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    batch, channels, height, width = x.shape
+    parts = x.reshape(batch, channels, height // size, size, width // size, size)
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def log_ratio(
@@ -115,9 +114,7 @@ def score_difference(
         factor = weight[:, k] * DIVERGENCES[divergence].factor(value)[0] / -draws
         gradient += factor[:, None, None, None] * slope
         log_ratios.append(value.detach())
-    result = torch.stack(log_ratios, dim=1)
-    clamped = DIVERGENCES[divergence].factor(result)[1]
-    return ScoreDifference(gradient, result, clamped.to(sigma.dtype).mean())
+    return ScoreDifference(gradient, torch.stack(log_ratios, dim=1))
 
 
 class WithGradients(torch.autograd.Function):

@@ -110,7 +110,6 @@ def test_score_difference_is_the_mean_of_the_factors_times_the_gradients(name):
         clamped += int(outside.sum())
         torch.testing.assert_close(result.log_ratio[:, k], value.detach())
     torch.testing.assert_close(result.gradient, expected)
-    assert float(result.clamped_fraction) == pytest.approx(clamped / 6)
     if DIVERGENCES[name].clamp is not None:
         assert clamped > 0
 

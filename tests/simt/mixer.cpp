@@ -25,13 +25,6 @@ int main(int argc, char** argv) {
   cases.push_back(mixer("ratio_loss, two parts", {paired, 2, 1, 2, Pass::weights, Objective::logistic, true,
                                                   Form::several, 3, Type::float32, 0, 2}));
   const std::string command = argc > 1 ? argv[1] : "";
-  if (command == "packing") {  // the bytes of packed weights, for the sizes above
-    for (const MixerSizes& s : {small, odd, tall, wide, widest, largest}) {
-      std::printf("%ld %ld %ld %ld %ld %ld\n", long(s.tokens), long(s.width), long(s.depth), long(s.hidden),
-                  long(s.vector()), long(cuda::packing_of(s).bytes));
-    }
-    return 0;
-  }
   if (command != "mutate") {
     cases.push_back(mixer("log_ratio, odd", {odd, 7, 1, 3, Pass::forward, Objective::none, true}));
     cases.push_back(mixer("log_ratio, bf16",

@@ -105,12 +105,6 @@ void host::global_write(void* p, const void* from, uint32_t bytes, const Site& s
   std::memcpy(p, from, bytes);
 }
 
-uint32_t atomic_add(uint32_t* p, uint32_t value, Site) {
-  const uint32_t before = *p;
-  *p += value;
-  return before;
-}
-
 SharedArena::SharedArena() { current().arena_taken = 0; }
 
 uint32_t host::shared_take(const char* name, uint32_t element_bytes, int64_t count, bool keep, const Site& site) {

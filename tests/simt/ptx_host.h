@@ -102,8 +102,6 @@ void store16(void* p, const Vector16& x, Site site = DR_HERE) {
   host::global_write(p, &x, sizeof x, site);
 }
 
-uint32_t atomic_add(uint32_t* p, uint32_t value, Site site = DR_HERE);
-
 // --- shared memory ---------------------------------------------------------------------------------------------
 
 template <class T>

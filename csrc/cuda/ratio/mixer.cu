@@ -11,8 +11,8 @@ cudaError_t pack_weights(const PackCall& c, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-MixerPlan plan_mixer(const MixerSizes& sizes, const MixerCall& c, Pass pass, int64_t workspace_limit, Form form) {
-  if (!shape_exists(sizes)) return {};
+MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, Form form) {
+  if (!shape_exists(c.sizes)) return {};
   switch (c.packing.width) {
     case 64: return plan_width<64>(c, pass, workspace_limit, form);
     case 128: return plan_width<128>(c, pass, workspace_limit, form);

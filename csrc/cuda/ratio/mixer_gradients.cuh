@@ -23,9 +23,9 @@ DR_DEVICE Product product_of(const MixerCall& c, int number) {
   const Sums sums = sums_of(p);
   if (number == 0)
     return {c.staging.first, c.staging.z, p.width, p.vector, p.tokens, p.width, p.vector, false, sums.patch};
-  const int block = (number - 1) / 3;
-  const int64_t wide = int64_t{2} * p.tokens * p.width * block, hidden = int64_t{2} * p.tokens * p.hidden * block;
-  const int64_t weight = static_cast<int64_t>(p.hidden) * p.width * block;
+  const int layer = (number - 1) / 3;
+  const int64_t wide = int64_t{2} * p.tokens * p.width * layer, hidden = int64_t{2} * p.tokens * p.hidden * layer;
+  const int64_t weight = static_cast<int64_t>(p.hidden) * p.width * layer;
   switch ((number - 1) % 3) {
     case 0:
       return {c.staging.gm + wide,
@@ -36,7 +36,7 @@ DR_DEVICE Product product_of(const MixerCall& c, int number) {
               p.width,
               p.width,
               true,
-              sums.mix + static_cast<int64_t>(p.tokens) * p.tokens * block};
+              sums.mix + static_cast<int64_t>(p.tokens) * p.tokens * layer};
     case 1:
       return {c.staging.gu + hidden, c.staging.m + wide, p.hidden, p.width, p.tokens, p.hidden, p.width, false,
               sums.up + weight};
@@ -46,8 +46,7 @@ DR_DEVICE Product product_of(const MixerCall& c, int number) {
   }
 }
 
-constexpr int product_depth = 32;                        // of k at a time
-constexpr int product_rows = 128, product_columns = 64;  // at most: of the tile of a block with eight warps
+constexpr int product_depth = 32;  // of k at a time
 // Elements of an operand's stage, in either layout, rows padded against bank conflicts.
 constexpr int product_stage = product_rows * (product_depth + 8);
 static_assert(product_depth * (product_rows + 8) <= product_stage);
@@ -104,7 +103,7 @@ class GradientBlock {
     const int begin = units * split / g.splits, end = units * (split + 1) / g.splits;
     const int steps = (p.k + product_depth - 1) / product_depth, total = (end - begin) * steps;
     const auto fetch_step = [&](int step, ptx::Site site) {
-      const unsigned char* unit = c.operands + (begin + step / steps) * c.staging.bytes;
+      const unsigned char* unit = c.workspace.operands + (begin + step / steps) * c.staging.bytes;
       const int k = step % steps * product_depth, stage = step % 2 * product_stage;
       fetch(x.part(stage, product_stage), unit + p.x, p.x_stride, row, p.m, 32 * down, k, p.k, p.by_rows, site);
       fetch(y.part(stage, product_stage), unit + p.y, p.y_stride, column, p.n, 32 * right, k, p.k, p.by_rows, site);
@@ -189,7 +188,7 @@ class GradientBlock {
     const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x),
               step = static_cast<int>(gridDim.x * blockDim.x);
     for (int i = first; i < 2 * wide; i += step) {
-      const unsigned char* from = c.operands + (i < wide ? c.staging.first : c.staging.last) + i % wide * 16;
+      const unsigned char* from = c.workspace.operands + (i < wide ? c.staging.first : c.staging.last) + i % wide * 16;
       float sum[8] = {};
       for (int unit = 0; unit < units; ++unit) {
         const ptx::Vector16 x = ptx::load16<ptx::Cache::l2>(from + unit * c.staging.bytes);
@@ -204,7 +203,7 @@ class GradientBlock {
       float sum[4] = {};
       for (int unit = 0; unit < units; ++unit) {
         const ptx::Vector16 x =
-            ptx::load16<ptx::Cache::l2>(c.operands + unit * c.staging.bytes + c.staging.rows + i * 16);
+            ptx::load16<ptx::Cache::l2>(c.workspace.operands + unit * c.staging.bytes + c.staging.rows + i * 16);
         DR_UNROLL
         for (int j = 0; j < 4; ++j) sum[j] += Scalar::as_float(x.v[j]);
       }
@@ -223,17 +222,17 @@ class GradientBlock {
 
 // Where element (row, column) of matrix `block` of a weight lies in Sums. Rows and columns that are channels, and
 // hidden units, were staged in the order of `permuted`.
-DR_DEVICE int64_t place_in_sums(const Packing& p, const Sums& s, int weight, int block, int row, int column) {
+DR_DEVICE int64_t place_in_sums(const Packing& p, const Sums& s, int weight, int layer, int row, int column) {
   const int group = chunk_of(p.width, rows_of_warp(p.real_tokens));
   switch (weight) {
     case w_patch: return s.patch + static_cast<int64_t>(permuted(row, 32)) * p.vector + column;
     case w_position: return s.position + static_cast<int64_t>(row) * p.width + permuted(column, 32);
-    case w_mix: return s.mix + (static_cast<int64_t>(block) * p.tokens + row) * p.tokens + column;
+    case w_mix: return s.mix + (static_cast<int64_t>(layer) * p.tokens + row) * p.tokens + column;
     case w_mix_bias: return s.mix_bias + static_cast<int64_t>(row) * p.tokens + column;
     case w_up:
-      return s.up + (static_cast<int64_t>(block) * p.hidden + permuted(row, group)) * p.width + permuted(column, 32);
+      return s.up + (static_cast<int64_t>(layer) * p.hidden + permuted(row, group)) * p.width + permuted(column, 32);
     case w_down:
-      return s.down + (static_cast<int64_t>(block) * p.width + permuted(row, 32)) * p.hidden + permuted(column, group);
+      return s.down + (static_cast<int64_t>(layer) * p.width + permuted(row, 32)) * p.hidden + permuted(column, group);
     default: return s.head + static_cast<int64_t>(row) * p.width + permuted(column, 32);
   }
 }
@@ -258,8 +257,8 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
                                                                   : p.real_width;
     for (int64_t i = first; i < static_cast<int64_t>(blocks) * rows * columns; i += step) {
       const int column = static_cast<int>(i % columns), row = static_cast<int>(i / columns % rows);
-      const int block = static_cast<int>(i / columns / rows);
-      const float* from = g.sums + place_in_sums(p, sums, weight, block, row, column);
+      const int layer = static_cast<int>(i / columns / rows);
+      const float* from = g.sums + place_in_sums(p, sums, weight, layer, row, column);
       float sum = ptx::load(from);
       for (int split = 1; product && split < g.splits; ++split) sum += ptx::load(from + split * sums.floats);
       if (g.out_type == Type::float32)
@@ -274,11 +273,11 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
 DR_DEVICE void write_loss(const MixerCall& c, float* loss) {
   if (blockIdx.x != 0 || threadIdx.x >= 32) return;
   float sum = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * c.batch; i += 32) {
-    const float l = ptx::load(c.log_ratio + i), x = i < c.batch ? -l : l;
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * c.inputs.batch; i += 32) {
+    const float l = ptx::load(c.results.log_ratio + i), x = i < c.inputs.batch ? -l : l;
     sum += (x > 0 ? x : 0.0f) + log_one_plus(exponential(x > 0 ? -x : x));
   }
-  sum = column_sum(quad_sum(sum)) / static_cast<float>(c.batch);
+  sum = column_sum(quad_sum(sum)) / static_cast<float>(c.inputs.batch);
   if (threadIdx.x == 0) *loss = sum;
 }
 
@@ -288,8 +287,8 @@ constexpr int gradient_threads = 256;
 
 static __global__ void __launch_bounds__(gradient_threads) gradient_kernel(const MixerCall c, const GradientCall g) {
   ptx::SharedArena arena;
-  GradientBlock block(c, g, arena);
-  block.run(c.units, g.first);
+  GradientBlock products(c, g, arena);
+  products.run(c.units, g.first_slice);
 }
 
 static __global__ void __launch_bounds__(gradient_threads) finish_kernel(const MixerCall c, const GradientCall g) {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../../common/divergences.h"
+#include "mixer_plan.h"
 #include "mixer_sample.cuh"
 
 namespace diffratio::cuda {
@@ -47,10 +48,10 @@ class MixerBlock : MixerSample<S> {
   // One unit and draw, from the image to all that is asked for. `operands`: this unit's Staging, or this block's
   // checkpoints.
   DR_DEVICE void run(int half, int sample, int draw, unsigned char* operands) {
-    const int64_t level = static_cast<int64_t>(sample) * c.draws + draw;
-    e = c.conditioning[half] + level * p.conditioning();
-    fetch(0);  // meanwhile the noise
-    this->cut(half, sample, draw, c.sigma[level]);
+    const int64_t level = static_cast<int64_t>(sample) * c.inputs.draws + draw;
+    e = c.inputs.conditioning[half] + level * p.conditioning();
+    prefetch_stage(0);  // meanwhile the noise
+    this->load_patches(half, sample, draw, c.inputs.sigma[level]);
     ptx::block_sync();  // patch vectors were made by whoever came first
 
     Accumulator<S> h;
@@ -60,27 +61,28 @@ class MixerBlock : MixerSample<S> {
       if constexpr (staged) stage_patches(operands);
       ptx::warp_sync();  // before this warp's tokens take the place of their patch vectors
       if (part + 1 == S::parts) break;
-      show(h, 0, operands);
+      publish_rows(h, 0, operands);
       park(h);
     }
-    for (int block = 0; block < p.depth; ++block) forward(h, block, operands);
+    for (int layer = 0; layer < p.depth; ++layer) forward(h, layer, operands);
     const float log_ratio = read_head(h);
-    if (thread() == 0) ptx::store(c.log_ratio + static_cast<int64_t>(half) * c.batch * c.draws + level, log_ratio);
+    if (thread() == 0)
+      ptx::store(c.results.log_ratio + static_cast<int64_t>(half) * c.inputs.batch * c.inputs.draws + level, log_ratio);
     if constexpr (back) {
       const float slope = by_log_ratio(half, sample, level, log_ratio);
       if constexpr (staged) {
         // h holds the last block's output; the head's gradient is its product with the slope.
-        every_part(h, [&](int) {
+        for_each_part(h, [&](int) {
           this->scale(h, slope);
           stage_rows<S>(operands + c.staging.last, first(), h);
         });
       }
       start_backward(h, slope);
-      for (int block = p.depth - 1; block >= 0; --block) backward(h, block, operands);
+      for (int layer = p.depth - 1; layer >= 0; --layer) backward(h, layer, operands);
       if constexpr (staged) finish_operands(h, half, level, operands);
-      if (c.image_gradient) {
-        const float scale = this->c_in(c.sigma[level]);
-        every_part(h, [&](int) { this->add_image_gradient(h, sample, draw, scale); });
+      if (c.results.image_gradient) {
+        const float scale = this->c_in(c.inputs.sigma[level]);
+        for_each_part(h, [&](int) { this->add_image_gradient(h, sample, draw, scale); });
       }
     }
     ptx::forget_shared();
@@ -92,17 +94,17 @@ class MixerBlock : MixerSample<S> {
 
   // Calls visit(i) for one part after the other, the first of which is in the accumulators.
   template <class Visit>
-  DR_DEVICE void every_part(Accumulator<S>& d, Visit visit) {
+  DR_DEVICE void for_each_part(Accumulator<S>& d, Visit visit) {
     DR_UNROLL_NOT
     for (int i = 0;; ++i) {
       visit(i);
       if (i + 1 == S::parts) break;
-      turn(d);
+      swap_parts(d);
     }
   }
 
   // Parks this part for the other.
-  DR_DEVICE void turn(Accumulator<S>& d) {
+  DR_DEVICE void swap_parts(Accumulator<S>& d) {
     park(d);
     part ^= 1;
     const unsigned char* from = parked();
@@ -128,19 +130,19 @@ class MixerBlock : MixerSample<S> {
 
   DR_DEVICE unsigned char* parked() const {
     const int64_t vectors = S::tiles * S::columns * threads();
-    return c.parked + 16 * ((blockIdx.x * S::parts + part) * vectors + thread());
+    return c.workspace.parked + 16 * ((blockIdx.x * S::parts + part) * vectors + thread());
   }
 
   // --- weights -------------------------------------------------------------------------------------------------
 
   // Chunks follow each other as they are used: forward from the first block on, then backward from the last; those of
   // a block once for each part.
-  DR_DEVICE void fetch(int number, ptx::Site site = DR_HERE) {
+  DR_DEVICE void prefetch_stage(int number, ptx::Site site = DR_HERE) {
     const int forward_steps = p.depth * S::parts * chunks();
     const bool backward = number >= forward_steps;
     const int bytes = backward ? S::backward_chunk : S::forward_chunk;
-    const int step = number - forward_steps, in_block = step % chunks(), block = step / (S::parts * chunks());
-    const int64_t chunk = backward        ? (p.depth - 1 - block) * chunks() + in_block
+    const int step = number - forward_steps, in_layer = step % chunks(), layer = step / (S::parts * chunks());
+    const int64_t chunk = backward        ? (p.depth - 1 - layer) * chunks() + in_layer
                           : S::parts == 1 ? number
                                           : number / (S::parts * chunks()) * chunks() + number % chunks();
     const unsigned char* from = c.packed + (backward ? p.backward : p.forward) + chunk * bytes;
@@ -151,35 +153,35 @@ class MixerBlock : MixerSample<S> {
   }
 
   // Chunk `number`, for all threads, after all of them have come here; fetches the one after it.
-  DR_DEVICE ptx::Shared<BFloat16> take(int number, ptx::Site site = DR_HERE) {
+  DR_DEVICE ptx::Shared<BFloat16> acquire_stage(int number, ptx::Site site = DR_HERE) {
     ptx::copy_wait<0>(site);
     ptx::block_sync(site);
-    if (number + 1 < (back ? 2 : 1) * p.depth * S::parts * chunks()) fetch(number + 1, site);
+    if (number + 1 < (back ? 2 : 1) * p.depth * S::parts * chunks()) prefetch_stage(number + 1, site);
     return stages.part(number % 2 * stage_size, stage_size);
   }
 
   // --- forward -------------------------------------------------------------------------------------------------
 
   // Everything from a block's h, of which the tile has all parts but this one.
-  DR_DEVICE void forward(Accumulator<S>& h, int block, unsigned char* operands) {
-    show(h, block, operands);
+  DR_DEVICE void forward(Accumulator<S>& h, int layer, unsigned char* operands) {
+    publish_rows(h, layer, operands);
     ptx::block_sync();  // everybody's tokens
-    every_part(h, [&](int) { add_mixed(h, block); });
-    every_part(h, [&](int i) {
-      add_channels(h, block, i, operands);
-      if (i + 1 < S::parts && block + 1 < p.depth) show(h, block + 1, operands);
+    for_each_part(h, [&](int) { add_mixed(h, layer); });
+    for_each_part(h, [&](int i) {
+      add_channels(h, layer, i, operands);
+      if (i + 1 < S::parts && layer + 1 < p.depth) publish_rows(h, layer + 1, operands);
     });
   }
 
   // This warp's tokens of a block's h, for all.
-  DR_DEVICE void show(const Accumulator<S>& h, int block, unsigned char* operands) {
+  DR_DEVICE void publish_rows(const Accumulator<S>& h, int layer, unsigned char* operands) {
     store_rows<S>(tile, first(), h);
-    if constexpr (staged) stage_rows<S>(operands + c.staging.h + block * wide(), first(), h);
+    if constexpr (staged) stage_rows<S>(operands + c.staging.h + layer * wide(), first(), h);
   }
 
   // m = h + mix h + mix_bias
-  DR_DEVICE void add_mixed(Accumulator<S>& h, int block) const {
-    const float* bias = reinterpret_cast<const float*>(c.packed + p.mix_bias) + block * p.tokens;
+  DR_DEVICE void add_mixed(Accumulator<S>& h, int layer) const {
+    const float* bias = reinterpret_cast<const float*>(c.packed + p.mix_bias) + layer * p.tokens;
     DR_UNROLL
     for (int i = 0; i < S::tiles; ++i) {
       const float upper = bias[own_row() + i * 16], lower = bias[own_row() + i * 16 + 8];
@@ -189,22 +191,22 @@ class MixerBlock : MixerSample<S> {
         h[i][n][2] += lower, h[i][n][3] += lower;
       }
     }
-    mix_tokens<S>(h, this->mix_rows(p.mix, block), p.tokens / 16, tile);
+    mix_tokens<S>(h, this->mix_rows(p.mix, layer), p.tokens / 16, tile);
   }
 
   // h = 0.7 (m + silu(m up^T + e) down^T), for part `i` in order.
-  DR_DEVICE void add_channels(Accumulator<S>& h, int block, int i, unsigned char* operands) {
+  DR_DEVICE void add_channels(Accumulator<S>& h, int layer, int i, unsigned char* operands) {
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      const auto w = take((block * S::parts + i) * chunks() + chunk);
+      const auto w = acquire_stage((layer * S::parts + i) * chunks() + chunk);
       if (chunk == 0) {  // now that everybody has read h
         store_rows<S>(tile, first(), h);
         if constexpr (back) {
-          stage_rows<S>(operands + c.staging.m + block * wide(), first(), h);
+          stage_rows<S>(operands + c.staging.m + layer * wide(), first(), h);
         }
         ptx::warp_sync();
       }
       Hidden<S> u;
-      this->start_hidden(u, block, chunk);
+      this->start_hidden(u, layer, chunk);
       DR_UNROLL
       for (int k = 0; k < S::width / 16; ++k) {
         uint32_t a[S::tiles][4];
@@ -236,7 +238,7 @@ class MixerBlock : MixerSample<S> {
   // The sum over head * h, the same in all threads.
   DR_DEVICE float read_head(Accumulator<S>& h) {
     float sum = 0;
-    every_part(h, [&](int) {
+    for_each_part(h, [&](int) {
       DR_UNROLL
       for (int i = 0; i < S::tiles; ++i) {
         DR_UNROLL
@@ -258,17 +260,15 @@ class MixerBlock : MixerSample<S> {
   // --- backward ------------------------------------------------------------------------------------------------
 
   DR_DEVICE float by_log_ratio(int half, int sample, int64_t level, float log_ratio) {
-    switch (c.objective) {
-      case Objective::given: return c.upstream[sample];
+    switch (c.objective.kind) {
+      case Objective::given: return c.objective.upstream[sample];
       case Objective::score: {
-        bool outside;
-        const float factor = divergence_factor(c.divergence, log_ratio, &outside);
-        if (outside && thread() == 0) ptx::atomic_add(c.outside, 1);
-        return -c.upstream[level] * factor / static_cast<float>(c.draws);
+        const float factor = divergence_factor(c.objective.divergence, log_ratio);
+        return -c.objective.upstream[level] * factor / static_cast<float>(c.inputs.draws);
       }
       default: {
         const float sign = half == 0 ? -1.0f : 1.0f;
-        return sign / ((1.0f + exponential(-sign * log_ratio)) * static_cast<float>(c.batch));
+        return sign / ((1.0f + exponential(-sign * log_ratio)) * static_cast<float>(c.inputs.batch));
       }
     }
   }
@@ -286,37 +286,37 @@ class MixerBlock : MixerSample<S> {
   }
 
   // From the gradient g of m + silu(u) down^T to that of the block before it.
-  DR_DEVICE void backward(Accumulator<S>& g, int block, unsigned char* operands) {
-    every_part(g, [&](int i) { add_channels_backward(g, block, i, operands); });
+  DR_DEVICE void backward(Accumulator<S>& g, int layer, unsigned char* operands) {
+    for_each_part(g, [&](int i) { add_channels_backward(g, layer, i, operands); });
     if constexpr (S::parts == 2) {
-      turn(g);
+      swap_parts(g);
       ptx::block_sync();  // everybody has used the m that lie where these tokens go
       store_rows<S>(tile, first(), g);
     }
     ptx::block_sync();  // everybody's tokens
-    every_part(g, [&](int) {
-      mix_tokens<S>(g, this->mix_rows(p.mix_t, block), p.tokens / 16, tile);
-      if (block > 0) this->scale(g, mixer_residual);
+    for_each_part(g, [&](int) {
+      mix_tokens<S>(g, this->mix_rows(p.mix_t, layer), p.tokens / 16, tile);
+      if (layer > 0) this->scale(g, mixer_residual);
     });
   }
 
   // gm = g + gu up, for part `i` in order.
-  DR_DEVICE void add_channels_backward(Accumulator<S>& g, int block, int i, unsigned char* operands) {
+  DR_DEVICE void add_channels_backward(Accumulator<S>& g, int layer, int i, unsigned char* operands) {
     const int64_t wide = int64_t{2} * p.tokens * S::width, hidden = int64_t{2} * p.tokens * p.hidden;
-    if constexpr (S::parts == 1) load_checkpoint(operands + c.staging.m + block * wide);
+    if constexpr (S::parts == 1) load_checkpoint(operands + c.staging.m + layer * wide);
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      const auto w = take(((2 * p.depth - 1 - block) * S::parts + i) * chunks() + chunk);
+      const auto w = acquire_stage(((2 * p.depth - 1 - layer) * S::parts + i) * chunks() + chunk);
       if (chunk == 0) {                 // now that everybody has read what the tile held
         if constexpr (S::parts == 2) {  // where the other part's tokens are not needed now
           checkpoint = tile.rows((1 - part) * (p.tokens / 2), p.tokens / 2);
-          load_checkpoint(operands + c.staging.m + block * wide);
+          load_checkpoint(operands + c.staging.m + layer * wide);
         }
         store_rows<S>(tile, first(), g);
-        if constexpr (staged) stage_rows<S>(operands + c.staging.g + block * wide, first(), g);
+        if constexpr (staged) stage_rows<S>(operands + c.staging.g + layer * wide, first(), g);
         ptx::warp_sync();
       }
       Hidden<S> ga = {}, u;
-      this->start_hidden(u, block, chunk);
+      this->start_hidden(u, layer, chunk);
       DR_UNROLL_TIMES(unrolled)
       for (int k = 0; k < S::width / 16; ++k) {
         uint32_t a[S::tiles][4], m[S::tiles][4], b[4];
@@ -346,17 +346,17 @@ class MixerBlock : MixerSample<S> {
         for (int k = 0; k < S::chunk / 16; ++k) to_operand(gu[i][k], ga[i], k);
       }
       if constexpr (staged) {
-        stage_hidden<S>(operands + c.staging.a + block * hidden, first(), chunk * S::chunk, p.hidden, u);
-        stage_hidden<S>(operands + c.staging.gu + block * hidden, first(), chunk * S::chunk, p.hidden, ga);
-        store_column_sums(columns_of_warp() + S::width + block * p.hidden + chunk * S::chunk, ga);
+        stage_hidden<S>(operands + c.staging.a + layer * hidden, first(), chunk * S::chunk, p.hidden, u);
+        stage_hidden<S>(operands + c.staging.gu + layer * hidden, first(), chunk * S::chunk, p.hidden, ga);
+        store_column_sums(columns_of_warp() + S::width + layer * p.hidden + chunk * S::chunk, ga);
       }
       from_hidden<S>(g, gu, w, 3, 2);
     }
     ptx::warp_sync();  // before this warp's tokens are replaced in the tile
     if (i + 1 == S::parts) store_rows<S>(tile, first(), g);
     if constexpr (staged) {
-      stage_rows<S>(operands + c.staging.gm + block * wide, first(), g);
-      float* rows = reinterpret_cast<float*>(operands + c.staging.rows) + block * p.tokens;
+      stage_rows<S>(operands + c.staging.gm + layer * wide, first(), g);
+      float* rows = reinterpret_cast<float*>(operands + c.staging.rows) + layer * p.tokens;
       DR_UNROLL
       for (int i = 0; i < S::tiles * 2; ++i) {
         float sum = 0;
@@ -370,20 +370,20 @@ class MixerBlock : MixerSample<S> {
 
   // What is left once the gradient has reached the first block's input.
   DR_DEVICE void finish_operands(Accumulator<S>& g, int half, int64_t level, unsigned char* operands) {
-    every_part(g, [&](int) {
+    for_each_part(g, [&](int) {
       stage_rows<S>(operands + c.staging.first, first(), g);
       store_column_sums(columns_of_warp(), g);
     });
     ptx::block_sync();  // the sums of all warps
     const int size = S::width + p.depth * p.hidden, warps = p.tokens / S::rows,
               begin = static_cast<int>(blockIdx.x) * warps;
-    float* out = c.conditioning_gradient[half] + level * p.conditioning();
+    float* out = c.results.conditioning_gradient[half] + level * p.conditioning();
     for (int i = thread(); i < p.conditioning(); i += threads()) {
       const int unit = i - p.real_width;
       const int column = unit < 0 ? i : S::width + unit / p.real_hidden * p.hidden + unit % p.real_hidden;
       float sum = 0;
       for (int warp = 0; warp < warps; ++warp) {
-        sum += ptx::load(c.columns + static_cast<int64_t>(begin + warp) * size + column);
+        sum += ptx::load(c.workspace.columns + static_cast<int64_t>(begin + warp) * size + column);
       }
       ptx::store(out + i, sum);
     }
@@ -403,7 +403,7 @@ class MixerBlock : MixerSample<S> {
 
   DR_DEVICE float* columns_of_warp() const {
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (p.tokens / S::rows) + first() / S::rows;
-    return c.columns + warp * (S::width + p.depth * p.hidden);
+    return c.workspace.columns + warp * (S::width + p.depth * p.hidden);
   }
 
   // m of a block, as this thread has staged it, into the thread's own part of shared memory: nobody else reads it.
@@ -445,26 +445,21 @@ class MixerBlock : MixerSample<S> {
 
 // Blocks take units (samples of a half) in turn.
 template <class S, Pass pass>
-DR_DEVICE void mixer_units(const MixerCall& c, MixerBlock<S, pass>& block, int begin, int end) {
+DR_DEVICE void mixer_units(const MixerCall& c, MixerBlock<S, pass>& samples, int begin, int end) {
   for (int unit = begin + static_cast<int>(blockIdx.x); unit < end; unit += static_cast<int>(gridDim.x)) {
-    unsigned char* operands = c.operands;
+    unsigned char* operands = c.workspace.operands;
     if constexpr (pass == Pass::image) operands += blockIdx.x * checkpoint_bytes(c.packing);
     if constexpr (pass == Pass::weights) operands += (unit - begin) * c.staging.bytes;
-    for (int draw = 0; draw < c.draws; ++draw) block.run(unit / c.batch, unit % c.batch, draw, operands);
-  }
-  if constexpr (pass == Pass::image) {
-    if (threadIdx.x == 0 && ptx::atomic_add(c.outside + 1, 1) + 1 == gridDim.x) {  // the last block to come here
-      const float total = static_cast<float>(static_cast<int64_t>(c.batch) * c.draws);
-      *c.clamped_fraction = static_cast<float>(ptx::atomic_add(c.outside, 0)) / total;
-    }
+    for (int draw = 0; draw < c.inputs.draws; ++draw)
+      samples.run(unit / c.inputs.batch, unit % c.inputs.batch, draw, operands);
   }
 }
 
 template <class S, Pass pass>
 __global__ void __launch_bounds__(S::most_threads, 1) mixer_kernel(const MixerCall c) {
   ptx::SharedArena arena;
-  MixerBlock<S, pass> block(c, arena);
-  mixer_units<S, pass>(c, block, c.first_unit, c.first_unit + c.units);
+  MixerBlock<S, pass> samples(c, arena);
+  mixer_units<S, pass>(c, samples, c.first_unit, c.first_unit + c.units);
 }
 
 }  // namespace diffratio::cuda

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mixer_gradients.cuh"
+#include "mixer_plan.h"
 
 namespace diffratio::cuda {
 
@@ -26,7 +27,7 @@ auto visit_rows(const Packing& p, Visit visit) {
     if (p.parts == 2) return visit(Shape<width, 16, 2>());
   }
   if constexpr (width < 256) {
-    if (rows_of_warp(p.real_tokens) == 32) return visit(Shape<width, 32>());
+    if (rows_of_warp(p) == 32) return visit(Shape<width, 32>());
   }
   return visit(Shape<width, 16>());
 }
@@ -57,7 +58,7 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
     const Packing& p = c.packing;
     MixerPlan plan{};
     plan.threads = p.tokens / (S::rows * S::parts) * 32;
-    const int units = c.halves * c.batch;
+    const int units = c.inputs.halves * c.inputs.batch;
     int resident = 0;
     if (pass == Pass::weights) {
       if constexpr (may_be_one_launch<S>) {
@@ -78,28 +79,11 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
     }
     plan.blocks = resident < units || plan.one_launch ? resident : units;  // 0: it does not fit the device
 
-    const auto take = [&](int64_t bytes) {
-      const int64_t at = plan.bytes;
-      plan.bytes += (bytes + 127) / 128 * 128;
-      return at;
-    };
-    plan.counters = take(counters_bytes);
-    plan.parked = take(plan.blocks * parked_bytes(p));
-    if (pass == Pass::image) plan.operands = take(plan.blocks * checkpoint_bytes(p));
     if (pass == Pass::weights) {
-      const int64_t slice = workspace_limit / c.staging.bytes;
-      plan.slice = static_cast<int>(slice < 1 ? 1 : slice < units ? slice : units);
       plan.product_blocks =
           plan.one_launch ? plan.blocks : launcher.resident(&gradient_kernel, gradient_threads, product_shared_bytes);
-      const int64_t results = int64_t{p.depth} * (p.tokens * p.tokens + 2 * p.hidden * p.width);
-      const int64_t tiles = results / (product_rows * product_columns) + 1;
-      const int64_t splits = plan.product_blocks / tiles;
-      plan.splits = static_cast<int>(splits < 1 ? 1 : splits > 8 ? 8 : splits);
-      if (plan.splits > plan.slice) plan.splits = plan.slice;
-      plan.operands = take(plan.slice * c.staging.bytes);
-      plan.columns = take(int64_t{4} * plan.blocks * (p.tokens / S::rows) * (p.width + p.depth * p.hidden));
-      plan.sums = take(plan.splits * sums_of(p).floats * 4);
     }
+    plan_workspace(plan, p, pass, units, workspace_limit);
     return plan;
   });
 }
@@ -110,12 +94,11 @@ auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, un
                Launcher& launcher) {
   return visit_rows<width>(c.packing, [&](auto shape) {
     using S = decltype(shape);
-    const int units = c.halves * c.batch;
+    const int units = c.inputs.halves * c.inputs.batch;
     auto* counters = reinterpret_cast<uint32_t*>(workspace + plan.counters);
-    c.outside = counters;
-    c.operands = workspace + plan.operands;
-    c.parked = workspace + plan.parked;
-    c.columns = reinterpret_cast<float*>(workspace + plan.columns);
+    c.workspace.operands = workspace + plan.operands;
+    c.workspace.parked = workspace + plan.parked;
+    c.workspace.columns = reinterpret_cast<float*>(workspace + plan.columns);
     c.first_unit = 0;
     c.units = units;
     const Launch samples{"mixer", plan.blocks, plan.threads, plan.shared, plan.one_launch};
@@ -131,7 +114,7 @@ auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, un
     for (int first = 0; first < units && !error; first += plan.slice) {
       c.first_unit = first;
       c.units = units - first < plan.slice ? units - first : plan.slice;
-      g.first = first == 0;
+      g.first_slice = first == 0;
       error = launcher.launch(samples, &mixer_kernel<S, Pass::weights>, c);
       if (!error) error = launcher.launch(products, &gradient_kernel, c, g);
     }

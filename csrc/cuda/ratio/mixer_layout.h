@@ -16,7 +16,7 @@ constexpr DR_HOST_DEVICE int round_up(int64_t n, int to) { return static_cast<in
 // Sizes of the padded network, and where its parts lie in the packed weights (bytes). Matrices are in 16 x 16 pieces
 // in the order in which a warp consumes them; each lane's 16 bytes are its part of the operand of mma.m16n8k16.
 struct Packing {
-  int channels, height, across, patch;  // images
+  int channels, image_height, image_width, patch;  // images
   int real_tokens, real_width, real_hidden, real_vector, depth;
   int tokens, width, hidden, vector;  // padded
   int parts;                          // in which a block takes the tokens
@@ -33,10 +33,10 @@ struct Packing {
   int64_t bytes;
 
   DR_HOST_DEVICE int conditioning() const { return real_width + depth * real_hidden; }
-  DR_HOST_DEVICE int image() const { return channels * height * across; }
+  DR_HOST_DEVICE int image() const { return channels * image_height * image_width; }
 };
 
-// Above 128 tokens a warp has 32 of them, else 16.
+// Tokens of a warp: above 128 tokens 32, else 16, where the registers allow it.
 constexpr DR_HOST_DEVICE int rows_of_warp(int64_t tokens) { return tokens > 128 ? 32 : 16; }
 
 // 32 rows of 256 channels would be all registers of a warp: 16 of one half of the tokens, then 16 of the other.
@@ -50,8 +50,8 @@ constexpr DR_HOST_DEVICE int chunk_of(int width, int rows) { return width * rows
 inline Packing packing_of(const MixerSizes& s) {
   Packing p{};
   p.channels = static_cast<int>(s.channels);
-  p.height = static_cast<int>(s.height);
-  p.across = static_cast<int>(s.across);
+  p.image_height = static_cast<int>(s.image_height);
+  p.image_width = static_cast<int>(s.image_width);
   p.patch = static_cast<int>(s.patch);
   p.real_tokens = static_cast<int>(s.tokens);
   p.real_width = static_cast<int>(s.width);
@@ -63,21 +63,21 @@ inline Packing packing_of(const MixerSizes& s) {
   p.hidden = round_up(s.hidden, 32);
   p.vector = round_up(s.vector(), 16);
   p.parts = parts_of(p.width, s.tokens);
-  const auto take = [&](int64_t bytes) {
+  const auto reserve = [&](int64_t bytes) {
     const int64_t at = p.bytes;
     p.bytes += (bytes + piece_bytes - 1) / piece_bytes * piece_bytes;  // pieces begin at multiples of their size
     return at;
   };
   const int64_t tokens = p.tokens, width = p.width, hidden = p.hidden, depth = p.depth;
-  p.position = take(4 * tokens * width);
-  p.head = take(4 * tokens * width);
-  p.mix_bias = take(4 * depth * tokens);
-  p.patch_w = take(2 * p.vector * width);
-  p.patch_t = take(2 * p.vector * width);
-  p.mix = take(2 * depth * tokens * tokens);
-  p.mix_t = take(2 * depth * tokens * tokens);
-  p.forward = take(2 * 2 * depth * hidden * width);
-  p.backward = take(3 * 2 * depth * hidden * width);
+  p.position = reserve(4 * tokens * width);
+  p.head = reserve(4 * tokens * width);
+  p.mix_bias = reserve(4 * depth * tokens);
+  p.patch_w = reserve(2 * p.vector * width);
+  p.patch_t = reserve(2 * p.vector * width);
+  p.mix = reserve(2 * depth * tokens * tokens);
+  p.mix_t = reserve(2 * depth * tokens * tokens);
+  p.forward = reserve(2 * 2 * depth * hidden * width);
+  p.backward = reserve(3 * 2 * depth * hidden * width);
   return p;
 }
 
@@ -115,6 +115,11 @@ DR_HOST_DEVICE int64_t checkpoint_bytes(const Packing& p) { return int64_t{2} * 
 // Of a block that takes the tokens in parts: the fp32 accumulators of all parts.
 DR_HOST_DEVICE int64_t parked_bytes(const Packing& p) { return p.parts > 1 ? int64_t{4} * p.tokens * p.width : 0; }
 
+// Tokens that a warp holds at a time.
+DR_HOST_DEVICE int rows_of_warp(const Packing& p) {
+  return p.parts > 1 || p.width > 128 ? 16 : rows_of_warp(p.real_tokens);
+}
+
 // Where column `i` lies in a staged row: within groups of 32 (or 16) columns first by lane of a quad, then by 8 x 8
 // tile, so that what one lane holds of a group is contiguous.
 DR_HOST_DEVICE int permuted(int i, int group) {
@@ -143,41 +148,28 @@ DR_HOST_DEVICE Sums sums_of(const Packing& p) {
   return s;
 }
 
-// Arguments of the kernels; all pointers are to device memory. Places as in csrc/cpu/mixer.h: unit (half, sample,
-// draw) has place (half * batch + sample) * draws + draw in log_ratio, sample * draws + draw in sigma and upstream.
-struct MixerCall {
+// Buffers within the call's workspace (MixerPlan has their places).
+struct MixerWorkspace {
+  unsigned char* operands;  // image gradient: checkpoints of each thread block; weight gradients: Staging of each unit
+  unsigned char* parked;    // [thread blocks] x parked_bytes
+  float* columns;           // weight gradients: [thread blocks][parts * warps][width + depth * hidden]
+};
+
+// Arguments of the kernels that process units, one sample of a half each. All pointers are to device memory.
+struct MixerCall : RatioCall {
   Packing packing;
   Staging staging;
   const unsigned char* packed;
-  float sigma_data;
-  int batch, draws, halves;
-  const void* images[2];  // [batch][image], float32 or bfloat16
-  Type type;
-  const float* sigma;            // [batch][draws]
-  const float* conditioning[2];  // [batch][draws][conditioning]
-  const int64_t* rng;            // null: images are already noised
-  const int64_t* index;          // [batch]
-  uint32_t streams[2];           // stream word of each half, draw 0
-  Objective objective;
-  const float* upstream;  // given: [batch]; score: the weights [batch][draws]
-  int divergence;
-  float* log_ratio;                 // [halves][batch][draws]
-  float* image_gradient;            // [batch][image], summed over draws, or null
-  float* conditioning_gradient[2];  // [batch][conditioning], or null
-  uint32_t* outside;                // score: [2], zero: log ratios clamped, blocks done
-  float* clamped_fraction;          // score
-  unsigned char* operands;  // image gradient: each block's checkpoints of m; weight gradients: Staging of each unit
-  unsigned char* parked;    // [blocks] x parked_bytes
-  float* columns;           // weight gradients: [blocks][parts * warps][width + depth * hidden]
-  int first_unit, units;    // of halves * batch, that this launch does
+  MixerWorkspace workspace;
+  int first_unit, units;  // of halves * batch, in this launch
 };
 
-// And of what follows from the staged operands.
+// Arguments of the kernels that turn staged operands into weight gradients.
 struct GradientCall {
   float* sums;  // [splits] x Sums
   int splits;
-  bool first;          // the first slice: sums are written, not added to
-  void* out[weights];  // the gradients, like the weights
+  bool first_slice;    // sums are written, not added to
+  void* out[weights];  // the gradients, in the shapes of the weights
   Type out_type;       // float32 or bfloat16
   float* loss;         // or null
 };
@@ -188,23 +180,6 @@ struct PackCall {
   Type type;                    // float32 or bfloat16
   unsigned char* packed;
 };
-
-// What a launch over samples is for: log ratios; gradients of images; operands of the weights' gradients.
-enum class Pass { forward, image, weights };
-
-// Whether the weights' gradients take one cooperative launch, or two for each slice and one at the end.
-enum class Form { automatic, one_launch, several };
-
-// How a call is launched, and where its parts of the workspace begin (bytes).
-struct MixerPlan {
-  int blocks, threads;  // of the kernel that takes samples
-  uint32_t shared;
-  int product_blocks, slice, splits;  // weights: units staged at a time, copies of the sums
-  bool one_launch;
-  int64_t counters, operands, parked, columns, sums, bytes;
-};
-
-constexpr int64_t counters_bytes = 128;  // set to zero before every call
 
 inline bool shape_exists(const MixerSizes& s) {
   return s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 && s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 &&

@@ -15,32 +15,32 @@ struct PackedMatrix {
   bool transposed;
 };
 
-DR_DEVICE float element(const PackCall& c, const PackedMatrix& m, int block, int row, int column) {
+DR_DEVICE float element(const PackCall& c, const PackedMatrix& m, int layer, int row, int column) {
   const int r = m.transposed ? column : row, k = m.transposed ? row : column;
   if (r >= m.rows || k >= m.columns) return 0.0f;
-  const int64_t i = (static_cast<int64_t>(block) * m.rows + r) * m.columns + k;
+  const int64_t i = (static_cast<int64_t>(layer) * m.rows + r) * m.columns + k;
   return c.type == Type::float32 ? static_cast<const float*>(m.data)[i]
                                  : to_float(static_cast<const BFloat16*>(m.data)[i]);
 }
 
 // A lane's 16 bytes of the 16 x 16 piece of m that begins at (row, column), as operand a.
-DR_DEVICE ptx::Vector16 as_a(const PackCall& c, const PackedMatrix& m, int block, int row, int column, int lane) {
+DR_DEVICE ptx::Vector16 as_a(const PackCall& c, const PackedMatrix& m, int layer, int row, int column, int lane) {
   ptx::Vector16 x;
   DR_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int r = row + lane / 4 + i % 2 * 8, k = column + lane % 4 * 2 + i / 2 * 8;
-    x.v[i] = ptx::pack_bf16(element(c, m, block, r, k), element(c, m, block, r, k + 1));
+    x.v[i] = ptx::pack_bf16(element(c, m, layer, r, k), element(c, m, layer, r, k + 1));
   }
   return x;
 }
 
 // The same as operand b, of a product over m's rows.
-DR_DEVICE ptx::Vector16 as_b(const PackCall& c, const PackedMatrix& m, int block, int row, int column, int lane) {
+DR_DEVICE ptx::Vector16 as_b(const PackCall& c, const PackedMatrix& m, int layer, int row, int column, int lane) {
   ptx::Vector16 x;
   DR_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int k = row + lane % 4 * 2 + i % 2 * 8, n = column + lane / 4 + i / 2 * 8;
-    x.v[i] = ptx::pack_bf16(element(c, m, block, k, n), element(c, m, block, k + 1, n));
+    x.v[i] = ptx::pack_bf16(element(c, m, layer, k, n), element(c, m, layer, k + 1, n));
   }
   return x;
 }
@@ -75,18 +75,18 @@ DR_DEVICE ptx::Vector16 packed_at(const PackCall& c, int64_t at) {
     return x;
   }
   if (at < p.mix) {  // [C, P]
-    const bool turned = at >= p.patch_t;
-    const int piece = static_cast<int>((at - (turned ? p.patch_t : p.patch_w)) / piece_bytes);
-    const int across = turned ? p.vector / 16 : wide;
-    const PackedMatrix m{c.weight[w_patch], w, p.real_vector, !turned};
-    return as_b(c, m, 0, piece / across * 16, piece % across * 16, lane);
+    const bool transposed = at >= p.patch_t;
+    const int piece = static_cast<int>((at - (transposed ? p.patch_t : p.patch_w)) / piece_bytes);
+    const int columns = transposed ? p.vector / 16 : wide;
+    const PackedMatrix m{c.weight[w_patch], w, p.real_vector, !transposed};
+    return as_b(c, m, 0, piece / columns * 16, piece % columns * 16, lane);
   }
   if (at < p.forward) {
-    const bool turned = at >= p.mix_t;
-    const int64_t piece = (at - (turned ? p.mix_t : p.mix)) / piece_bytes;
-    const int block = static_cast<int>(piece / (steps * steps)), inside = static_cast<int>(piece % (steps * steps));
-    const PackedMatrix m{c.weight[w_mix], t, t, turned};
-    return as_a(c, m, block, inside / steps * 16, inside % steps * 16, lane);
+    const bool transposed = at >= p.mix_t;
+    const int64_t piece = (at - (transposed ? p.mix_t : p.mix)) / piece_bytes;
+    const int layer = static_cast<int>(piece / (steps * steps)), inside = static_cast<int>(piece % (steps * steps));
+    const PackedMatrix m{c.weight[w_mix], t, t, transposed};
+    return as_a(c, m, layer, inside / steps * 16, inside % steps * 16, lane);
   }
   // For every 16 hidden units: up, down; or down_t, up, up_t. up [H, C] maps channels to hidden units.
   const bool backward = at >= p.backward;
@@ -94,12 +94,12 @@ DR_DEVICE ptx::Vector16 packed_at(const PackCall& c, int64_t at) {
   const int64_t piece = (at - (backward ? p.backward : p.forward)) / piece_bytes;
   const int column = static_cast<int>(piece % wide) * 16, part = static_cast<int>(piece / wide % parts);
   const int64_t group = piece / wide / parts;
-  const int block = static_cast<int>(group / (p.hidden / 16)), hidden = static_cast<int>(group % (p.hidden / 16)) * 16;
-  if (block >= p.depth) return {};
+  const int layer = static_cast<int>(group / (p.hidden / 16)), hidden = static_cast<int>(group % (p.hidden / 16)) * 16;
+  if (layer >= p.depth) return {};
   const bool from_channels = backward ? part < 2 : part == 0;  // products over channels, else over hidden units
   const bool is_up = backward ? part > 0 : part == 0;
   const PackedMatrix m{c.weight[is_up ? w_up : w_down], is_up ? h : w, is_up ? w : h, is_up == from_channels};
-  return from_channels ? as_b(c, m, block, column, hidden, lane) : as_b(c, m, block, hidden, column, lane);
+  return from_channels ? as_b(c, m, layer, column, hidden, lane) : as_b(c, m, layer, hidden, column, lane);
 }
 
 static __global__ void __launch_bounds__(pack_threads) pack_kernel(const PackCall c) {

@@ -12,30 +12,30 @@ class MixerSample {
   DR_DEVICE explicit MixerSample(const MixerCall& call) : c(call), p(call.packing) {}
 
   // Patch vectors of the noised image into the tile's first columns, zeros where they are padded.
-  DR_DEVICE void cut(int half, int sample, int draw, float sigma) const {
+  DR_DEVICE void load_patches(int half, int sample, int draw, float sigma) const {
     const float scale = c_in(sigma);
-    const int size = p.image(), side = p.across / p.patch;
+    const int size = p.image(), side = p.image_width / p.patch;
     const int64_t offset = static_cast<int64_t>(sample) * size;
-    const Key key = c.rng ? read_key(c.rng) : Key{};
-    const int64_t index = c.rng ? c.index[sample] : 0;
-    const uint32_t stream = c.streams[half] + static_cast<uint32_t>(draw);
+    const Key key = c.noise.rng ? read_key(c.noise.rng) : Key{};
+    const int64_t index = c.noise.rng ? c.noise.index[sample] : 0;
+    const uint32_t stream = c.noise.streams[half] + static_cast<uint32_t>(draw);
     for (int i = thread() * 4; i < size; i += threads() * 4) {
       float eps[4] = {};
-      if (c.rng) four_normals(key, static_cast<uint32_t>(i / 4), index, stream, eps);
-      int x = i % p.across, y = i / p.across % p.height, channel = i / p.across / p.height;
+      if (c.noise.rng) four_normals(key, static_cast<uint32_t>(i / 4), index, stream, eps);
+      int x = i % p.image_width, y = i / p.image_width % p.image_height, channel = i / p.image_width / p.image_height;
       int column = x % p.patch, token = y / p.patch * side + x / p.patch;
       int start = (channel * p.patch + y % p.patch) * p.patch;
       DR_UNROLL
       for (int j = 0; j < 4; ++j) {
         if (i + j >= size) break;
-        const float x0 = c.type == Type::float32
-                             ? static_cast<const float*>(c.images[half])[offset + i + j]
-                             : to_float(static_cast<const BFloat16*>(c.images[half])[offset + i + j]);
-        const float noised_x = c.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
+        const float x0 = c.inputs.type == Type::float32
+                             ? static_cast<const float*>(c.inputs.images[half])[offset + i + j]
+                             : to_float(static_cast<const BFloat16*>(c.inputs.images[half])[offset + i + j]);
+        const float noised_x = c.noise.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
         tile.store(token, start + column, from_float<BFloat16>(noised_x));
-        if (++x == p.across) {  // a row ends among the four
+        if (++x == p.image_width) {  // a row ends among the four
           x = 0;
-          if (++y == p.height) y = 0, ++channel;
+          if (++y == p.image_height) y = 0, ++channel;
           column = 0, token = y / p.patch * side, start = (channel * p.patch + y % p.patch) * p.patch;
         } else if (++column == p.patch) {
           column = 0, ++token;
@@ -79,8 +79,8 @@ class MixerSample {
 
   // dx = c_in unpatch(G patch), added up over draws.
   DR_DEVICE void add_image_gradient(const Accumulator<S>& g, int sample, int draw, float scale) const {
-    float* out = c.image_gradient + static_cast<int64_t>(sample) * p.image();
-    const int side = p.across / p.patch, square = p.patch * p.patch;
+    float* out = c.results.image_gradient + static_cast<int64_t>(sample) * p.image();
+    const int side = p.image_width / p.patch, square = p.patch * p.patch;
     for (int n = 0; n < p.vector / 16; ++n) {
       float d[S::tiles][2][4] = {};
       DR_UNROLL
@@ -101,7 +101,7 @@ class MixerSample {
           const int token = own_row() + i * 8;
           if (token >= p.real_tokens) continue;
           const int y = token / side * p.patch + row, x = token % side * p.patch + column;
-          float* to = out + (static_cast<int64_t>(channel) * p.height + y) * p.across + x;
+          float* to = out + (static_cast<int64_t>(channel) * p.image_height + y) * p.image_width + x;
           const float value = scale * d[i / 2][j / 2][i % 2 * 2 + j % 2];
           ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread's in every draw
         }
@@ -126,8 +126,8 @@ class MixerSample {
   DR_DEVICE float conditioning(int i, int count, int begin) const { return i < count ? e[begin + i] : 0.0f; }
 
   // The hidden biases of a chunk.
-  DR_DEVICE void start_hidden(Hidden<S>& u, int block, int chunk) const {
-    const int begin = p.real_width + block * p.real_hidden;
+  DR_DEVICE void start_hidden(Hidden<S>& u, int layer, int chunk) const {
+    const int begin = p.real_width + layer * p.real_hidden;
     DR_UNROLL
     for (int n = 0; n < S::chunk / 8; ++n) {
       DR_UNROLL
@@ -164,9 +164,9 @@ class MixerSample {
   }
 
   // A block's mixing matrix, from this warp's rows on.
-  DR_DEVICE const unsigned char* mix_rows(int64_t matrix, int block) const {
+  DR_DEVICE const unsigned char* mix_rows(int64_t matrix, int layer) const {
     const int steps = p.tokens / 16;
-    return c.packed + matrix + (static_cast<int64_t>(block) * steps + first() / 16) * steps * piece_bytes;
+    return c.packed + matrix + (static_cast<int64_t>(layer) * steps + first() / 16) * steps * piece_bytes;
   }
 
   // --- places --------------------------------------------------------------------------------------------------

@@ -45,9 +45,12 @@ MixerPlan plan_width(const MixerCall& call, Pass pass, int64_t workspace_limit, 
 template <int width>
 cudaError_t run_width(const MixerCall& call, const GradientCall& gradients, Pass pass, const MixerPlan& plan,
                       unsigned char* workspace, cudaStream_t stream) {
-  const cudaError_t error = cudaMemsetAsync(workspace + plan.counters, 0, counters_bytes, stream);
+  if (plan.one_launch) {  // the grid barrier's counter
+    const cudaError_t error = cudaMemsetAsync(workspace + plan.counters, 0, counters_bytes, stream);
+    if (error) return error;
+  }
   StreamLauncher launcher{stream};
-  return error ? error : run_mixer<width>(call, gradients, pass, plan, workspace, launcher);
+  return run_mixer<width>(call, gradients, pass, plan, workspace, launcher);
 }
 
 }  // namespace diffratio::cuda

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "mixer_layout.h"
+#include "mixer_plan.h"
 
 namespace diffratio::cuda {
 
