@@ -1,5 +1,5 @@
-// The operations as torch sees them: schemas, checks, allocation, dispatch to the CPU and CUDA twins.
-// The checks here keep memory safe; diffratio_fast/ops/noise_checks.py says the same to people, sooner.
+// The noise operations for torch: schemas, checks that keep memory safe, allocation, dispatch to a backend.
+// diffratio_fast/ops/noise_checks.py checks the same arguments first and has the messages for users.
 #include "bindings.h"
 
 #include <ATen/Parallel.h>
@@ -58,30 +58,30 @@ void check_stream(const at::Tensor& rng, const at::Tensor& index, int64_t purpos
 
 void check_size(int64_t n) { TORCH_CHECK_VALUE(n >= 0 && n <= int64_t{1} << 34, "at most 2^34 values per sample"); }
 
-// Runs a launcher of the CPU or CUDA twin, whichever the tensor lives on.
+// Runs the CPU or CUDA implementation, by the device of `on`.
 template <class Arguments>
 void run([[maybe_unused]] const at::Tensor& on, const Arguments& a,
-         void (*cpu_twin)(const cpu::Level&, const Arguments&, cpu::ParallelFor),
+         void (*on_cpu)(const cpu::Level&, const Arguments&, cpu::ParallelFor),
 #if defined(DIFFRATIO_WITH_CUDA)
-         cudaError_t (*cuda_twin)(const Arguments&, cudaStream_t)) {
+         cudaError_t (*on_cuda)(const Arguments&, cudaStream_t)) {
   if (on.is_cuda()) {
     // The stream without libc10_cuda: one build imports beside a CPU and a CUDA torch.
     const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     auto* stream = static_cast<cudaStream_t>(guard.getStreamNativeHandle(guard.getStream(on.device())));
-    const cudaError_t error = cuda_twin(a, stream);
+    const cudaError_t error = on_cuda(a, stream);
     TORCH_CHECK(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
     return;
   }
 #else
          std::nullptr_t) {
 #endif
-  cpu_twin(level(), a, &parallel_for);
+  on_cpu(level(), a, &parallel_for);
 }
 
 #if defined(DIFFRATIO_WITH_CUDA)
-#define DR_CUDA_TWIN(f) (&cuda::f)
+#define DR_ON_CUDA(f) (&cuda::f)
 #else
-#define DR_CUDA_TWIN(f) nullptr
+#define DR_ON_CUDA(f) nullptr
 #endif
 
 at::Tensor random_words(const at::Tensor& rng_, const at::Tensor& index_, int64_t purpose, c10::SymInt count_,
@@ -99,7 +99,7 @@ at::Tensor random_words(const at::Tensor& rng_, const at::Tensor& index_, int64_
   a.count = count;
   a.stream = stream_word(purpose, substep, draw);
   a.out = out.mutable_data_ptr<int64_t>();
-  run<Words>(rng, a, &cpu::random_words, DR_CUDA_TWIN(random_words));
+  run<Words>(rng, a, &cpu::random_words, DR_ON_CUDA(random_words));
   return out;
 }
 
@@ -125,7 +125,7 @@ at::Tensor normal(const at::Tensor& rng_, const at::Tensor& index_, c10::SymIntA
   a.inputs = 1;
   a.streams[0] = stream_word(purpose, substep, draw);
   a.out = out.mutable_data_ptr<float>();
-  run<AddNoise>(rng, a, &cpu::add_noise, DR_CUDA_TWIN(add_noise));
+  run<AddNoise>(rng, a, &cpu::add_noise, DR_ON_CUDA(add_noise));
   return out;
 }
 
@@ -194,7 +194,7 @@ at::Tensor add_noise(at::TensorList x0, const at::Tensor& sigma_, const at::Tens
   if (first.is_cpu()) {
     TORCH_CHECK_VALUE(!(compute == at::kDouble ? has_nan<double>(sigma) : has_nan<float>(sigma)), "sigma contains NaN");
   }
-  run<AddNoise>(first, a, &cpu::add_noise, DR_CUDA_TWIN(add_noise));
+  run<AddNoise>(first, a, &cpu::add_noise, DR_ON_CUDA(add_noise));
   return out;
 }
 

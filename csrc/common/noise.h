@@ -1,5 +1,5 @@
-// Arguments of the noise operations, the same for the CPU and the CUDA twin. All pointers are to memory of the
-// twin's device, so that a captured CUDA graph reads the seed and step of its replay.
+// Arguments of the noise operations, the same for every backend. All pointers are to memory of the backend's device, so
+// that a captured CUDA graph reads the seed and step of its replay.
 #pragma once
 
 #include "integers.h"

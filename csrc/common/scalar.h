@@ -1,6 +1,6 @@
 // The one-lane "vector": the operations that philox.h and normal.h are written in, for one number at a time.
 // csrc/cpu/simd_*.h give the same operations for whole registers. Every one of them is exact or correctly
-// rounded (IEEE), which is what makes all twins bit-identical.
+// rounded (IEEE), which makes all implementations bit-identical.
 #pragma once
 
 #include "host_device.h"

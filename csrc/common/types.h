@@ -1,4 +1,4 @@
-// The number types of images, by the same codes in every twin.
+// The number types of images, with the same codes in every implementation.
 #pragma once
 
 #include "integers.h"

@@ -1,4 +1,4 @@
-// The CPU twin of the noise operations: plain pointers and sizes, no torch. The words and the arithmetic are
+// The CPU implementation of the noise operations: plain pointers and sizes, no torch. The words and the arithmetic are
 // those of csrc/common, so results do not depend on the SIMD level or on the number of threads.
 #pragma once
 

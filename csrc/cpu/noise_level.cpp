@@ -21,7 +21,7 @@ struct Key {
         step(static_cast<uint32_t>(rng[1])) {}
 };
 
-// The words of `groups` consecutive blocks from `counter` on: word j of block g at out[g * block + j * lanes].
+// The words of `groups` consecutive stripes from `counter` on: word j of stripe g at out[g * stripe + j * lanes].
 template <int groups>
 DR_HOST_DEVICE void random_stripes(const Key& key, uint32_t index, uint32_t stream, uint32_t counter, float* out) {
   using V = Several<Vector, groups>;
@@ -34,10 +34,10 @@ DR_HOST_DEVICE void random_stripes(const Key& key, uint32_t index, uint32_t stre
   }
 }
 
-// Calls take(i, n) for the normals i to i + block, in the four registers n, of elements first + i of a sample;
-// first is a multiple of 4, the last block may reach beyond `count`. Two passes, because each alone has few enough
+// Calls take(i, n) for the normals i to i + stripe, in the four registers n, of elements first + i of a sample;
+// first is a multiple of 4, the last stripe may reach beyond `count`. Two passes, because each alone has few enough
 // instructions and constants to keep several iterations in flight and everything in registers. Before that,
-// prepare(i) is called for each block while the execution units are busy with its words: to ask for its memory.
+// prepare(i) is called for each stripe while the execution units are busy with its words: to ask for its memory.
 template <class Prepare, class Take>
 DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
                                 const Prepare& prepare, const Take& take) {
@@ -64,7 +64,7 @@ DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream,
   }
 }
 
-// The normals of at most a chunk; writes up to the next multiple of `block`.
+// The normals of at most a chunk; writes up to the next multiple of `stripe`.
 void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, float* out) {
   const auto prepare = [](int64_t) {};
   for_normals(key, index, stream, first, count, prepare, [&](int64_t i, const Vector::Float(&n)[4]) {
@@ -72,7 +72,7 @@ void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int
   });
 }
 
-// The common case in one pass over memory: whole blocks of float32 images.
+// The common case in one pass over memory: whole stripes of float32 images.
 void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, const float* x,
                  float sigma, float scale, float* out) {
   const Vector::Float s = Vector::constant(sigma), c = Vector::constant(scale);

@@ -1,4 +1,4 @@
-// Whole-register twins of common/scalar.h for AVX2+FMA and AVX-512 (GCC vector types and intrinsics).
+// Vector implementations of common/scalar.h for AVX2+FMA and AVX-512 (GCC vector types and intrinsics).
 // Included once per level; the level's compiler flags decide which of them exists.
 #pragma once
 

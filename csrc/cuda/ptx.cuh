@@ -26,7 +26,7 @@ struct alignas(16) Vector16 {
   uint32_t v[4];
 };
 
-// --- synchronisation -------------------------------------------------------------------------------------------
+// --- synchronization -------------------------------------------------------------------------------------------
 
 DR_DEVICE void block_sync(Site = DR_HERE) { __syncthreads(); }
 
@@ -56,8 +56,8 @@ DR_DEVICE void grid_sync(uint32_t* arrived, Site = DR_HERE) {
   __syncthreads();
 }
 
-// Says that what this block's shared memory holds is not needed any more, other than in SharedArena::keep's parts.
-// No synchronisation, and nothing at all on a GPU; on the host, using an older value afterwards is an error.
+// Declares the contents of this block's shared memory dead, other than the arrays of SharedArena::keep.
+// No synchronization, and nothing at all on a GPU; on the host, using an older value afterwards is an error.
 DR_DEVICE void forget_shared() {}
 
 // The compiler computes what depends on x after here anew, instead of keeping it in registers from before.
@@ -80,7 +80,7 @@ DR_DEVICE T shuffle_down(T value, int by, uint32_t lanes = all_lanes, Site = DR_
 
 // --- global memory ---------------------------------------------------------------------------------------------
 
-// keep: the default; l2: not in L1; streaming: used once, evicted first; constant: nobody writes it during the launch.
+// keep: the default; l2: not in L1; streaming: used once, evicted first; constant: not written during the launch.
 enum class Cache { keep, l2, streaming, constant };
 
 template <class T>
@@ -185,8 +185,8 @@ class SharedArena {
 // --- asynchronous copies ---------------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, both at multiples of 16; of which `valid` are read and the rest are zeros.
-// In flight, and nobody's to touch, until the thread that issued it waits for its group. copy_async goes through L2
-// only; copy_async_l1 keeps the line in L1, for what several warps of a multiprocessor read.
+// In flight until the issuing thread waits for its group; no thread may access either side before. copy_async goes
+// through L2 only; copy_async_l1 keeps the line in L1, for what several warps of a multiprocessor read.
 DR_DEVICE void copy_async(uint32_t to, const void* from, Site = DR_HERE) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -220,7 +220,7 @@ DR_DEVICE float tanh_approximate(float x) {
 
 // 8 x 8 matrices of 16-bit elements from shared memory: lane 8 i + j gives the address of row j of matrix i (16
 // bytes, at a multiple of 16) and gets elements 2 (lane % 4) and the next of row lane / 4 of matrix i in r[i]; with
-// _trans, of the transposed matrix. No "memory" clobber, so that the compiler may move other accesses across: other
+// _trans, of the transposed matrix. No "memory" clobber, so that the compiler may move other accesses past it: other
 // lanes' stores need a warp_sync or more in between anyway, which it does not cross. fragment.cuh has the lane maps.
 DR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row, Site = DR_HERE) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

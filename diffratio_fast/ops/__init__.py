@@ -1,7 +1,7 @@
-"""The fused operations: public functions here, plain-PyTorch twins in ``reference*``.
+"""The fused operations: public functions here, their definitions in plain PyTorch in ``reference_*``.
 
-Each operation runs as compiled code where that was built for the tensors' device, else as its reference twin;
-the noise is the same bit for bit either way.
+An operation runs compiled code where that was built for the device of the tensors, otherwise its reference.
+The noise has the same bits either way.
 """
 
 from diffratio_fast.ops import edm2, reference_edm2, reference_noise, reference_ratio

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled module ``diffratio_fast._C``, or says in one line why it is not used."""
+"""Load the compiled module ``diffratio_fast._C``, or report in one line why it is not used."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class _Unusable(Exception):
 
 
 def _load() -> Any:
-    """The compiled module. The file beside it is compared first: loading a module that was built for another
-    torch can crash the process."""
+    """The compiled module.
+
+    ``_build_info.json`` is compared first: loading a module that was built for another torch can crash the
+    process.
+    """
     try:
         info = json.loads(_INFO.read_text())
         built, reason = bool(info["built"]), str(info.get("reason", "it was not built"))
@@ -40,7 +43,7 @@ def _load() -> Any:
     if info.get("torch_version") != torch.__version__:
         built_for = info.get("torch_version")
         raise _Unusable(f"it was built for torch {built_for}, this is torch {torch.__version__}")
-    # By its path: by name, an editable installation of another copy of the package might answer.
+    # By its path: by name, Python may find an editable installation of another copy of the package.
     path = _PACKAGE / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     try:
         complete = path.stat().st_size == info.get("bytes")
@@ -68,13 +71,13 @@ def _state() -> tuple[Any, str]:
     except _Unusable as reason:
         print(
             f"diffratio_fast: the compiled operations are not used ({reason}); the slower reference "
-            f"operations carry on. To build them, {REBUILD}.",
+            f"operations run instead. To build them, {REBUILD}.",
             file=sys.stderr,
         )
         return None, str(reason)
 
 
-module: Any = _state()[0]  # None: reference twins only
+module: Any = _state()[0]  # None: references only
 CUDA: bool = module is not None and bool(module.build_info()["cuda_archs"])
 
 
@@ -84,12 +87,12 @@ def compiled_for(tensor: torch.Tensor) -> bool:
         return False
     kind = tensor.device.type
     if kind == "cuda" and not CUDA and not torch.compiler.is_compiling():
-        _say_without_cuda()
+        _warn_without_cuda()
     return kind == "cpu" or (kind == "cuda" and CUDA)
 
 
 @functools.cache
-def _say_without_cuda() -> None:
+def _warn_without_cuda() -> None:
     print(
         "diffratio_fast: the compiled operations were built without CUDA; the slower reference operations "
         f"run on the GPU. With a CUDA compiler (nvcc) and DIFFRATIO_CUDA=1, {REBUILD}.",

@@ -1,8 +1,11 @@
 """Counter-based random numbers and the fused ``add_noise``.
 
 The noise contract. Every random number of a training run is a function of (seed, step, sample index, purpose,
-substep, draw, element) alone: not of device, batch size, threads, ranks or what was drawn before.
+substep, draw, element) alone: not of device, batch size, threads, ranks or earlier draws.
 
+- Streams: a purpose, substep and draw name one. The two halves of a ratio step have the purposes
+  ``ops.SHARED_NOISE`` (both NOISE_REAL: a pair shares its eps) or ``ops.SEPARATE_NOISE`` (NOISE_REAL and
+  NOISE_FAKE). Shared noise keeps the law of each half, so expectations over either half are unchanged.
 - Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: low and high 32 bits of the seed. Counter:
   (element // 4, low 32 bits of step, low 32 bits of index, purpose << 24 | substep << 16 | draw). Element i
   of a sample is word i % 4 of counter i // 4.
@@ -94,8 +97,9 @@ def add_noise(
     """``(x0 + sigma eps) scale`` with eps from the noise contract, in one launch.
 
     ``x0``: [B, ...], float32, bfloat16, float16 or float64, or a tuple of inputs of one shape (real, fake):
-    then ``purpose`` is a tuple as long, each input gets its own eps, all share ``sigma``, ``index`` and
-    ``scale``, and the results are concatenated in order: [len * B, ...]. ``sigma``, ``scale`` (default: none,
+    then ``purpose`` is a tuple as long, and each input gets the eps of its purpose. Inputs of one purpose
+    share their eps, which is generated once (``ops.SHARED_NOISE``). All inputs share ``sigma``, ``index`` and
+    ``scale``. The results are concatenated in order: [len * B, ...]. ``sigma``, ``scale`` (default: none,
     that is one): floating point [B]. ``index``: int64 [B]. ``dtype`` of the result: float32, bfloat16 or
     float16, default that of ``x0`` (float64 stays float64).
 
@@ -139,7 +143,7 @@ def _add_noise_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _register() -> None:
-    """What torch.compile and autograd need to know of the compiled operations."""
+    """Register shapes for torch.compile and gradients for autograd."""
     register_fake = torch.library.register_fake
     register_fake("diffratio::random_words")(
         lambda rng, index, purpose, count, substep, draw: index.new_empty((index.shape[0], count))

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions and the reference twins."""
+"""Argument checks shared by the public functions and the references."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def add_noise(
     scale: Tensor | None,
     dtype: torch.dtype | None,
 ) -> NoiseArguments:
-    """Check and normalise the arguments of ``add_noise``."""
+    """Check and normalize the arguments of ``add_noise``."""
     inputs = [x0] if isinstance(x0, Tensor) else list(x0)
     purposes = [int(purpose)] if isinstance(purpose, int) else [int(p) for p in purpose]
     if not inputs or len(inputs) != len(purposes):

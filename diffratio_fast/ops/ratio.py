@@ -181,10 +181,11 @@ def ratio_loss(
 ) -> RatioLoss:
     """mean softplus(-l_real) + mean softplus(l_fake) over B pairs, with its gradients, in one pass.
 
-    ``real`` and ``fake`` [B, channels, H, W] are clean; pair i shares ``sigma`` [B] and ``index`` and has
-    noise of its own for each half; the conditionings are [B, D]. ``loss`` is differentiable in weights and
-    conditionings: its backward is upstream times the gradients that are returned with it, which are not
-    differentiable themselves. ``real`` and ``fake`` get no gradient.
+    ``real`` and ``fake`` [B, channels, H, W] are clean; pair i shares ``sigma`` [B] and ``index``.
+    ``purposes`` name the noise of the halves: ``ops.SEPARATE_NOISE``, or ``ops.SHARED_NOISE`` for one eps per
+    pair. The conditionings are [B, D]. ``loss`` is differentiable in weights and conditionings: its backward
+    is upstream times the gradients that are returned with it, which are not differentiable themselves.
+    ``real`` and ``fake`` get no gradient.
     """
     if not _use_compiled("ratio_loss", weights, real):
         return reference_ratio.ratio_loss(
@@ -208,7 +209,7 @@ def ratio_loss(
     return RatioLoss(loss, real_half, fake_half, gradients, (by_conditioning[0], by_conditioning[1]))
 
 
-# What torch.compile and autograd need to know of the compiled operations.
+# Shapes for torch.compile and gradients for autograd.
 
 
 def _log_ratio_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

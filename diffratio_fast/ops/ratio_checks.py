@@ -1,4 +1,4 @@
-"""Shapes and argument checks of the ratio operations, shared by the public functions and their twins."""
+"""Shapes and argument checks of the ratio operations, shared by the public functions and the reference."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reference twins of the operations in plain PyTorch: the definition, on any device.
+"""The noise operations in plain PyTorch: their definition, on any device.
 
 The arithmetic repeats ``csrc/common/philox.h`` and ``normal.h`` step by step, so results are bit-identical to
-the compiled twins; the two must change together. Fused multiply-add is emulated exactly in float64.
+the compiled implementations; the two must change together. Fused multiply-add is emulated exactly in float64.
 Signatures, shapes and errors are those of the public functions in ``ops.noise``.
 """
 

@@ -1,18 +1,18 @@
-"""Reference twins of the ratio operations in plain PyTorch: the definition of the RatioMixer, on any device.
+"""The ratio operations in plain PyTorch: the definition of the RatioMixer, on any device.
 
 With x [channels, H, W] one noised image at noise level sigma and e = ``conditioning`` its vector of
-D = C + L H numbers (C channels, L blocks, H hidden units; docs/ratio_mixer.md says why this and not another):
+D = C + L H numbers (C channels, L layers, H hidden units; docs/ratio_mixer.md says why this and not another):
 
     z = c_in patches(x)                     [T, P]   c_in = 1 / sqrt(sigma^2 + sigma_data^2)
     h = z patch^T + position + e[:C]        [T, C]
-    for every block l:
+    for every layer l:
         m = h + mix_l h + mix_bias_l        [T, C]   over tokens; mix_bias_l: a number per token
         u = m up_l^T + e_l                  [T, H]   over channels; e_l = e[C + l H : C + (l + 1) H]
         h = 0.7 (m + silu(u) down_l^T)      [T, C]
     log ratio = sum over t, c of head * h
 
 Token t = (row * W / p + column) of a patch; its vector is ordered (channel, row, column). No norm, no other
-bias. Arithmetic is float32 (float64 for float64 images), whatever the type of images and weights.
+bias. Arithmetic is float32 (float64 for float64 images), for every type of images and weights.
 Signatures, shapes and errors are those of the public functions in ``ops.ratio``.
 """
 
@@ -31,7 +31,7 @@ from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.purpose import Purpose
 
 RESIDUAL = 0.7
-"""The factor on a block's output: the sum of its two branches keeps its size without a norm."""
+"""The factor on a layer's output: the sum of its two branches keeps its size without a norm."""
 
 
 class ScoreDifference(NamedTuple):

@@ -16,7 +16,7 @@ DR_HOST_DEVICE Key read_key(const int64_t* rng) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(rng[1])};
 }
 
-// Normals 4 counter ... 4 counter + 3 of a sample. (add_noise_kernel says the same in place: through this pointer the
+// Normals 4 counter ... 4 counter + 3 of a sample. (add_noise_kernel repeats this code: through this pointer the
 // compiler would take ten registers more.)
 DR_HOST_DEVICE void four_normals(const Key& key, uint32_t counter, int64_t index, uint32_t stream, float* eps) {
   uint32_t state[4] = {counter, key.step, static_cast<uint32_t>(index), stream};

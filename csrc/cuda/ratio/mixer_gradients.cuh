@@ -1,6 +1,6 @@
-// From the staged operands to the gradients of the weights. Products over all tokens of many samples: blocks take
-// tiles of the results, each summed by one block in a fixed order. So the gradients do not depend on timing, and there
-// are no atomics.
+// From the staged operands to the weight gradients: products over all tokens of many samples. A thread block computes
+// tiles of the results; each tile is summed by one thread block in a fixed order. So the gradients do not depend on
+// timing and need no atomics.
 #pragma once
 
 #include "../../common/divergences.h"
@@ -17,7 +17,7 @@ struct Product {
   int64_t out;             // offset in Sums of [m][n]
 };
 
-// patch, then of every block: mix, up, down.
+// patch, then of every layer: mix, up, down.
 DR_DEVICE Product product_of(const MixerCall& c, int number) {
   const Packing& p = c.packing;
   const Sums sums = sums_of(p);
@@ -52,7 +52,7 @@ constexpr int product_stage = product_rows * (product_depth + 8);
 static_assert(product_depth * (product_rows + 8) <= product_stage);
 constexpr uint32_t product_shared_bytes = 2 * 2 * product_stage * 2;
 
-// A block's part in the sums over the staged units.
+// A thread block's part in the sums over the staged units.
 class GradientBlock {
  public:
   DR_DEVICE GradientBlock(const MixerCall& call, const GradientCall& gradients, ptx::SharedArena& arena)
@@ -66,7 +66,7 @@ class GradientBlock {
 
   // `units` of them; `first_slice`: the sums are written, not added to.
   DR_DEVICE void run(int units, bool first_slice) {
-    int job = 0;  // over products, splits and tiles; blocks take them in turn
+    int job = 0;  // over products, splits and tiles; thread blocks take them in turn
     for (int number = 0; number < 1 + 3 * c.packing.depth; ++number) {
       const Product product = product_of(c, number);
       const int rows = (product.m + 32 * down - 1) / (32 * down), columns = (product.n + 32 * right - 1) / (32 * right);
@@ -220,7 +220,7 @@ class GradientBlock {
 
 // --- results -------------------------------------------------------------------------------------------------------
 
-// Where element (row, column) of matrix `block` of a weight lies in Sums. Rows and columns that are channels, and
+// Where element (row, column) of matrix `layer` of a weight lies in Sums. Rows and columns that are channels, and
 // hidden units, were staged in the order of `permuted`.
 DR_DEVICE int64_t place_in_sums(const Packing& p, const Sums& s, int weight, int layer, int row, int column) {
   const int group = chunk_of(p.width, rows_of_warp(p.real_tokens));
@@ -246,7 +246,7 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
   DR_UNROLL
   for (int weight = 0; weight < weights; ++weight) {
     const bool product = weight == w_patch || weight == w_mix || weight == w_up || weight == w_down;
-    const int blocks = weight == w_mix || weight == w_up || weight == w_down ? p.depth : 1;
+    const int layers = weight == w_mix || weight == w_up || weight == w_down ? p.depth : 1;
     const int rows = weight == w_patch || weight == w_down ? p.real_width
                      : weight == w_mix_bias                ? p.depth
                      : weight == w_up                      ? p.real_hidden
@@ -255,7 +255,7 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
                         : weight == w_mix || weight == w_mix_bias ? p.real_tokens
                         : weight == w_down                        ? p.real_hidden
                                                                   : p.real_width;
-    for (int64_t i = first; i < static_cast<int64_t>(blocks) * rows * columns; i += step) {
+    for (int64_t i = first; i < static_cast<int64_t>(layers) * rows * columns; i += step) {
       const int column = static_cast<int>(i % columns), row = static_cast<int>(i / columns % rows);
       const int layer = static_cast<int>(i / columns / rows);
       const float* from = g.sums + place_in_sums(p, sums, weight, layer, row, column);
@@ -306,9 +306,9 @@ __global__ void __launch_bounds__(S::most_threads, 1)
   for (int begin = 0; begin < c.units; begin += slice) {
     const int units = c.units - begin < slice ? c.units - begin : slice;
     mixer_units<S, Pass::weights>(c, samples, begin, begin + units);
-    ptx::grid_sync(arrived);  // operands of all blocks
+    ptx::grid_sync(arrived);  // operands of all thread blocks
     products.run(units, begin == 0);
-    ptx::grid_sync(arrived);  // sums of all blocks; and the operands may be replaced
+    ptx::grid_sync(arrived);  // sums of all thread blocks; and the operands may be replaced
   }
   write_gradients(c, g);
   if (g.loss) write_loss(c, g.loss);

@@ -1,14 +1,14 @@
-// The ratio operations for one sample after the other: noise, the network, its log ratio, and the way back to the
-// image's gradient or to the operands of the weights' gradients (mixer_gradients.cuh takes it from there).
+// The ratio operations for one sample after the other: noise, the network, its log ratio, and the backward pass to the
+// image gradient or to the operands of the weight gradients (mixer_gradients.cuh continues from there).
 //
-// A block has one sample at a time, a warp 16 or 32 of its tokens. The residual sum (forward) and its gradient
+// A thread block has one sample at a time, a warp 16 or 32 of its tokens. The residual sum (forward) and its gradient
 // (backward) stay in the warps' accumulators in fp32 throughout; what other warps need of them, or the next product as
 // its operand, is bf16 in `tile`. A channel product needs a warp's own tokens only; the product over tokens needs
 // all of them, so there is a barrier on either side of it. Weights arrive by asynchronous copies, a chunk of hidden
 // units at a time, one chunk ahead. The backward pass computes the hidden units once more, from m.
 //
 // Where the accumulators of all tokens would take more than half of the registers (`parts` 2), they come in two parts,
-// of which one is parked in global memory; each stage of a block does one part, then the other.
+// of which one is parked in global memory; each stage of a layer does one part, then the other.
 #pragma once
 
 #include "../../common/divergences.h"
@@ -31,7 +31,8 @@ class MixerBlock : MixerSample<S> {
   using Base::threads, Base::thread, Base::lane, Base::first, Base::own_row;
   static constexpr bool back = pass != Pass::forward, staged = pass == Pass::weights;
   static constexpr int stage_size = (back ? S::backward_chunk : S::forward_chunk) / 2;
-  static constexpr int unrolled = staged && S::width * S::rows >= 4096 ? 1 : 2;  // no more, for want of registers
+  static constexpr int unrolled =
+      staged && S::width * S::rows >= 4096 ? 1 : 2;  // no more, more would need too many registers
   struct alignas(8) Pair {
     uint32_t left, right;  // of columns 0 to 7 and 8 to 15
   };
@@ -45,21 +46,21 @@ class MixerBlock : MixerSample<S> {
     if constexpr (back && S::parts == 1) checkpoint = arena.take<BFloat16>(p.tokens * S::width, "m");
   }
 
-  // One unit and draw, from the image to all that is asked for. `operands`: this unit's Staging, or this block's
-  // checkpoints.
+  // One unit and draw, from the image to every result that is not null. `operands`: this unit's Staging, or the
+  // checkpoints of this thread block.
   DR_DEVICE void run(int half, int sample, int draw, unsigned char* operands) {
     const int64_t level = static_cast<int64_t>(sample) * c.inputs.draws + draw;
     e = c.inputs.conditioning[half] + level * p.conditioning();
     prefetch_stage(0);  // meanwhile the noise
     this->load_patches(half, sample, draw, c.inputs.sigma[level]);
-    ptx::block_sync();  // patch vectors were made by whoever came first
+    ptx::block_sync();  // the patch vectors of all warps are in the tile
 
     Accumulator<S> h;
     DR_UNROLL_NOT
     for (part = 0;; ++part) {
       this->embed(h);
       if constexpr (staged) stage_patches(operands);
-      ptx::warp_sync();  // before this warp's tokens take the place of their patch vectors
+      ptx::warp_sync();  // before this warp's tokens replace their patch vectors
       if (part + 1 == S::parts) break;
       publish_rows(h, 0, operands);
       park(h);
@@ -71,7 +72,7 @@ class MixerBlock : MixerSample<S> {
     if constexpr (back) {
       const float slope = by_log_ratio(half, sample, level, log_ratio);
       if constexpr (staged) {
-        // h holds the last block's output; the head's gradient is its product with the slope.
+        // h holds the last layer's output; the head's gradient is its product with the slope.
         for_each_part(h, [&](int) {
           this->scale(h, slope);
           stage_rows<S>(operands + c.staging.last, first(), h);
@@ -92,7 +93,7 @@ class MixerBlock : MixerSample<S> {
  private:
   // --- parts ---------------------------------------------------------------------------------------------------
 
-  // Calls visit(i) for one part after the other, the first of which is in the accumulators.
+  // Calls visit(i) for each part in turn. The first is in the accumulators already.
   template <class Visit>
   DR_DEVICE void for_each_part(Accumulator<S>& d, Visit visit) {
     DR_UNROLL_NOT
@@ -103,7 +104,7 @@ class MixerBlock : MixerSample<S> {
     }
   }
 
-  // Parks this part for the other.
+  // Parks the part in the accumulators and loads the other.
   DR_DEVICE void swap_parts(Accumulator<S>& d) {
     park(d);
     part ^= 1;
@@ -116,7 +117,7 @@ class MixerBlock : MixerSample<S> {
     }
   }
 
-  // Only this thread reads it.
+  // Copies the accumulators to global memory, for this thread only.
   DR_DEVICE void park(const Accumulator<S>& d) const {
     unsigned char* to = parked();
     DR_UNROLL
@@ -135,8 +136,8 @@ class MixerBlock : MixerSample<S> {
 
   // --- weights -------------------------------------------------------------------------------------------------
 
-  // Chunks follow each other as they are used: forward from the first block on, then backward from the last; those of
-  // a block once for each part.
+  // Starts the copy of chunk `number` of the weights. Chunks are numbered in the order of use: forward from the first
+  // layer on, then backward from the last; a layer's chunks once for each part.
   DR_DEVICE void prefetch_stage(int number, ptx::Site site = DR_HERE) {
     const int forward_steps = p.depth * S::parts * chunks();
     const bool backward = number >= forward_steps;
@@ -152,7 +153,7 @@ class MixerBlock : MixerSample<S> {
     ptx::copy_commit(site);
   }
 
-  // Chunk `number`, for all threads, after all of them have come here; fetches the one after it.
+  // Waits for chunk `number`, synchronizes the thread block and starts the copy of the next chunk.
   DR_DEVICE ptx::Shared<BFloat16> acquire_stage(int number, ptx::Site site = DR_HERE) {
     ptx::copy_wait<0>(site);
     ptx::block_sync(site);
@@ -162,10 +163,10 @@ class MixerBlock : MixerSample<S> {
 
   // --- forward -------------------------------------------------------------------------------------------------
 
-  // Everything from a block's h, of which the tile has all parts but this one.
+  // A layer, from its h; all parts of h but this one are in the tile.
   DR_DEVICE void forward(Accumulator<S>& h, int layer, unsigned char* operands) {
     publish_rows(h, layer, operands);
-    ptx::block_sync();  // everybody's tokens
+    ptx::block_sync();  // the tokens of all warps are in the tile
     for_each_part(h, [&](int) { add_mixed(h, layer); });
     for_each_part(h, [&](int i) {
       add_channels(h, layer, i, operands);
@@ -173,7 +174,7 @@ class MixerBlock : MixerSample<S> {
     });
   }
 
-  // This warp's tokens of a block's h, for all.
+  // Publishes this warp's rows of a layer's h to the thread block.
   DR_DEVICE void publish_rows(const Accumulator<S>& h, int layer, unsigned char* operands) {
     store_rows<S>(tile, first(), h);
     if constexpr (staged) stage_rows<S>(operands + c.staging.h + layer * wide(), first(), h);
@@ -198,7 +199,7 @@ class MixerBlock : MixerSample<S> {
   DR_DEVICE void add_channels(Accumulator<S>& h, int layer, int i, unsigned char* operands) {
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       const auto w = acquire_stage((layer * S::parts + i) * chunks() + chunk);
-      if (chunk == 0) {  // now that everybody has read h
+      if (chunk == 0) {  // all warps have read h
         store_rows<S>(tile, first(), h);
         if constexpr (back) {
           stage_rows<S>(operands + c.staging.m + layer * wide(), first(), h);
@@ -273,7 +274,7 @@ class MixerBlock : MixerSample<S> {
     }
   }
 
-  // The gradient of the last block's sum, before its residual factor.
+  // The gradient by the sum of the last layer, before its residual factor.
   DR_DEVICE void start_backward(Accumulator<S>& g, float slope) {
     DR_UNROLL_NOT
     for (int i = 0;; ++i) {
@@ -285,15 +286,15 @@ class MixerBlock : MixerSample<S> {
     }
   }
 
-  // From the gradient g of m + silu(u) down^T to that of the block before it.
+  // From the gradient g by m + silu(u) down^T to that of the layer before.
   DR_DEVICE void backward(Accumulator<S>& g, int layer, unsigned char* operands) {
     for_each_part(g, [&](int i) { add_channels_backward(g, layer, i, operands); });
     if constexpr (S::parts == 2) {
       swap_parts(g);
-      ptx::block_sync();  // everybody has used the m that lie where these tokens go
+      ptx::block_sync();  // all warps have read the checkpoints of m that these tokens replace
       store_rows<S>(tile, first(), g);
     }
-    ptx::block_sync();  // everybody's tokens
+    ptx::block_sync();  // the tokens of all warps are in the tile
     for_each_part(g, [&](int) {
       mix_tokens<S>(g, this->mix_rows(p.mix_t, layer), p.tokens / 16, tile);
       if (layer > 0) this->scale(g, mixer_residual);
@@ -306,8 +307,8 @@ class MixerBlock : MixerSample<S> {
     if constexpr (S::parts == 1) load_checkpoint(operands + c.staging.m + layer * wide);
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       const auto w = acquire_stage(((2 * p.depth - 1 - layer) * S::parts + i) * chunks() + chunk);
-      if (chunk == 0) {                 // now that everybody has read what the tile held
-        if constexpr (S::parts == 2) {  // where the other part's tokens are not needed now
+      if (chunk == 0) {                 // all warps have read the tile
+        if constexpr (S::parts == 2) {  // in the rows of the other part, which are free now
           checkpoint = tile.rows((1 - part) * (p.tokens / 2), p.tokens / 2);
           load_checkpoint(operands + c.staging.m + layer * wide);
         }
@@ -368,7 +369,7 @@ class MixerBlock : MixerSample<S> {
     }
   }
 
-  // What is left once the gradient has reached the first block's input.
+  // The operands that need the gradient by the first layer's input.
   DR_DEVICE void finish_operands(Accumulator<S>& g, int half, int64_t level, unsigned char* operands) {
     for_each_part(g, [&](int) {
       stage_rows<S>(operands + c.staging.first, first(), g);
@@ -406,7 +407,7 @@ class MixerBlock : MixerSample<S> {
     return c.workspace.columns + warp * (S::width + p.depth * p.hidden);
   }
 
-  // m of a block, as this thread has staged it, into the thread's own part of shared memory: nobody else reads it.
+  // Copies m of a layer, which this thread staged, to the thread's own part of shared memory.
   DR_DEVICE void load_checkpoint(const unsigned char* m) const {
     DR_UNROLL_TWICE
     for (int i = 0; i < S::tiles * 2; ++i) {
@@ -434,7 +435,7 @@ class MixerBlock : MixerSample<S> {
 
   DR_DEVICE int slot(int i, int k) const { return ((i * (S::width / 16) + k) * threads() + thread()) * 4; }
 
-  // Bytes of a block's part in what is staged of [depth][tokens][width].
+  // Bytes of a layer in a staged [depth][tokens][width].
   DR_DEVICE int64_t wide() const { return int64_t{2} * p.tokens * S::width; }
 
   DR_DEVICE int chunks() const { return p.hidden / S::chunk; }
@@ -443,7 +444,7 @@ class MixerBlock : MixerSample<S> {
   ptx::Shared<float> sums;
 };
 
-// Blocks take units (samples of a half) in turn.
+// Thread blocks process units (samples of a half) in turn.
 template <class S, Pass pass>
 DR_DEVICE void mixer_units(const MixerCall& c, MixerBlock<S, pass>& samples, int begin, int end) {
   for (int unit = begin + static_cast<int>(blockIdx.x); unit < end; unit += static_cast<int>(gridDim.x)) {

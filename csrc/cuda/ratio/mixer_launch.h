@@ -37,7 +37,7 @@ uint32_t shared_bytes(const Packing& p, Pass pass, bool one_launch) {
   return mixer_shared_bytes<S>(pass, p.tokens) + (one_launch ? product_shared_bytes : 0);
 }
 
-// A block's shared memory on sm_80 and sm_90, and what the largest networks need of it.
+// A thread block's shared memory on sm_80 and sm_90, and what the largest networks need of it.
 constexpr uint32_t shared_limit_80 = 163 * 1024, shared_limit_90 = 227 * 1024;
 static_assert(mixer_shared_bytes<Shape<64, 32>>(Pass::weights, 256) + product_shared_bytes <= shared_limit_80);
 static_assert(mixer_shared_bytes<Shape<128, 32>>(Pass::weights, 256) <= shared_limit_80);
@@ -88,7 +88,7 @@ MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, For
   });
 }
 
-// Launches what the plan says. `workspace`: plan.bytes, of which the counters are zero.
+// Launches the plan. `workspace`: plan.bytes, of which the counters are zero.
 template <int width, class Launcher>
 auto run_mixer(MixerCall c, GradientCall g, Pass pass, const MixerPlan& plan, unsigned char* workspace,
                Launcher& launcher) {

@@ -1,7 +1,7 @@
-// The CUDA twin's RatioMixer: padded sizes, the packed weights, the staged operands of the weight gradients.
+// The RatioMixer on CUDA: padded sizes, the packed weights, the staged operands of the weight gradients.
 //
-// Padding is with zeros and changes nothing: rows of the head, of `mix` and of `down` that are not there are zero, so
-// what padded tokens and channels hold never reaches the log ratio, and their gradients are zero.
+// Padding with zeros changes no result: the padded rows of the head, of `mix` and of `down` are zero, so the contents
+// of padded tokens and channels never reach the log ratio, and their gradients are zero.
 #pragma once
 
 #include "../../common/mixer.h"
@@ -19,7 +19,7 @@ struct Packing {
   int channels, image_height, image_width, patch;  // images
   int real_tokens, real_width, real_hidden, real_vector, depth;
   int tokens, width, hidden, vector;  // padded
-  int parts;                          // in which a block takes the tokens
+  int parts;                          // in which a thread block processes the tokens
 
   // fp32, in the order of accumulators: [tokens / 16][width / 8][lane][4].
   int64_t position, head;
@@ -84,9 +84,10 @@ inline Packing packing_of(const MixerSizes& s) {
 // One unit (sample of a half) of the operands of the weight gradients, bf16 but for `rows`; offsets in bytes. Columns
 // of what comes from accumulators are permuted within groups, see `permuted`.
 struct Staging {
-  int64_t h, m, g, gm;  // [depth][tokens][width]: a block's input, mixed tokens, and the gradients of its output, of m
-  int64_t a, gu;        // [depth][tokens][hidden]: hidden units after silu, gradient before it
-  int64_t last, first;  // [tokens][width]: gradient of the head, of the first block's input
+  int64_t h, m, g,
+      gm;         // [depth][tokens][width]: a layer's input, mixed tokens, and the gradients of its output and of m
+  int64_t a, gu;  // [depth][tokens][hidden]: hidden units after silu, gradient before it
+  int64_t last, first;  // [tokens][width]: gradient of the head, of the first layer's input
   int64_t z;            // [tokens][vector]: patch vectors, in their own order
   int64_t rows;         // fp32 [depth][tokens]: sums of gm over channels
   int64_t bytes;
@@ -109,10 +110,10 @@ inline Staging staging_of(const Packing& p) {
   return s;
 }
 
-// Of a block that makes image gradients: m of every block of the network (Staging begins with it too).
+// Of a thread block that computes image gradients: m of every layer of the network (Staging begins with it too).
 DR_HOST_DEVICE int64_t checkpoint_bytes(const Packing& p) { return int64_t{2} * p.depth * p.tokens * p.width; }
 
-// Of a block that takes the tokens in parts: the fp32 accumulators of all parts.
+// Of a thread block that processes the tokens in parts: the fp32 accumulators of all parts.
 DR_HOST_DEVICE int64_t parked_bytes(const Packing& p) { return p.parts > 1 ? int64_t{4} * p.tokens * p.width : 0; }
 
 // Tokens that a warp holds at a time.

@@ -8,7 +8,7 @@ namespace diffratio::cuda {
 
 constexpr int pack_threads = 256;
 
-// Element (row, column) of matrix `block` in a stack of [rows, columns], or of its transpose; zero beyond.
+// Element (row, column) of matrix `layer` in a stack of [rows, columns], or of its transpose; zero beyond.
 struct PackedMatrix {
   const void* data;
   int rows, columns;

@@ -163,7 +163,7 @@ class MixerSample {
                                                 lane() * 16));
   }
 
-  // A block's mixing matrix, from this warp's rows on.
+  // A layer's mixing matrix, from this warp's rows on.
   DR_DEVICE const unsigned char* mix_rows(int64_t matrix, int layer) const {
     const int steps = p.tokens / 16;
     return c.packed + matrix + (static_cast<int64_t>(layer) * steps + first() / 16) * steps * piece_bytes;

@@ -16,7 +16,7 @@ using ptx::Vector16;
 template <int width_, int rows_, int parts_ = 1>
 struct Shape {
   static constexpr int width = width_, rows = rows_;     // of a warp's residual sum
-  static constexpr int parts = parts_;                   // in which a block takes the tokens, one after the other
+  static constexpr int parts = parts_;                   // in which a thread block processes the tokens, one after the other
   static constexpr int chunk = chunk_of(width_, rows_);  // hidden units at a time
   static constexpr int tiles = rows / 16, columns = width / 8;  // of a warp's accumulators
   static constexpr int stride = width + 8;                      // of activations in shared memory: no bank conflicts

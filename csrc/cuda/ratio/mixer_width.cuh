@@ -1,4 +1,4 @@
-// Their definitions.
+// Definitions of the launchers of one width.
 #pragma once
 
 #include "mixer_launch.h"
