@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -30,15 +32,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+LINE_LIMIT = 2000
+"""Characters of an error line, at most."""
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|storage size calculation", re.I)
+"""What PyTorch's RuntimeErrors say where memory is short."""
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run ``main(argv)`` as a process: its return value is the exit status, ``UserError`` is 2."""
+    """Run ``main(argv)`` as a process: its return value is the exit status, ``UserError`` is 2.
+
+    What the machine refuses (memory; a file system, where no caller knew more of it) is one line and 2 too.
+    """
     try:
         status = main(sys.argv[1:])
     except ReportedElsewhere:
         status = 2
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = _failed(str(error))
     except Interrupted as stopped:
         status = 128 + stopped.number
     except KeyboardInterrupt:
@@ -46,4 +56,31 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         status = 130
     except BrokenPipeError:  # the reader of a pipe (`| head`) has left
         status = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        status = _failed(f"{where}{error.strerror or error}")
+    except MemoryError as error:
+        status = _failed(_out_of_memory(error))
+    except RuntimeError as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+        status = _failed(_out_of_memory(error))
     sys.exit(status or 0)
+
+
+def _failed(message: str) -> int:
+    text = " ".join(message.split())
+    if len(text) > LINE_LIMIT:
+        text = f"{text[:LINE_LIMIT]} ..."
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """A line for a lack of memory: how much was asked for, where that is known, and what helps."""
+    detail = " ".join(str(error)[:300].split())
+    return (
+        f"out of memory{f' ({detail})' if detail else ''}; use smaller networks, batches (--micro-batch) or "
+        "files, or a machine with more memory"
+    )

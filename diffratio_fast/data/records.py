@@ -38,7 +38,10 @@ class Records:
         check_labels(directory / LABELS, self.labels, len(manifest.class_names))
         _allow_open_files(len(self._paths))
         for path in self._paths:
-            self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            try:
+                self._files.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror or error}; {AGAIN}") from None
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", ()):
@@ -63,7 +66,13 @@ class Records:
             shards[first].tolist(), offsets[first].tolist(), begins, ends, strict=True
         ):
             while begin < end:  # one turn, but for a read the kernel cuts short (2 GiB, a signal)
-                got = os.preadv(self._files[shard], (buffer[begin:end],), offset)
+                try:
+                    got = os.preadv(self._files[shard], (buffer[begin:end],), offset)
+                except OSError as error:
+                    raise UserError(
+                        f"{self._paths[shard]}: cannot be read at record {offset // size} of this shard "
+                        f"({error.strerror or error}); check the disk, or {AGAIN}"
+                    ) from None
                 if got == 0:
                     expected = self.manifest.shards[shard].size
                     raise UserError(_truncated(self._paths[shard], offset, expected, offset // size))

@@ -64,7 +64,7 @@ def read_index(path: Path) -> dict[str, Any]:
             raise Damaged(f"{INDEX} names other files than there are")
         for name, about in files.items():
             check_file(path / name, about)
-        if not isinstance(index["step"], int) or not isinstance(index["best"], dict):
+        if index["step"] != step_of(path.name.removesuffix(".tmp")) or not isinstance(index["best"], dict):
             raise Damaged(f"{INDEX} holds values of other types")
         index["seconds"] = float(index["seconds"])
     except OSError as error:

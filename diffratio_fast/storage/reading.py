@@ -48,6 +48,8 @@ def one_line(error: object) -> str:
     text = " ".join(str(error)[:10_000].split())[:400]
     if isinstance(error, KeyError):
         return f"{text} is missing"
+    if isinstance(error, MemoryError):
+        return "out of memory"
     return "nested too deeply" if isinstance(error, RecursionError) else text or type(error).__name__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import stat
 import tarfile
 import zipfile
@@ -159,7 +160,8 @@ def numbered_classes(labels: list[object], where: object) -> tuple[tuple[str, ..
         return UNLABELLED, np.zeros(len(labels), np.int64)
     for i, label in enumerate(labels):
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 1 << 20:
-            raise UserError(f"{where}: record {i} has label {label!r}, no integer from 0 (or label none)")
+            shown = reprlib.repr(label)
+            raise UserError(f"{where}: record {i} has label {shown}, no integer from 0 (or label none)")
     array = np.array(labels, np.int64)
     return tuple(str(i) for i in range(int(array.max()) + 1)), array
 

@@ -193,11 +193,10 @@ class Checkpoints:
         """Write a checkpoint and commit it; why that failed (on all processes alike), or None."""
         temporary = self.root / f"{name}.tmp"
         files: dict[str, dict[str, Any]] = {}
-        problem = None
+        problem = self._shared(self._prepare(temporary) if self.world.main else None)
+        if problem is not None:  # before any process enters the collectives of write_part
+            return problem
         try:
-            if self.world.main:
-                make_directory(self.root, root=self.root.parent)
-                _remove(temporary)
             if self._group is None:
                 _write_whole(temporary, staged, files)
             else:
@@ -212,16 +211,30 @@ class Checkpoints:
         if self._group is not None:
             parts = [(None, {})] * self.world.size
             dist.all_gather_object(parts, (problem, files), group=self._group)
-        answer = [next((text for text, _ in parts if text), None)]
+        problem = next((text for text, _ in parts if text), None)
         if self.world.main:
-            if answer[0] is None:
+            if problem is None:
                 everything = {file: what for _, part in parts for file, what in part.items()}
-                answer = [self._commit(temporary, about | {"files": everything})]
-            if answer[0] is not None:
+                problem = self._commit(temporary, about | {"files": everything})
+            if problem is not None:
                 _remove(temporary)
+        return self._shared(problem)
+
+    def _shared(self, problem: str | None) -> str | None:
+        """Rank 0's ``problem``, on all processes."""
+        answer = [problem]
         if self._group is not None:
             dist.broadcast_object_list(answer, 0, group=self._group)
         return answer[0]
+
+    def _prepare(self, temporary: Path) -> str | None:
+        """Make room for a checkpoint; why that failed, or None."""
+        try:
+            make_directory(self.root, root=self.root.parent)
+        except UserError as error:
+            return str(error)
+        _remove(temporary)
+        return None
 
     def _commit(self, temporary: Path, index: dict[str, Any]) -> str | None:
         place = temporary.with_suffix("")
