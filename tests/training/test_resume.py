@@ -121,10 +121,10 @@ def test_a_new_run_from_a_checkpoint_of_another(tmp_path: Path, capsys: pytest.C
     options = ["--resume-from", f"{run}@4", "--generator-lr", "0.5", "--divergence", "jeffreys"]
     assert train.main([*options, "--run-dir", str(other), "--steps", "6"]) == 0
     said = capsys.readouterr().out
-    assert "divergence reverse_kl -> jeffreys" in said and "generator_lr 0.001 -> 0.5" in said, said
+    assert "divergence jensen_shannon -> jeffreys" in said and "generator_lr 0.001 -> 0.5" in said, said
     first = history(other)[0]
     assert first["resumed_from"] == {"run": history(run)[0]["run"], "directory": str(run), "step": 4}
-    assert first["changed"] == {"generator_lr": [0.001, 0.5], "divergence": ["reverse_kl", "jeffreys"]}
+    assert first["changed"] == {"generator_lr": [0.001, 0.5], "divergence": ["jensen_shannon", "jeffreys"]}
     config = yaml.safe_load((other / "config.yaml").read_text())
     assert config["batch_size"] == 16 and config["divergence"] == "jeffreys"  # the others are the run's
     assert train.main([*options, "--run-dir", str(other), "--steps", "8"]) == 0  # resumes itself
