@@ -20,6 +20,9 @@ GROUPS = ("the run", "data", "networks", "optimization", "objective", "augmentat
 """Titles of the groups in ``--help``, in their order."""
 
 
+_NO_VALUE = object()
+
+
 def option(
     default: Any,
     help: str,
@@ -29,12 +32,16 @@ def option(
     high: float | None = None,
     above: float | None = None,
     free: bool = False,
+    before: Any = _NO_VALUE,
 ) -> Any:
     """A field with its help, its bounds (``above`` is exclusive) and whether it may change on resuming.
 
-    ``choices`` may be a table: an option accepts its keys, also those added later.
+    ``choices`` may be a table: an option accepts its keys, also those added later. ``before`` is the value
+    of runs that were recorded before the option existed: they continue as they began.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "free": free}
+    if before is not _NO_VALUE:
+        metadata["before"] = before
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -138,7 +145,10 @@ def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
 
 
 def read_yaml(kind: type, path: Path) -> dict[str, Any]:
-    """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are skipped."""
+    """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are skipped.
+
+    The record of a run (it has an ``environment``) also gets the values of options that it is older than.
+    """
     try:
         content = reading.read_yaml(path)
     except OSError as error:
@@ -148,7 +158,17 @@ def read_yaml(kind: type, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a mapping of option names to values")
     values = {str(key): value for key, value in content.items() if key not in ("preset", "environment")}
-    return from_mapping(kind, values, str(path))
+    older = unrecorded(kind, content) if "environment" in content else {}
+    return older | from_mapping(kind, values, str(path))
+
+
+def unrecorded(kind: type, record: Collection[str]) -> dict[str, Any]:
+    """The ``before`` values of the options that the record of a run does not name."""
+    return {
+        field.name: field.metadata["before"]
+        for field in dataclasses.fields(kind)
+        if "before" in field.metadata and field.name not in record
+    }
 
 
 def preset_of(path: Path) -> str | None:

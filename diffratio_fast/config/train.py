@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.config.objectives import OBJECTIVES, Objective, check_objective
-from diffratio_fast.config.options import Options, option
+from diffratio_fast.config.options import Options, flag, option
 from diffratio_fast.config.run import (
     AugmentationOptions,
     NetworkOptions,
@@ -25,6 +25,7 @@ DIVERGENCE_NAMES = (
     "jeffreys",
 )
 WEIGHT_NAMES = ("uniform", "sigma", "sigma2", "bounded", "dmd")
+LOSS_WEIGHT_NAMES = ("uniform", "total_std")
 INIT_WARMUP_STEPS = 500
 """Steps of the ratio network's warm-up, and then of the generator's ramp, where --init gives a generator."""
 
@@ -75,6 +76,15 @@ class TrainNetworkOptions(NetworkOptions):
         "encoder: how its features are read: a map aware of positions, or attention",
         choices=("linear", "attention"),
     )
+    ratio_head: str = option(
+        "scalar",
+        "mlp, encoder: the log ratio is a scalar f of the features, or (energy) f + <c_in x, F> / sqrt(D)",
+        choices=("scalar", "energy"),
+        before="scalar",
+    )
+    ratio_scaled_logit: bool = option(
+        False, "mlp, encoder: multiply the log ratio by sigma_data / sqrt(sigma^2 + sigma_data^2)"
+    )
     ratio_dropout: float = option(0.0, "encoder: dropout while the ratio network trains", low=0, high=0.99)
 
 
@@ -109,6 +119,18 @@ class ObjectiveOptions(Options, group="objective"):
         None, "law of sigma for the generator (default: the ratio network's)"
     )
     noise_draws: int = option(1, "noise levels per image in a generator step", low=1, high=2**16 - 1)
+    ratio_shared_noise: bool = option(
+        True, "the real and the generated image of a pair get the same noise", before=False
+    )
+    ratio_matched_pairs: bool = option(
+        False,
+        "permute the generated images of a class, so that those of a pair are near one another; depends on "
+        "--micro-batch and the number of processes",
+        before=False,
+    )
+    ratio_loss_weight: str = option(
+        "uniform", "weight of a noise level in the ratio network's loss", choices=LOSS_WEIGHT_NAMES
+    )
     ratio_steps: int = option(1, "ratio-network updates per generator update", low=1, high=255)
     ratio_warmup_steps: int | None = option(
         None,
@@ -157,6 +179,12 @@ class TrainConfig(
             if getattr(self, name) is None:
                 object.__setattr__(self, name, 0 if self.init is None else INIT_WARMUP_STEPS)
         check_objective(self)
+        if self.ratio_network == "mixer":
+            for name in ("ratio_head", "ratio_scaled_logit"):
+                if getattr(self, name) != self.default(name):
+                    raise UserError(
+                        f"{flag(name)} is for --ratio-network mlp and encoder, not mixer; leave one out"
+                    )
         self.noise_laws()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from diffratio_fast.networks.edm2 import Block, EDM2Denoiser, MPConv, MPUNet, fo
 from diffratio_fast.networks.edm_layers import GroupNorm
 from diffratio_fast.networks.layers import Dropout, Linear, Weight
 from diffratio_fast.networks.magnitude import operations
+from diffratio_fast.networks.mlp import is_energy
 from diffratio_fast.networks.published import from_published, resolved
 from diffratio_fast.networks.unet import Denoiser, ResidualBlock, UNet, at_least_float32
 
@@ -24,7 +25,7 @@ HEADS = 4
 def build_denoiser(
     shape: tuple[int, int, int], classes: int, backbone: str, options: Mapping[str, Any]
 ) -> Denoiser:
-    """The denoiser of a published architecture for images [C, R, R]; one class is none at all.
+    """The denoiser of a published architecture for images [C, R, R]; ``classes=1`` means unconditional.
 
     ``options`` are the published constructor's, without those that shape and classes decide. ``ValueError``
     where they do not fit.
@@ -102,8 +103,9 @@ class EncoderRatio(nn.Module):
     """Log ratio [N] of noised images [N, C, R, R] from the encoder half of a published U-Net.
 
     The encoder sees c_in x, c_noise and the class; with ``middle`` its deepest features pass the two middle
-    blocks too. They are normalised, activated and read by a head (``EncoderHead``) that starts at zero.
-    ``dropout`` is that of the residual blocks in training mode.
+    blocks too. They are normalized, activated and read by a head (``EncoderHead``) that starts at zero. With
+    ``head`` "energy" an ``EncoderEnergy`` is added to it; ``scaled`` multiplies the result by sigma_data
+    c_in. ``dropout`` is that of the residual blocks in training mode.
     """
 
     def __init__(
@@ -116,9 +118,11 @@ class EncoderRatio(nn.Module):
         middle: bool = True,
         pool: str = "linear",
         dropout: float = 0.0,
+        head: str = "scalar",
+        scaled: bool = False,
     ) -> None:
         super().__init__()
-        self.middle = middle
+        self.middle, self.scaled = middle, scaled
         self.denoiser = build_denoiser(shape, classes, backbone, options)
         drop_uncertainty(self.denoiser)
         if not isinstance(self.denoiser.backbone, UNet):
@@ -128,21 +132,52 @@ class EncoderRatio(nn.Module):
         channels, side, embedding = self.denoiser.backbone.deepest
         kind = MPHead if isinstance(self.denoiser, EDM2Denoiser) else EncoderHead
         self.head = kind(channels, side * side, embedding, pool)
+        widths = self.denoiser.backbone.level_widths
+        self.energy = EncoderEnergy(widths, shape[0]) if is_energy(head) else None
 
     def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         maps, embedding = self.denoiser.encode(noised, sigma, labels, middle=self.middle)
+        c_in = (sigma**2 + self.denoiser.sigma_data**2).rsqrt()
         with torch.autocast(noised.device.type, enabled=False):
             dtype = next(self.head.parameters()).dtype
-            return self.head(maps[-1].to(dtype), embedding.to(dtype))
+            log_ratio = self.head(maps[-1].to(dtype), embedding.to(dtype))
+            if self.energy is not None:
+                images = (c_in.reshape(-1, 1, 1, 1) * noised).to(dtype)
+                log_ratio = log_ratio + self.energy(images, [h.to(dtype) for h in maps])
+        return log_ratio * (self.denoiser.sigma_data * c_in) if self.scaled else log_ratio
+
+
+class EncoderEnergy(nn.Module):
+    """Energy <u, F> / sqrt(D), [N], of scaled images u [N, C, R, R]; F is read from the encoder's maps.
+
+    At every resolution a 1x1 convolution of the last map there gives an image, and F is the sum of those,
+    each enlarged by repeating pixels and divided by the factor. The inner product with it is the factor times
+    that with the averaged u, so nothing is enlarged. F starts at zero.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int) -> None:
+        super().__init__()
+        self.read = nn.ModuleList(Linear(width, channels, gain=0.0) for width in widths)
+
+    def forward(self, images: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        last = {h.shape[-1]: h for h in maps}
+        energy = images.new_zeros(len(images))
+        for read, (side, features) in zip(self.read, sorted(last.items(), reverse=True), strict=True):
+            factor = images.shape[-1] // side
+            mean = F.avg_pool2d(images, factor) if factor > 1 else images
+            rms = features.square().mean((1, 2, 3), keepdim=True) + 1e-6
+            image = read(F.silu(features * rms.rsqrt()).movedim(1, 3)).movedim(3, 1)
+            energy = energy + (mean * image).flatten(1).sum(1) * factor
+        return energy / math.sqrt(images[0].numel())
 
 
 class EncoderHead(nn.Module):
     """Features [N, C, h, w] and an embedding [N, D] to a log ratio [N], which starts at zero.
 
-    SiLU of the normalised features is pooled to a vector [N, C]: by the mean, or by attention (``HEADS``
+    SiLU of the normalized features is pooled to a vector [N, C]: by the mean, or by attention (``HEADS``
     queries, with a bias per position). The result is a linear map of the features at each position (pool
-    "linear") or of the pooled vector ("attention"), and a projection on the class and noise level,
-    <V e, pooled> (Miyato and Koyama 2018), by which many classes are told apart.
+    "linear") or of the pooled vector ("attention"), plus a projection on the class and noise level,
+    <V e, pooled> (Miyato and Koyama 2018), which separates many classes.
     """
 
     def __init__(self, channels: int, positions: int, embedding: int, pool: str) -> None:
@@ -172,7 +207,7 @@ class EncoderHead(nn.Module):
 class MPHead(nn.Module):
     """``EncoderHead`` of magnitude-preserving layers: it starts at zero through learned gains.
 
-    Zero weights would be degenerate here, as normalisation divides by their length.
+    Zero weights would be degenerate here, as normalization divides by their length.
     """
 
     fused = True

@@ -101,6 +101,7 @@ class SongUNet(UNet):
         self.map_layer1 = Linear(embedding, embedding, initial)
 
         channels = [model_channels * mult for mult in channel_mult]
+        self.level_widths = tuple(channels)
         self.deepest = (channels[-1], img_resolution >> (len(channels) - 1), embedding)
         encoder, decoder = plan(
             img_resolution, (in_channels, model_channels), channels, num_blocks, attn_resolutions
@@ -233,6 +234,7 @@ class DhariwalUNet(UNet):
             self.map_label = Linear(label_dim, embedding, Initial("normal"), bias=False)
 
         channels = [model_channels * mult for mult in channel_mult]
+        self.level_widths = tuple(channels)
         self.deepest = (channels[-1], img_resolution >> (len(channels) - 1), embedding)
         encoder, decoder = plan(
             img_resolution, (in_channels, channels[0]), channels, num_blocks, attn_resolutions

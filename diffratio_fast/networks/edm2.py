@@ -220,6 +220,7 @@ class MPUNet(UNet):
         channels = [model_channels * mult for mult in channel_mult]
         noise = channels[0] if channel_mult_noise is None else model_channels * channel_mult_noise
         embedding = max(channels) if channel_mult_emb is None else model_channels * channel_mult_emb
+        self.level_widths = tuple(channels)
         self.deepest = (channels[-1], img_resolution >> (len(channels) - 1), embedding)
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise)

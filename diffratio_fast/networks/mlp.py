@@ -11,6 +11,8 @@ from torch.nn.functional import silu
 from diffratio_fast.networks.layers import Embedding, FourierFeatures, Linear
 from diffratio_fast.networks.unet import Denoiser
 
+HEADS = ("scalar", "energy")
+
 
 class MLPGenerator(nn.Module):
     """One-step generator: latents [N, latent_size] and labels int64 [N] to images x0 [N, C, H, W].
@@ -52,11 +54,20 @@ class MLPGenerator(nn.Module):
         return torch.clamp(x, self.low, self.high) if self.bounded else x
 
 
+def is_energy(head: str) -> bool:
+    """Whether a ratio network's head is "energy" and not "scalar"; another name is a ``ValueError``."""
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, not {head}")
+    return head == "energy"
+
+
 class MLPRatio(nn.Module):
     """Log ratio [N] of noised images [N, C, H, W] given sigma [N] and labels int64 [N]: a residual MLP.
 
     The input is scaled by c_in = 1 / sqrt(sigma^2 + sigma_data^2) (Karras et al. 2022); noise level and
-    class give every block its own bias; the output starts at zero.
+    class give every layer its own bias. ``head`` "scalar" reads one number f from the features, "energy"
+    f + <c_in x, F> / sqrt(D) with an image F of D numbers. ``scaled`` multiplies the result by
+    sigma_data c_in. The result starts at zero.
     """
 
     CONDITION = 64
@@ -68,26 +79,33 @@ class MLPRatio(nn.Module):
         *,
         width: int,
         depth: int,
+        head: str = "scalar",
+        scaled: bool = False,
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
-        self.sigma_data = sigma_data
+        self.energy, self.scaled, self.sigma_data = is_energy(head), scaled, sigma_data
         self.fourier = FourierFeatures(16, low=0.25, high=4.0)
         self.noise = Linear(self.fourier.size, self.CONDITION)
         self.embed = Embedding(classes, self.CONDITION)
         self.biases = Linear(self.CONDITION, width * depth)
         self.first = Linear(math.prod(shape), width, gain=2.0)
         self.blocks = nn.ModuleList(Linear(width, width) for _ in range(depth))
-        self.last = Linear(width, 1, gain=0.0)
+        self.last = Linear(width, 1 + self.energy * math.prod(shape), gain=0.0)
 
     def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
         condition = silu(self.noise(self.fourier(sigma.log())) + self.embed(labels))
         biases = self.biases(condition).chunk(len(self.blocks), dim=1)
-        h = self.first(noised.flatten(1) * c_in[:, None])
+        x = noised.flatten(1) * c_in[:, None]
+        h = self.first(x)
         for block, bias in zip(self.blocks, biases, strict=True):
             h = h + silu(block(h) + bias)
-        return self.last(h).squeeze(1)
+        read = self.last(h)
+        log_ratio = read[:, 0]
+        if self.energy:
+            log_ratio = log_ratio + (x * read[:, 1:]).sum(1) / math.sqrt(x.shape[1])
+        return log_ratio * (self.sigma_data * c_in) if self.scaled else log_ratio
 
 
 class DenseNet(nn.Module):

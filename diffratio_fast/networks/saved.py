@@ -32,7 +32,9 @@ RATIO_NETWORKS: dict[str, Callable[..., nn.Module]] = {
 _ROLES = {"generator": GENERATORS, "ratio": RATIO_NETWORKS}
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 has no ``head`` and ``scaled`` of ratio networks: their defaults are what its networks are."""
+READABLE = tuple(f"diffratio_fast.network.{version}" for version in (1, 2))
 
 
 def build(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module:
@@ -81,8 +83,8 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
         require_regular(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != f"diffratio_fast.network.{FORMAT_VERSION}":
-                raise UserError(f"{path}: not a network that this version of diffratio_fast wrote")
+            if metadata.get("format") not in READABLE:
+                raise UserError(f"{path}: not a network that this version of diffratio_fast reads")
             about = SavedNetwork.parse(metadata["about"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:

@@ -103,6 +103,7 @@ class UNet(nn.Module):
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    level_widths: tuple[int, ...]  # channels of the encoder's last features at each resolution, finest first
     deepest: tuple[int, int, int]  # channels and side of the deepest features, numbers of the embedding
 
     def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:

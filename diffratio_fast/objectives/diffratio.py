@@ -48,12 +48,15 @@ def log_ratio_pair(
     labels: Tensor,
     rng: Tensor,
     index: Tensor,
-    purposes: tuple[ops.Purpose, ops.Purpose] = (ops.Purpose.NOISE_REAL, ops.Purpose.NOISE_FAKE),
+    purposes: tuple[ops.Purpose, ops.Purpose] = ops.SHARED_NOISE,
     *,
     substep: int = 0,
     draw: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Log ratios ([B], [B]) of noised real and noised fake in one pass; pair i shares sigma_i and label."""
+    """Log ratios ([B], [B]) of noised real and noised fake in one pass; pair i shares sigma_i and label.
+
+    ``purposes`` are the streams of the halves' noise; equal ones give a pair the same noise.
+    """
     noised = ops.add_noise((real, fake), sigma, rng, index, purposes, substep=substep, draw=draw)
     log_ratio = ratio(noised, torch.cat((sigma, sigma)), torch.cat((labels, labels)))
     real_half, fake_half = log_ratio.chunk(2)
@@ -70,19 +73,29 @@ def ratio_loss(
     index: Tensor,
     *,
     substep: int = 0,
+    purposes: tuple[ops.Purpose, ops.Purpose] = ops.SHARED_NOISE,
+    weight: Tensor | None = None,
     gradient_penalty: float = 0.0,
 ) -> RatioLoss:
     """Logistic loss mean softplus(-l_real) + mean softplus(l_fake), differentiable in the network's weights.
 
     ``real`` and ``fake`` [B, C, H, W] are clean images, ``sigma`` [B]; the optimum is the log ratio of
-    p_data,sigma to p_gen,sigma given the label. ``gradient_penalty`` is the weight of ``slope_penalty``.
+    p_data,sigma to p_gen,sigma given the label. With ``SHARED_NOISE`` each mean keeps its law, so the
+    gradient keeps its expectation, and at large sigma the noise cancels between the halves. ``weight`` [B]
+    multiplies each pair's loss; ``gradient_penalty`` is the weight of ``slope_penalty``.
     """
     fake = fake.detach()
-    real_half, fake_half = log_ratio_pair(ratio, real, fake, sigma, labels, rng, index, substep=substep)
-    loss = softplus(-real_half).mean() + softplus(fake_half).mean()
+    real_half, fake_half = log_ratio_pair(
+        ratio, real, fake, sigma, labels, rng, index, purposes, substep=substep
+    )
+    losses = softplus(-real_half), softplus(fake_half)
+    real_loss, fake_loss = (half if weight is None else weight * half for half in losses)
+    loss = real_loss.mean() + fake_loss.mean()
     if gradient_penalty:
         halves = (real_half, fake_half)
-        penalty = slope_penalty(ratio, real, fake, halves, sigma, labels, rng, index, substep=substep)
+        penalty = slope_penalty(
+            ratio, real, fake, halves, sigma, labels, rng, index, purposes, substep=substep
+        )
         loss = loss + gradient_penalty * penalty
     return RatioLoss(loss, real_half.detach(), fake_half.detach())
 
@@ -96,6 +109,7 @@ def slope_penalty(
     labels: Tensor,
     rng: Tensor,
     index: Tensor,
+    purposes: tuple[ops.Purpose, ops.Purpose] = ops.SHARED_NOISE,
     *,
     substep: int = 0,
 ) -> Tensor:
@@ -104,11 +118,9 @@ def slope_penalty(
     For small s = ``PENALTY_STEP`` this is the mean of (sigma |grad l|)^2, without a second derivative in
     the backward pass. ``log_ratio`` are the halves' l of the same noise, from ``log_ratio_pair``.
     """
-    noised = ops.add_noise(
-        (real, fake), sigma, rng, index, (ops.Purpose.NOISE_REAL, ops.Purpose.NOISE_FAKE), substep=substep
-    )
-    purposes = (ops.Purpose.PENALTY_REAL, ops.Purpose.PENALTY_FAKE)
-    moved = ops.add_noise(noised.chunk(2), PENALTY_STEP * sigma, rng, index, purposes, substep=substep)
+    noised = ops.add_noise((real, fake), sigma, rng, index, purposes, substep=substep)
+    directions = (ops.Purpose.PENALTY_REAL, ops.Purpose.PENALTY_FAKE)
+    moved = ops.add_noise(noised.chunk(2), PENALTY_STEP * sigma, rng, index, directions, substep=substep)
     after = ratio(moved, torch.cat((sigma, sigma)), torch.cat((labels, labels)))
     return ((after - torch.cat(log_ratio)) / PENALTY_STEP).square().mean()
 

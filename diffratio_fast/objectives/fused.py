@@ -21,13 +21,14 @@ def ratio_loss(
     index: Tensor,
     *,
     substep: int = 0,
+    purposes: tuple[ops.Purpose, ops.Purpose] = ops.SHARED_NOISE,
     dtype: torch.dtype | None = None,
 ) -> RatioLoss:
     """See ``diffratio.ratio_loss``; the network's weights are rounded to ``dtype`` where given."""
     conditioning = ratio.conditioning(sigma, labels)
     outcome = ops.ratio_loss(
         ratio.weights(dtype), real, fake, sigma, conditioning, conditioning, rng, index,
-        substep=substep, sigma_data=ratio.sigma_data,
+        purposes=purposes, substep=substep, sigma_data=ratio.sigma_data,
     )  # fmt: skip
     return RatioLoss(outcome.loss, outcome.log_ratio_real, outcome.log_ratio_fake)
 

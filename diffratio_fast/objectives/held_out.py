@@ -39,12 +39,17 @@ def log_ratios(
     labels: Tensor,
     rng: Tensor,
     index: Tensor,
+    *,
+    shared_noise: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log ratios float32 ([B, K], [B, K]) of clean reals and fakes [B, C, H, W] at ``sigma`` [B, K].
 
-    Pair i shares label, noise levels and index; every half and draw has noise of its own.
+    Pair i shares label, noise levels and index; every draw has noise of its own. With ``shared_noise`` the
+    halves of a pair share it: softplus(-l) and softplus(l) then err in opposite directions, and their sum has
+    less variance. Without it the halves are independent, as estimates that are compared must be.
     """
-    purposes = (ops.Purpose.EVALUATION_REAL, ops.Purpose.EVALUATION_FAKE)
+    real_noise, fake_noise = ops.Purpose.EVALUATION_REAL, ops.Purpose.EVALUATION_FAKE
+    purposes = (real_noise, real_noise if shared_noise else fake_noise)
     rows: list[tuple[Tensor, Tensor]] = []
     for chosen in torch.arange(len(labels), device=labels.device).split(CHUNK):
         columns = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ FINAL_RATE = 0.05
 class RefitOptions:
     """How long and how fast to fit; ``patience`` is how many checks without a better bound end it.
 
-    ``held_out_pairs`` are behind each check, at least.
+    ``held_out_pairs`` are behind each check, at least. ``shared_noise`` is that of the fit and of the check.
     """
 
     steps: int = 2000
@@ -51,6 +51,7 @@ class RefitOptions:
     check_every: int = 100
     patience: int = 5
     held_out_pairs: int = HELD_OUT_PAIRS
+    shared_noise: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ def refit(
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
     )
-    loss = fused.ratio_loss if isinstance(network, RatioMixer) else diffratio.ratio_loss
-    check = _HeldOut(generator, held_out, law, seed, options.held_out_pairs)
+    fits = isinstance(network, RatioMixer)
+    loss: Callable[..., RatioLoss] = fused.ratio_loss if fits else diffratio.ratio_loss
+    purposes = ops.SHARED_NOISE if options.shared_noise else ops.SEPARATE_NOISE
+    check = _HeldOut(generator, held_out, law, seed, options)
     levels = check.by_level(network)
     checks = [(0, float(levels.mean()))]
     best, best_step, best_levels, since = copy.deepcopy(network.state_dict()), 0, levels, 0
@@ -105,7 +108,8 @@ def refit(
             fake = generator(latents_for(generator, rng, index, ops.Purpose.LATENT), labels)
         sigma, _ = sample_sigma(law, rng, index, ops.Purpose.SIGMA_RATIO)
         network.train()
-        outcome: RatioLoss = loss(network, real, fake, sigma[:, 0].to(real.dtype), labels, rng, index)  # type: ignore[arg-type]
+        level = sigma[:, 0].to(real.dtype)
+        outcome = loss(network, real, fake, level, labels, rng, index, purposes=purposes)
         optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()
         optimizer.step()
@@ -128,10 +132,16 @@ class _HeldOut:
 
     @torch.no_grad()
     def __init__(
-        self, generator: nn.Module, held_out: tuple[Tensor, Tensor], law: NoiseLaw, seed: int, pairs: int
+        self,
+        generator: nn.Module,
+        held_out: tuple[Tensor, Tensor],
+        law: NoiseLaw,
+        seed: int,
+        options: RefitOptions,
     ) -> None:
         real, labels = held_out
-        repeats = max(1, math.ceil(pairs / (LEVELS * len(labels))))
+        self.shared_noise = options.shared_noise
+        repeats = max(1, math.ceil(options.held_out_pairs / (LEVELS * len(labels))))
         self.real, self.labels = real.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
         self.rng = ops.make_rng(seed, 0, real.device)
         self.index = torch.arange(len(self.labels), device=real.device)
@@ -142,5 +152,8 @@ class _HeldOut:
     def by_level(self, network: nn.Module) -> Tensor:
         """Bound at each level: [LEVELS]."""
         network.eval()
-        halves = log_ratios(network, self.real, self.fake, self.sigma, self.labels, self.rng, self.index)
+        halves = log_ratios(
+            network, self.real, self.fake, self.sigma, self.labels, self.rng, self.index,
+            shared_noise=self.shared_noise,
+        )  # fmt: skip
         return pair_bounds(*halves).double().mean(0)

@@ -1,4 +1,4 @@
-"""A run's directory: where each file lies, who may write there, and what was asked for."""
+"""A run's directory: its files, its lock and its recorded configuration."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import dataclasses
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from diffratio_fast import launch
-from diffratio_fast.config.options import changed_fields, read_yaml
+from diffratio_fast.config.options import changed_fields, flag, read_yaml, unrecorded
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.environment import environment
 from diffratio_fast.runs.history import read_history
 from diffratio_fast.runs.paths import RunPaths
+from diffratio_fast.storage import reading
 from diffratio_fast.storage.writing import (
     lock,
     make_directory,
@@ -88,15 +90,21 @@ class RunDirectory(RunPaths):
         known = [line["run"] for line in read_history(self.history) if isinstance(line.get("run"), str)]
         return known[0] if known else None
 
-    def check_same(self, config: RunConfig) -> None:
-        """See that ``config`` would train as the run that is here; a ``UserError`` names the differences."""
+    def older_values(self, config: RunConfig) -> dict[str, Any]:
+        """Values with which to resume the run that is here, for the options that are newer than it.
+
+        A ``UserError`` names the options in which ``config`` with these values differs from the run.
+        """
         if not self.config.exists():
             raise UserError(
                 f"{self.root}: has a checkpoint but no config.yaml; restore it, or start over with --fresh"
             )
-        old = type(config)(**read_yaml(type(config), self.config))
+        recorded = read_yaml(type(config), self.config)
+        values = unrecorded(type(config), reading.read_yaml(self.config))
+        old, config = type(config)(**recorded), dataclasses.replace(config, **values)
         changes = [
-            f"{name} {getattr(old, name)} -> {getattr(config, name)}" for name in changed_fields(old, config)
+            f"{flag(name)} {getattr(old, name)} -> {getattr(config, name)}"
+            for name in changed_fields(old, config)
         ]
         if changes:
             raise UserError(
@@ -104,6 +112,7 @@ class RunDirectory(RunPaths):
                 f"--config {self.config} to continue it, choose another --run-dir and --resume-from "
                 f"{self.root} to continue from it with other settings, or use --fresh"
             )
+        return values
 
     def write_config(self, preset: str, config: RunConfig, device: torch.device, processes: int = 1) -> None:
         """config.yaml: the resolved configuration and what it runs on."""

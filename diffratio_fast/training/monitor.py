@@ -158,7 +158,10 @@ class Evaluation:
         first = index[:, None] if draws < LEVELS else torch.zeros_like(index)[:, None]
         level = (first + torch.arange(draws, device=index.device) * LEVELS // draws) % LEVELS
         sigma = self._levels(iteration.ratio_law)[level]
-        halves = log_ratios(iteration.ratio, real, fake, sigma, labels, rng, index)
+        halves = log_ratios(
+            iteration.ratio, real, fake, sigma, labels, rng, index,
+            shared_noise=self.config.ratio_shared_noise,
+        )  # fmt: skip
         pairs = pair_bounds(*halves).double()
         correct = ((halves[0] > 0).double() + (halves[1] < 0).double()) / 2
         hot = torch.nn.functional.one_hot(level.flatten(), LEVELS).double()
@@ -220,6 +223,7 @@ class Evaluation:
             check_every=max(1, steps // 4),
             patience=4,
             held_out_pairs=min(HELD_OUT_PAIRS, LEVELS * self.images),
+            shared_noise=config.ratio_shared_noise,
         )
         seed = (config.seed + EVALUATION_SEED) % 2**63
         size = min(config.batch_size, config.micro_batch or config.batch_size)

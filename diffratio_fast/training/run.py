@@ -424,6 +424,7 @@ def run(
         directory = RunDirectory(kind.root(preset, config))
         try:
             start = Start(directory, config, beginning, world)
+            config = start.config
             one = kind(preset, config, directory, world=world, started=start.continues)
             start.load(one)
             if one.state.step >= config.steps and start.finished:

@@ -32,9 +32,12 @@ class Start:
         self, directory: RunDirectory, config: RunConfig, beginning: Beginning, world: World
     ) -> None:
         """A ``UserError`` where what is in the directory must not be touched."""
-        self.directory, self.config, self.beginning, self.world = directory, config, beginning, world
-        self.own, self.finished = world.on_main(self._look)
+        self.directory, self.beginning, self.world = directory, beginning, world
+        self.config = config
+        """What the run trains with: a resumed run keeps its values of options that it is older than."""
+        self.own, self.finished, older = world.on_main(self._look)
         """Whether the run has a checkpoint of its own, and whether it has finished."""
+        self.config = replace(config, **older)
         self.source: Source | None = None if self.own else beginning.source
         self._origin: dict[str, Any] = {}
 
@@ -43,7 +46,7 @@ class Start:
         """Whether a checkpoint will replace the first state."""
         return self.own or self.source is not None
 
-    def _look(self) -> tuple[bool, bool]:
+    def _look(self) -> tuple[bool, bool, dict[str, Any]]:
         directory, beginning = self.directory, self.beginning
         if directory.root.is_dir():
             directory.take()
@@ -52,9 +55,8 @@ class Start:
             raise UserError(
                 f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
             )
-        if own:
-            directory.check_same(self.config)
-        return own, own and directory.finished()
+        older = directory.older_values(self.config) if own else {}
+        return own, own and directory.finished(), older
 
     def load(self, one: Run) -> None:
         """Fill the run's state from the checkpoint that it continues, if any; see ``Identity``."""

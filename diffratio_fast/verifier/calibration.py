@@ -152,7 +152,10 @@ def calibrate(
     index = torch.arange(len(many), device=device)
     levels = torch.tensor(sigmas, dtype=real.dtype, device=device).repeat_interleave(draws)
     again = real.repeat(repeats, 1, 1, 1)
-    halves = log_ratios(ratio, again, made, levels.expand(len(many), -1), many, rng, index)
+    # errors of a balance of the halves are those of independent halves: the noise is not shared
+    halves = log_ratios(
+        ratio, again, made, levels.expand(len(many), -1), many, rng, index, shared_noise=False
+    )
     fake_half = halves[1].reshape(len(many), len(sigmas), draws).cpu().numpy()
     # the draws of a real lie in all its repeats: one image, however often it was noised
     real_half = halves[0].reshape(repeats, len(labels), len(sigmas), draws).permute(1, 2, 0, 3).flatten(2)

@@ -10,12 +10,14 @@ from diffratio_fast.config.options import GROUPS, changed_fields, from_mapping, 
 from diffratio_fast.config.presets import DESCRIPTIONS, PRESETS
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.errors import UserError
+from diffratio_fast.runs.directory import RunDirectory
 from diffratio_fast.train import parser, resolve
 
 
 def config_of(*argv: str) -> tuple[str, TrainConfig]:
     arguments = vars(parser().parse_args(list(argv)))
-    del arguments["dry_run"], arguments["fresh"]
+    for name in ("dry_run", "fresh", "resume_from", "accept_data"):
+        del arguments[name]
     return resolve(arguments)
 
 
@@ -96,6 +98,24 @@ def test_bad_options_get_one_line(argv: list[str], says: str) -> None:
     with pytest.raises(UserError) as error:
         config_of(*argv)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recorded_run_keeps_what_it_is_older_than(tmp_path: Path) -> None:
+    """A run's config.yaml without an option that came later means the value from before the option."""
+    record = dataclasses.asdict(TrainConfig()) | {"preset": "digits", "environment": {}}
+    for name in ("ratio_shared_noise", "ratio_head"):
+        del record[name]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(record))
+    old = TrainConfig(**read_yaml(TrainConfig, file))
+    assert old.ratio_shared_noise is False and old.ratio_head == "scalar"
+    assert TrainConfig().ratio_shared_noise is True
+    directory = RunDirectory(tmp_path)
+    assert directory.older_values(TrainConfig()) == {"ratio_shared_noise": False, "ratio_head": "scalar"}
+    with pytest.raises(UserError, match="--seed 0 -> 1"):
+        directory.older_values(TrainConfig(seed=1))
+    file.write_text("seed: 3\n")  # a file of options is no record
+    assert read_yaml(TrainConfig, file) == {"seed": 3}
 
 
 def test_changes_that_matter_are_named() -> None:

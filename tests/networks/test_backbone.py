@@ -92,6 +92,33 @@ def test_a_ratio_network_starts_at_zero_and_can_leave_it(backbone: str, pool: st
 
 
 @EVERY
+def test_an_energy_head_adds_the_inner_product_of_image_and_features(backbone: str) -> None:
+    """Against F enlarged by repeating pixels; at the start the head is zero, and so is the log ratio."""
+    network = ratio(backbone, head="energy").train()
+    x, sigma, labels = inputs()
+    assert torch.equal(network(x, sigma, labels), torch.zeros(4))
+    network = awake(network).double().eval()
+    x, sigma = x.double(), sigma.double()
+    with torch.no_grad():
+        found = network(x, sigma, labels)
+        maps, embedding = network.denoiser.encode(x, sigma, labels, middle=True)
+        images = x / (sigma**2 + 0.25).sqrt().reshape(-1, 1, 1, 1)
+        force = torch.zeros_like(images)
+        for read, side in zip(network.energy.read, sorted({h.shape[-1] for h in maps})[::-1], strict=True):
+            h = [h for h in maps if h.shape[-1] == side][-1]
+            h = torch.nn.functional.silu(h / (h.square().mean((1, 2, 3), keepdim=True) + 1e-6).sqrt())
+            small = torch.einsum("nchw,oc->nohw", h, read.weight) + read.bias.reshape(-1, 1, 1)
+            factor = images.shape[-1] // side
+            force += small.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor
+        energy = (images * force).flatten(1).sum(1) / images[0].numel() ** 0.5
+        torch.testing.assert_close(found, network.head(maps[-1], embedding) + energy)
+        assert float(energy.abs().min()) > 1e-3
+    scaled = awake(ratio(backbone, head="energy", scaled=True)).double().eval()
+    scaled.load_state_dict(network.state_dict())
+    torch.testing.assert_close(scaled(x, sigma, labels), found * 0.5 / (sigma**2 + 0.25).sqrt())
+
+
+@EVERY
 def test_the_ratio_network_depends_on_position_class_and_noise_level(backbone: str) -> None:
     network = awake(ratio(backbone)).eval()
     x, sigma, labels = inputs()

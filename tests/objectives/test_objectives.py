@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from diffratio_fast import ops
 from diffratio_fast.config.noise_laws import parse_noise_law
@@ -14,8 +16,9 @@ from diffratio_fast.objectives.augmentation import flip, roll, roll_shifts
 from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, initial_means, update_means
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference
 from diffratio_fast.objectives.held_out import pair_bounds
+from diffratio_fast.objectives.matching import matched
 from diffratio_fast.objectives.sigma import sample_sigma
-from diffratio_fast.objectives.weights import WEIGHTS
+from diffratio_fast.objectives.weights import LOSS_WEIGHTS, WEIGHTS, loss_weight
 from diffratio_fast.ops.divergences import DIVERGENCES
 
 SIGMA_DATA = 0.5
@@ -176,18 +179,82 @@ def test_ratio_loss_gradient_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(loss, (torch.tensor(0.4, dtype=torch.float64, requires_grad=True),))
 
 
-def test_ratio_loss_takes_noise_of_its_own_for_each_half_and_none_of_the_generators_gradient() -> None:
+def test_ratio_loss_shares_the_noise_of_a_pair_and_gives_the_fakes_no_gradient() -> None:
     x = setting()
-    fake = x["fake"].requires_grad_()
-    result = ratio_loss(
-        GaussianRatio(0.6, 0.9, 0.4), x["real"], fake, x["sigma"][:, 0], x["labels"], x["rng"], x["index"]
-    )
-    result.loss.backward()
+    network, fake = GaussianRatio(0.6, 0.9, 0.4), x["fake"].requires_grad_()
+    rest = (x["sigma"][:, 0], x["labels"], x["rng"], x["index"])
+    ratio_loss(network, x["real"], fake, *rest).loss.backward()
     assert fake.grad is None
-    same = ratio_loss(
-        GaussianRatio(0.6, 0.9, 0.4), fake, fake, x["sigma"][:, 0], x["labels"], x["rng"], x["index"]
-    )
-    assert not torch.equal(same.log_ratio_real, same.log_ratio_fake)
+    shared = ratio_loss(network, fake, fake, *rest)
+    assert torch.equal(shared.log_ratio_real, shared.log_ratio_fake)
+    separate = ratio_loss(network, fake, fake, *rest, purposes=ops.SEPARATE_NOISE)
+    assert torch.equal(separate.log_ratio_real, shared.log_ratio_real)
+    assert not torch.equal(separate.log_ratio_real, separate.log_ratio_fake)
+
+
+def slopes(purposes: tuple[ops.Purpose, ops.Purpose], sigma: float, count: int = 4000) -> Tensor:
+    """Gradients of the loss of a pair with respect to ``shift``, for pairs of their own: float64 [count]."""
+    generator = torch.Generator().manual_seed(5)
+    real, fake = torch.randn(2, count, 1, 1, 1, generator=generator, dtype=torch.float64)
+    shift = torch.full((count,), 0.4, dtype=torch.float64, requires_grad=True)
+
+    def ratio(noised: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+        mean = shift[labels % count].reshape(-1, 1, 1, 1)
+        return (noised * mean).flatten(1).sum(1) / (0.25 + level**2)
+
+    index = torch.arange(count)
+    level = torch.full((count,), sigma, dtype=torch.float64)
+    loss = ratio_loss(
+        ratio, real / 2 + 0.2, fake / 2, level, index, ops.make_rng(2, 0), index, purposes=purposes
+    ).loss
+    (gradient,) = torch.autograd.grad(loss * count, shift)
+    return gradient
+
+
+@pytest.mark.parametrize(("sigma", "least"), [(0.1, 1.0), (0.8, 1.5), (3.2, 10.0)])
+def test_shared_noise_keeps_the_gradient_and_lowers_its_variance(sigma: float, least: float) -> None:
+    shared, separate = slopes(ops.SHARED_NOISE, sigma), slopes(ops.SEPARATE_NOISE, sigma)
+    error = math.sqrt(float(shared.var() + separate.var()) / len(shared))
+    assert abs(float(shared.mean() - separate.mean())) < 4 * error
+    assert float(separate.var() / shared.var()) > least
+
+
+def test_a_weight_scales_each_pair_and_has_mean_one_over_the_law() -> None:
+    x = setting()
+    arguments = (x["real"], x["fake"], x["sigma"][:, 0], x["labels"], x["rng"], x["index"])
+    network = GaussianRatio(0.6, 0.9, 0.4)
+    weight = torch.rand(len(x["index"]), dtype=torch.float64)
+    plain = ratio_loss(network, *arguments)
+    expected = weight * (softplus(-plain.log_ratio_real) + softplus(plain.log_ratio_fake))
+    found = ratio_loss(network, *arguments, weight=weight).loss
+    torch.testing.assert_close(found.detach(), expected.mean())
+    law = parse_noise_law("loguniform(0.1, 10)")
+    for name in LOSS_WEIGHTS:
+        levels = law.quantile(torch.rand(200_000, dtype=torch.float64))
+        values = loss_weight(name, law, SIGMA_DATA)(levels)
+        assert float(values.mean()) == pytest.approx(1, abs=4 * float(values.std()) / 400)
+    rising = loss_weight("total_std", law, SIGMA_DATA)(torch.tensor([0.0, 0.5, 5.0]))
+    assert float(rising[1] / rising[0]) == pytest.approx(math.sqrt(2))
+    assert float(rising[2] / rising[0]) == pytest.approx(math.sqrt(101), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_matched_pairs_are_nearer_within_their_label(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    real, fake = torch.randn(2, count, 1, 2, 2, generator=generator)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    order = matched(real, fake, labels)
+    assert sorted(order.tolist()) == list(range(count))
+    assert torch.equal(labels[order], labels)
+
+    def cost(chosen: Tensor) -> float:
+        return float((real - fake[chosen]).square().sum())
+
+    squares = torch.cdist(real.flatten(1), fake.flatten(1)).square()
+    squares = squares + 1e6 * (labels[:, None] != labels)
+    best = cost(torch.as_tensor(linear_sum_assignment(squares.numpy())[1]))
+    start = cost(torch.arange(count))
+    assert best - 1e-4 <= cost(order) <= best + 0.2 * (start - best) + 1e-4
 
 
 def test_bound_is_zero_for_equal_and_log_2_for_disjoint() -> None:

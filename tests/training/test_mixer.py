@@ -86,7 +86,8 @@ def test_other_precisions_and_rolls_train_too(tmp_path: Path, options: dict[str,
 def test_a_preset_knows_what_suits_the_mixer() -> None:
     def configuration(*words: str) -> TrainConfig:
         arguments = vars(parser().parse_args([*words]))
-        del arguments["dry_run"], arguments["fresh"]
+        for name in ("dry_run", "fresh", "resume_from", "accept_data"):
+            del arguments[name]
         return resolve(arguments)[1]
 
     assert configuration("--ratio-network", "mixer").ratio_width == 64

@@ -54,12 +54,36 @@ def test_log_ratios_noise_every_half_and_draw_apart() -> None:
     zeros = torch.zeros(600, 1, 1, 2)
     rng, index = ops.make_rng(0, 0), torch.arange(600)
     sigma = torch.tensor([[0.5, 2.0]]).expand(600, 2)
-    real, fake = log_ratios(first, zeros, zeros, sigma, torch.zeros(600).long(), rng, index)
+    labels = torch.zeros(600).long()
+    real, fake = log_ratios(first, zeros, zeros, sigma, labels, rng, index, shared_noise=False)
     columns = torch.cat((real, fake), 1)
     np.testing.assert_allclose(columns.std(0), [0.5, 2.0, 0.5, 2.0], rtol=0.15)
     assert (torch.corrcoef(columns.T) - torch.eye(4)).abs().max() < 0.2
-    some = log_ratios(first, zeros[550:], zeros[550:], sigma[550:], torch.zeros(50).long(), rng, index[550:])
+    some = log_ratios(
+        first, zeros[550:], zeros[550:], sigma[550:], labels[550:], rng, index[550:], shared_noise=False
+    )
     assert torch.equal(some[0], real[550:])  # whatever the chunks
+    halves = log_ratios(first, zeros, zeros, sigma, labels, rng, index, shared_noise=True)
+    assert torch.equal(halves[0], real) and torch.equal(halves[1], real)
+
+
+def test_shared_noise_lowers_the_variance_of_the_bound() -> None:
+    count = 4000
+    real, fake = torch.randn(2, count, 1, 1, 1, dtype=torch.float64) / 2
+    rng, index, labels = ops.make_rng(0, 0), torch.arange(count), torch.zeros(count).long()
+    sigma = torch.tensor([[0.1, 1.0, 4.0]], dtype=torch.float64).expand(count, 3)
+
+    def ratio(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:  # of N(0.2, 1/4) to N(0, 1/4)
+        return (0.2 * x.flatten(1)[:, 0] - 0.02) / (0.25 + sigma**2)
+
+    bounds = [
+        pair_bounds(*log_ratios(ratio, real + 0.2, fake, sigma, labels, rng, index, shared_noise=shared))
+        for shared in (True, False)
+    ]
+    together, apart = (bound.double() for bound in bounds)
+    error = ((together.var(0) + apart.var(0)) / count).sqrt()
+    assert bool(((together.mean(0) - apart.mean(0)).abs() < 4 * error).all())
+    assert bool((together.var(0) < apart.var(0))[1:].all())
 
 
 def known(noised: Tensor, sigma: Tensor | float, labels: Tensor) -> Tensor:
@@ -81,7 +105,7 @@ def test_the_bound_of_a_known_network() -> None:
     for k, level in enumerate(levels.tolist()):
         halves = [
             known(x + level * ops.normal(rng, index, x.shape[1:], purpose, draw=k), level, labels)
-            for x, purpose in ((real, ops.Purpose.EVALUATION_REAL), (fake, ops.Purpose.EVALUATION_FAKE))
+            for x, purpose in zip((real, fake), [ops.Purpose.EVALUATION_REAL] * 2, strict=True)
         ]
         assert whole.by_level[k] == pytest.approx(float(pair_bounds(*halves).mean().detach()), abs=1e-5)
         right = ((halves[0] > 0).float().mean() + (halves[1] < 0).float().mean()) / 2

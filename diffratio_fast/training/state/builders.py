@@ -38,6 +38,8 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
             "middle": config.ratio_middle,
             "pool": config.ratio_pool,
             "dropout": config.ratio_dropout,
+            "head": config.ratio_head,
+            "scaled": config.ratio_scaled_logit,
         },
     }
 

@@ -19,8 +19,9 @@ from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.objectives.augmentation import roll, roll_shifts
 from diffratio_fast.objectives.bin_means import BINS, bin_sums, bins, update_means
 from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDifference
+from diffratio_fast.objectives.matching import matched
 from diffratio_fast.objectives.sigma import sample_sigma
-from diffratio_fast.objectives.weights import WEIGHTS
+from diffratio_fast.objectives.weights import WEIGHTS, loss_weight
 from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training.processes.parallel import Parallel
 from diffratio_fast.training.processes.world import ALONE, World
@@ -64,8 +65,15 @@ class Iteration(Stepper):
         self.weight = WEIGHTS[config.weight]
         self.generator = self.in_precision(state.generator)
         self.ratio: RatioNetwork = self.in_precision(state.ratio)
-        # the fused operations add the noise themselves, so neither rolls nor a penalty can come between
-        plain = config.ratio_roll_probability == 0 and config.ratio_gradient_penalty == 0
+        self.purposes = ops.SHARED_NOISE if config.ratio_shared_noise else ops.SEPARATE_NOISE
+        self.loss_weight = loss_weight(config.ratio_loss_weight, self.ratio_law, SIGMA_DATA)
+        # the fused operations add the noise and average the loss themselves: rolls, penalty and weights are
+        # composed from autograd
+        plain = (
+            config.ratio_roll_probability == 0
+            and config.ratio_gradient_penalty == 0
+            and config.ratio_loss_weight == "uniform"
+        )
         fits = isinstance(state.ratio, RatioMixer) and plain
         self.mixer = cast(RatioMixer, state.ratio) if fits else None
         self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
@@ -104,11 +112,17 @@ class Iteration(Stepper):
     ) -> RatioLoss:
         """Loss of the online network on clean images of a part of a batch: what an objective overrides."""
         sigma, _ = sample_sigma(self.ratio_law, self.rng, index, ops.Purpose.SIGMA_RATIO, substep=substep)
-        arguments = (real, fake, sigma[:, 0].to(self.dtype), labels, self.rng, index)
+        level = sigma[:, 0].to(self.dtype)
+        if self.config.ratio_matched_pairs:
+            fake = fake[matched(real, fake, labels)]
+        arguments = (real, fake, level, labels, self.rng, index)
+        common: dict[str, Any] = {"substep": substep, "purposes": self.purposes}
         if self.mixer is not None:
-            return fused.ratio_loss(self.mixer, *arguments, substep=substep, dtype=self.mixer_dtype)
+            return fused.ratio_loss(self.mixer, *arguments, **common, dtype=self.mixer_dtype)
+        uniform = self.config.ratio_loss_weight == "uniform"
         return diffratio.ratio_loss(
-            self._augmented(index, 2, substep=substep), *arguments, substep=substep,
+            self._augmented(index, 2, substep=substep), *arguments, **common,
+            weight=None if uniform else self.loss_weight(level),
             gradient_penalty=self.config.ratio_gradient_penalty,
         )  # fmt: skip
 
