@@ -89,7 +89,7 @@ class CMakeBuild(build_ext):
             raise CannotBuild(f"torch {probe.MINIMUM} or newer was not found")
         say(f"building against torch {torch.version} in {torch.path}")
 
-        # Kept between builds, one for each Python and torch. All paths are given anew each time: pip's
+        # Kept between builds, one for each Python and torch. All paths are passed each time: pip's
         # isolated environments, where CMake, Ninja and perhaps torch live, have another name at every build.
         tree = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.version}"
         options = [

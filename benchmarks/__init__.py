@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks --help``. Each ``bench_*.py`` here is one, found by its file name."""
+"""Benchmarks: ``python -m benchmarks --help``. Each ``bench_*.py`` file here is one benchmark."""

@@ -1,4 +1,4 @@
-"""The command ``python -m benchmarks``: by value, and written after each case."""
+"""The command ``python -m benchmarks``: most useful benchmarks first, results written after each case."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How fast records reach the training loop, against one-thread memcpy and against other ways to read them.
+"""Throughput of reading records, compared with one-thread memcpy and with other readers.
 
-``python -m benchmarks.bench_data [--json FILE]``. Synthetic latents, 8 x 64 x 64 float16 (64 KiB a record).
-Every way of reading is checked before it is timed. The ways take turns, round after round, on one machine
-in one run; a turn's first batches, read ahead while others had theirs, are not counted. Figures are
-medians over rounds. Nothing here needs a GPU.
+``python -m benchmarks.bench_data [--json FILE]``. Synthetic latents, 8 x 64 x 64 float16 (64 KiB per record).
+Every reader is checked before it is timed. The readers run interleaved, in rounds, on one machine in one run.
+The first batches of a turn are not counted: they were read ahead during other turns. Results are medians over
+rounds. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def make_shards(directory: Path, records: int, shape: tuple[int, int, int], *, sparse: bool = False) -> Path:
-    """A data set of random records (of zeros in sparse files, with ``sparse``), all of them for training."""
+    """Write a data set of random training records (with ``sparse``: zeros in sparse files)."""
     directory.mkdir(parents=True)
     latent = shape == LATENT
     size = int(np.prod(shape)) * (2 if latent else 1)
@@ -91,8 +91,10 @@ def make_shards(directory: Path, records: int, shape: tuple[int, int, int], *, s
 
 
 def make_others(root: Path, source: ShardDataSet) -> None:
-    """The same records as stored ZIPs of ``.npy`` (float16, and float32 as EDM2 keeps them), as a webdataset
-    tar, and as a file each."""
+    """Write the same records in other formats.
+
+    Stored ZIPs of ``.npy`` (float16, and float32 like EDM2), a webdataset tar, and one file per record.
+    """
     (root / "files").mkdir()
     with (
         zipfile.ZipFile(root / "float32.zip", "w", zipfile.ZIP_STORED) as archive32,
@@ -115,7 +117,7 @@ def make_others(root: Path, source: ShardDataSet) -> None:
 
 
 def memcpy(source: np.ndarray) -> Batches:
-    """One-thread copies of batches that lie in memory, far more of them than any cache holds."""
+    """One-thread copies of batches in memory; the batches exceed all caches."""
     ring = [np.ones(source.shape[1:], np.uint8) for _ in range(6)]
     turn = 0
     while True:
@@ -125,7 +127,7 @@ def memcpy(source: np.ndarray) -> Batches:
 
 
 class ZipRecords(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """In the manner of EDM2's loader: open a member of a ZIP and decode the ``.npy``, for a DataLoader."""
+    """A dataset like EDM2's, for a DataLoader: opens a member of a ZIP and decodes the ``.npy``."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.zip = path, None
@@ -136,14 +138,14 @@ class ZipRecords(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if self.zip is None:  # a handle for each worker
+        if self.zip is None:  # one handle per worker
             self.zip = zipfile.ZipFile(self.path)  # type: ignore[assignment]
         with self.zip.open(self.names[index]) as member:  # type: ignore[attr-defined]
             return torch.from_numpy(np.load(member)), index % 1000
 
 
 class MappedRecords(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """Mapped shards, a record at a time, for a DataLoader."""
+    """Mapped shards, one record per item, for a DataLoader."""
 
     def __init__(self, directory: Path) -> None:
         self.shards = [
@@ -176,7 +178,7 @@ def dali_reader(build: Callable[[Any], Any], *, moments: bool = False) -> Batche
     while True:
         outputs: Any = pipeline.run()
         array = outputs[0].as_array()
-        if moments:  # the ``.npy`` header comes along
+        if moments:  # includes the ``.npy`` header
             array = array[:, -int(np.prod(LATENT)) * 2 :].view(np.float16).reshape(-1, *LATENT)
         yield torch.from_numpy(array), torch.empty(0)
 
@@ -185,14 +187,14 @@ def dali_reader(build: Callable[[Any], Any], *, moments: bool = False) -> Batche
 
 
 def check(batches: Batches, known: set[bytes]) -> None:
-    """Two batches consist of records of the data set."""
+    """Assert that two batches consist of records of the data set."""
     for records, _ in islice(batches, 2):
         assert records.shape == (BATCH, *LATENT), records.shape
         assert all(record.half().numpy().tobytes() in known for record in records[::16])
 
 
 def take_turns(ways: dict[str, Batches], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, CPU seconds of this process) per batch, for every way and round."""
+    """(seconds, CPU seconds of this process) per batch, for every reader and round."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, batches in ways.items():
@@ -216,7 +218,7 @@ def row(
 
 
 def warm(root: Path, records: int, rounds: int) -> list[dict[str, Any]]:
-    """Latents from a warm page cache, every way of reading."""
+    """Latents from a warm page cache, with every reader."""
     directory = make_shards(root / "latents", records, LATENT)
     data = ShardDataSet(directory)
     make_others(root, data)
@@ -237,7 +239,7 @@ def warm(root: Path, records: int, rounds: int) -> list[dict[str, Any]]:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        print("DALI is not installed: its rows are left out", file=sys.stderr)
+        print("DALI is not installed: its rows are skipped", file=sys.stderr)
     else:
         ways["DALI, these shards"] = ours(loader="dali", verify="never")
         ways["DALI's numpy reader"] = dali_reader(
@@ -252,7 +254,7 @@ def warm(root: Path, records: int, rounds: int) -> list[dict[str, Any]]:
     for batches in ways.values():
         check(batches, known)
     del known
-    # As many distinct batches as the data set has, so that no cache helps one and not the other.
+    # As many distinct batches as the data set, so that caches have the same effect on both.
     source = np.ones((records // BATCH, BATCH, size), np.uint8)
     taken = take_turns({"memcpy, one thread": memcpy(source)} | ways, rounds)
     copy = float(np.median([wall for wall, _ in taken["memcpy, one thread"]]))
@@ -273,7 +275,7 @@ def warm(root: Path, records: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def small_records(root: Path, rounds: int) -> list[dict[str, Any]]:
-    """Pixels of CIFAR-10's and ImageNet-64's sizes, warm, with the default reading of each record."""
+    """Pixels of CIFAR-10's and ImageNet-64's sizes, warm, with default options."""
     rows = []
     for shape in ((3, 32, 32), (3, 64, 64)):
         directory = make_shards(root / f"pixels{shape[1]}", 8 * PER_SHARD, shape)
@@ -303,7 +305,7 @@ def drop_cache(directory: Path) -> None:
 
 
 def cold(directory: Path, rounds: int) -> list[dict[str, Any]]:
-    """The whole data set from disk: in sequence, in random blocks of 64 records, in random records."""
+    """The complete data set from disk: sequential, random blocks of 64 records, random records."""
 
     def sequential() -> None:
         buffer = bytearray(8 << 20)
@@ -392,7 +394,7 @@ def startup_and_memory(root: Path) -> list[dict[str, Any]]:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """For ``python -m benchmarks``: one epoch of a small data set, each time from its first batch."""
+    """Cases of ``python -m benchmarks``: one epoch of a small data set."""
     from benchmarks.harness import Case
 
     with tempfile.TemporaryDirectory() as place:
@@ -444,13 +446,13 @@ def environment() -> dict[str, Any]:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, bool]]:
-    """(what, figure, target, met) of the figures this project promises."""
+    """(name, value, target, met) for the performance targets of this project."""
     rate = {
         r["provider"]: r["images_per_s"] for r in rows if r["op"] == "read_batch" and r["dtype"] == "float16"
     }
     figure = {(r["op"], r["provider"]): r for r in rows}
     found = [("native / memcpy", rate["native"] / rate["memcpy, one thread"], ">= 0.6")]
-    # EDM2 keeps moments as float32; a ZIP of float16 is there for comparison.
+    # EDM2 stores moments as float32; the ZIP of float16 is for comparison.
     found.append(("native / EDM2-style ZIP", rate["native"] / rate["EDM2-style ZIP of float32"], ">= 15"))
     own = [rate[name] for name in rate if name.startswith("DALI's")]
     if own:
@@ -473,7 +475,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--directory", type=Path, help="where to put 3 GB for a while (default: temporary)")
+    parser.add_argument(
+        "--directory", type=Path, help="directory for 3 GB of temporary files (default: the system's)"
+    )
     parser.add_argument("--records", type=int, default=8192, help="latents in the data set")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()

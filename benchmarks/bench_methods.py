@@ -1,6 +1,6 @@
-"""What an iteration costs by method: DiffRatio with a RatioMixer, with half the U-Net, score distillation.
+"""Cost of an iteration by method: DiffRatio with a RatioMixer or a U-Net encoder, score distillation.
 
-The generator is the same U-Net throughout; score distillation's teacher and student are as large as it is.
+All use the same U-Net generator; teacher and student of score distillation have the same size.
 ``python -m benchmarks --only methods`` times whole training steps on this machine; ``python -m
 benchmarks.bench_methods`` prints FLOPs and memory at the presets' own sizes, computed without a device.
 """
@@ -52,7 +52,7 @@ PLANNED = ("cifar10", "imagenet512-xs")
 
 
 def config_of(method: str, preset: str | None = None, **options: Any) -> TrainConfig:
-    """A training by the method: on a preset's networks, or on the small ones given."""
+    """The configuration of a method, with the networks of a preset or of ``options``."""
     values: dict[str, Any] = {"generator": "backbone", "device": "cpu"}
     if preset is not None:
         chosen = CHOICES[method]
@@ -134,7 +134,7 @@ def case(settings: Settings, name: str, shape: tuple[int, int, int], **options: 
 
 
 def planned() -> Iterator[dict[str, Any]]:
-    """FLOPs and memory of a step at the presets' sizes, from tensors without numbers."""
+    """FLOPs and memory of a step at the sizes of the presets, with fake tensors."""
     for preset in PLANNED:
         for method in CHOICES:
             config = config_of(method, preset)

@@ -1,4 +1,4 @@
-"""add_noise against what one writes in PyTorch: randn, multiply, add (concatenate, cast)."""
+"""add_noise compared with plain PyTorch: randn, multiply, add (concatenate, cast)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def eager_both(real: Tensor, fake: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Inputs:
-    """Rotating real and fake images, with the arguments that the noise contract needs."""
+    """Rotating real and fake images, with seed and sample indices."""
 
     def __init__(self, settings: Settings, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         device = settings.device
@@ -40,7 +40,7 @@ class Inputs:
         self.fake = [(0.5 - template).to(dtype) for _ in range(self.count)]
         self.index = torch.arange(shape[0], device=device)
         self.sigma = torch.rand(shape[0], device=device) + 0.1
-        self.low_sigma = self.sigma.to(dtype)  # eager would promote bfloat16 images to float32 otherwise
+        self.low_sigma = self.sigma.to(dtype)  # otherwise eager promotes bfloat16 images to float32
         self.rng = ops.make_rng(1, 2, device)
 
     def __call__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class Inputs:
 
 
 def check_against_reference(inputs: Inputs) -> None:
-    """The fused result of the whole batch against the reference on some of its samples, bit for bit."""
+    """Compare the fused result of the batch with the reference on some samples, bit for bit."""
     some = torch.tensor([0, 1, len(inputs.index) - 1], device=inputs.index.device)
     (real, fake), n = inputs(0), len(inputs.index)
     fused = ops.add_noise((real, fake), inputs.sigma, inputs.rng, inputs.index, BOTH)
@@ -83,7 +83,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         for dtype in DTYPES:
             inputs = Inputs(settings, shape, dtype)
             size = float(torch.empty(shape, dtype=dtype).nbytes)
-            torch._dynamo.reset()  # a fresh graph for each shape instead of one for any
+            torch._dynamo.reset()  # a new graph per shape instead of one with dynamic shapes
             yield from cases_of(inputs, str(list(shape)), str(dtype).removeprefix("torch."), size)
 
 

@@ -1,4 +1,4 @@
-"""The ratio operations against what one writes in PyTorch: noise, network, autograd."""
+"""The ratio operations compared with plain PyTorch: noise, network, autograd."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPANSION = 2
 
 
 def eager_log_ratio(weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor) -> Tensor:
-    """In float32; on CUDA with matrix products in bfloat16, as the kernels have them."""
+    """The log ratio in float32; on CUDA with matrix products in bfloat16, like the kernels."""
     with torch.autocast("cuda", torch.bfloat16, enabled=x.device.type == "cuda"):
         return reference_ratio.log_ratio(weights, x, sigma, e)
 
@@ -41,7 +41,7 @@ def with_noise(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Problem:
-    """Weights, images and conditioning of one size, and the three operations each way."""
+    """Weights, images and conditioning of one size, and the three operations of both implementations."""
 
     def __init__(self, device: torch.device, size: tuple[int, ...]) -> None:
         channels, side, patch, width, depth, batch = size
@@ -95,7 +95,7 @@ class Problem:
         return loss, torch.autograd.grad(loss, [*self.weights, e])
 
     def check(self) -> None:
-        """Fused against the float64 reference on a few samples."""
+        """Compare the fused operations with the float64 reference on a few samples."""
         n = 2
         double = [weight.double() for weight in self.constants]
         fake, sigma, e = self.fake[:n], self.sigma[:n], self.conditioning[:n]

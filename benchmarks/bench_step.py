@@ -1,4 +1,4 @@
-"""A whole training iteration with a RatioMixer: fused operations against the same formulas under autograd."""
+"""A training iteration with a RatioMixer: fused operations compared with the same formulas under autograd."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def iteration(settings: Settings, shape: tuple[int, int, int], **options: Any) -> Iteration:
-    """A training of an MLP generator by a RatioMixer on random images of this shape."""
+    """Training of an MLP generator with a RatioMixer on random images of ``shape``."""
     precision = "bfloat16" if settings.device.type == "cuda" else "float32"
     config = TrainConfig(
         ratio_network="mixer", generator="mlp", generator_width=256, generator_depth=3, latent_size=64,
@@ -79,7 +79,7 @@ def case(settings: Settings, name: str, shape: tuple[int, int, int], **options: 
         return lambda i: which.run([(records, labels)])
 
     def check() -> None:
-        """One step of each from the same state leads to the same weights."""
+        """Assert that one step of each from the same state gives the same weights."""
         weights = []
         for which in (iterations["fused"], iterations["eager"]):
             which.run([(records, labels)])

@@ -69,11 +69,11 @@ REFUSALS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES)
 
 
 def end_state(where: Path) -> dict[str, Any]:
-    """What a finished run has come to, without what depends on the clock."""
+    """The results of a finished run, without values that depend on the clock."""
     run = where / "run"
     state: dict[str, Any] = {"log": [], "steps": json.loads((run / "summary.json").read_text())["steps"]}
     files = [(name, run / f"{name}.safetensors") for name in ("generator", "ratio")]
-    # which process wrote a tensor does not matter; parts of one are in the order of the processes
+    # independent of the process that wrote a tensor; parts of a tensor are in rank order
     newest = checkpoints.candidates(run / "checkpoint")[0]
     files += [(newest.name, file) for file in sorted(newest.glob("*.safetensors"))]
     for of, file in files:
@@ -321,7 +321,7 @@ MORE = FAULTS[:8]
 
 
 def run_case(seed: int, processes: list[int], references: References, data: Data) -> dict[str, Any]:
-    """One run under faults, brought to its end; a row of the result."""
+    """Run one case with faults until it finishes; return a row of the results."""
     chance = random.Random(seed)
     kinds = [FAULTS[seed % len(FAULTS)], *chance.choices(MORE, k=chance.randint(0, 2))]
     count = chance.choice([2, 4] if kinds[0] == "torchrun" else processes)
@@ -360,7 +360,10 @@ def main() -> int:
     )
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first case; the next have the next numbers"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first case; the following cases use the following seeds",
     )
     parser.add_argument("--processes", default="1,1,1,2,2,4", help="numbers of processes to draw from")
     parser.add_argument("--only", help="cases whose first fault is this kind: their seeds are a tenth of all")
@@ -372,7 +375,7 @@ def main() -> int:
     processes = [int(word) for word in options.processes.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            # what is done once is not done in each fork
+            # warm up once, not in each fork
             train.main([*OPTIONS, "--run-dir", str(Path(folder) / "run")])
             data = Data(Path(folder))
         references = References(data)

@@ -92,8 +92,8 @@ def attempt(name: str, device: str, first: int, deadline: float) -> tuple[list[d
     for text in process.stdout:
         line = json.loads(text)
         lines.append(line)
-        said = line["failure"] or "ok"
-        print(f"{name}: {line['check']}: {said} ({line['seconds']:.1f} s)", flush=True)
+        outcome = line["failure"] or "ok"
+        print(f"{name}: {line['check']}: {outcome} ({line['seconds']:.1f} s)", flush=True)
     status = process.wait()
     if timer is not None:
         timer.cancel()

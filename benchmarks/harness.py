@@ -1,4 +1,4 @@
-"""Check first, then time: providers side by side, interleaved, on inputs that rotate beyond the caches."""
+"""Check first, then time: interleaved providers, on rotating inputs larger than the caches."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ MAX_ROTATION = 1 << 30  # bytes of rotating inputs
 
 @dataclass
 class Case:
-    """One operation at one shape: what is compared and what it costs."""
+    """One operation at one shape: its providers, its check and its cost."""
 
     op: str
     shape: str
     dtype: str
     passes: str  # "forward" or "full" (forward and backward)
     providers: dict[str, Callable[[int], Any]]  # each is called with 0, 1, 2, ... to choose its inputs
-    check: Callable[[], None]  # raises AssertionError where a provider is wrong
-    bytes: float  # that must be read and written at least
+    check: Callable[[], None]  # raises AssertionError for a wrong result
+    bytes: float  # minimum bytes to read and write
     flops: float | None = None
-    about: dict[str, dict[str, Any]] = field(default_factory=dict)  # what else a provider's rows say
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)  # further fields of a provider's rows
 
 
 FEWEST = 3
-"""Timed calls of each provider, at least; a case that runs out of time before that is left out."""
+"""Minimum timed calls per provider; a case that runs out of time earlier is skipped."""
 
 
 class OutOfTime(Exception):
@@ -59,7 +59,7 @@ class Settings:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache."""
+    """Bytes of the last-level cache."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [0]
@@ -91,7 +91,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """The profiler's native code writes lines of its own there."""
+    """Suppress messages of the profiler's native code."""
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "wb") as null:
@@ -104,7 +104,7 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """Most memory of tensors alive at once that the call allocated, its result included."""
+    """Peak bytes of tensors allocated by the call, including its result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -125,9 +125,9 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, Any]]:
-    """Rows of the JSON file, one for each provider; interleaved, so that all see the same disturbances.
+    """Measure a case: one row per provider; interleaved, so that disturbances affect all providers.
 
-    Raises ``OutOfTime`` where the deadline leaves fewer than ``FEWEST`` timed calls of each.
+    Raises ``OutOfTime`` if the deadline allows fewer than ``FEWEST`` timed calls per provider.
     """
     case.check()
     order = random.Random(0)
@@ -139,7 +139,7 @@ def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, An
             for i in range(3):
                 call(i)
             seconds[name] = []
-        except Exception as error:  # torch.compile has many ways to be missing something
+        except Exception as error:  # torch.compile can fail in many ways
             if name == "fused":
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -181,7 +181,7 @@ def measure(benchmark: str, case: Case, settings: Settings) -> list[dict[str, An
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device can do at best: copying memory, and a large matrix product."""
+    """Measured ceilings of the device: memory copy, and a large matrix product."""
     cuda = device.type == "cuda"
     size = (1 << 30) if cuda else (1 << 28)
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -199,7 +199,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a number needs beside it to mean something. No host names, no paths."""
+    """The environment of the measurements, without host names and paths."""
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -215,7 +215,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The short table: milliseconds, and how many times faster than eager."""
+    """Format a table: milliseconds, and speedup over eager."""
     groups: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = (row["op"], row["shape"], row["dtype"], row["pass"])

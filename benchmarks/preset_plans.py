@@ -1,14 +1,14 @@
-"""The table of docs/presets.md: what every preset would take, and how fast those train that a CPU can train.
+"""The table of docs/presets.md: cost of every preset, and training speed of presets that fit a CPU.
 
     python -m benchmarks.preset_plans [PRESET ...] [--measured FILE]
     python -m benchmarks.preset_plans --measure FILE
 
-Parameters, FLOPs and memory are those that ``--dry-run`` prints; for them nothing is computed. ``--measure``
-times whole steps of the presets that are small enough, and of reduced ones, on one thread and random images,
-and writes what it found; ``--measured`` reads that into the table.
+Parameters, FLOPs and memory are those of ``--dry-run``, which computes nothing. ``--measure`` times steps of
+small and reduced presets on one thread and random images, and writes a JSON file; ``--measured`` reads it
+into the table.
 
-Images a second are those of the process's own time on a CPU, which other work on the machine hardly changes,
-and of the clock on a GPU.
+Images per second refer to CPU time of the process on a CPU, which is nearly independent of other load, and to
+wall time on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLUMNS = (
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 WARMUP, TIMED = 2, 10
 LARGEST = {"cpu": 5e11, "cuda": 1e15}
-"""FLOPs of a step that is timed, at most."""
+"""Maximum FLOPs of a step to time, by device."""
 REDUCED: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar10-cond, reduced": (
         "cifar10-cond",
@@ -55,11 +55,11 @@ REDUCED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Rows beside the presets: of which preset, with what changed."""
+"""Additional rows: a preset and its changed options."""
 
 
 def configurations(name: str) -> tuple[str, list[RunConfig]]:
-    """The preset behind a row, and its two configurations."""
+    """The preset of a row, and its two configurations."""
     preset, options = REDUCED.get(name, (name, {}))
     return preset, [
         PretrainConfig(**(PRETRAIN_PRESETS[preset] | options)),
@@ -91,7 +91,7 @@ def images_per_second(rate: float | None) -> str:
 
 
 def stepper(config: RunConfig, dataset: DataSet, device: torch.device) -> Callable[[], None]:
-    """A function that makes one step, after warm-up and ramp, on random images."""
+    """Return a function that runs one step on random images; warm-up and ramp are done."""
     size = (config.batch_size, *dataset.shape)
     records = torch.randint(0, 256, size, dtype=torch.uint8)
     if dataset.kind != "image":
@@ -115,7 +115,7 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
 
 
 def measure(names: list[str], device: torch.device) -> list[dict[str, Any]]:
-    """A row for every configuration whose step is small enough for the device."""
+    """Measure every configuration with a step that is small enough for the device."""
     rows = []
     for name in names:
         preset, configs = configurations(name)
@@ -143,24 +143,28 @@ def measure(names: list[str], device: torch.device) -> list[dict[str, Any]]:
 
 
 def read_measured(path: Path) -> dict[tuple[str, str], float]:
-    """(preset, command) to images a second, as ``--measure`` wrote it."""
+    """Read images per second by (preset, command) from a file of ``--measure``."""
     try:
         rows = json.loads(path.read_text())["rows"]
         return {(row["shape"], row["op"]): row["images_per_s"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise command.UserError(f"{path}: not what --measure wrote ({error})") from None
+        raise command.UserError(f"--measured {path}: expected a file of --measure ({error})") from None
 
 
 def main(argv: list[str]) -> int:
     parser = command.Parser(prog="python -m benchmarks.preset_plans", description=__doc__)
-    parser.add_argument("presets", nargs="*", metavar="PRESET", help="all, where none is named")
-    parser.add_argument("--measure", type=Path, metavar="FILE", help="time what is small enough; write JSON")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="fill the table's last column from it")
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help="default: all")
+    parser.add_argument(
+        "--measure", type=Path, metavar="FILE", help="time the presets that are small enough; write JSON"
+    )
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="read the last column of the table from this file"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(argv)
     known = [*PRESETS, *REDUCED]
     if unknown := sorted(set(options.presets) - set(known)):
-        raise command.UserError(f"no such preset: {unknown[0]}; known: {', '.join(known)}")
+        raise command.UserError(f"PRESET {unknown[0]}: unknown; expected one of {', '.join(known)}")
     names = options.presets or known
     if options.measure is not None:
         device = choose_device(options.device)

@@ -4,11 +4,11 @@
     python -m benchmarks.scaling_model --summary
     python -m benchmarks.scaling_model --measure [--json FILE]
 
-FLOPs, gradients and memory are those of the plan (``diffratio_fast.training.memory``, a step on tensors
-without numbers); the rest is arithmetic on the figures of ``Machine``, which are assumptions until somebody
-measures them. ``--measure`` fits the two constants of this machine's CPU (rate and overhead of a step) on two
-batch sizes and predicts the others; on two processes it adds the average of gradients. docs/scaling.md
-explains the formulas.
+FLOPs, gradients and memory come from the plan (``diffratio_fast.training.memory``, a step on fake tensors).
+All other numbers are computed from the values of ``Machine``, which are assumptions and not measured.
+``--measure`` fits the two constants of this machine's CPU (rate and overhead of a step) on two batch sizes
+and predicts the others; with two processes it adds the averaging of gradients. docs/scaling.md explains the
+formulas.
 """
 
 from __future__ import annotations
@@ -35,50 +35,50 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 PLANNED = (16, 32)
-"""Images of the plans from which memory is extrapolated: of few, the optimizers' step takes most."""
+"""Batch sizes of the plans for the memory model; for smaller ones the optimizer step has the peak."""
 COUNTS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU and its connections, as assumed: H200, eight to a node, 400 Gb/s between nodes for each."""
+    """An assumed GPU and its connections: H200, eight per node, 400 Gb/s per GPU between nodes."""
 
     flops: float = 989e12
-    """dense bfloat16 operations a second, by the data sheet"""
-    utilisation: float = 0.35
-    """share of them that a U-Net's training step reaches"""
+    """dense bfloat16 operations per second (data sheet)"""
+    utilization: float = 0.35
+    """fraction that a training step of a U-Net reaches"""
     memory: float = 141e9
     per_node: int = 8
     inside: float = 350e9
-    """bytes a second that a GPU can send to another of its node (NVLink, of 450 by the data sheet)"""
+    """bytes per second between GPUs of a node (NVLink; data sheet: 450 GB/s)"""
     between: float = 45e9
-    """bytes a second that it can send to another node (of 50)"""
+    """bytes per second to another node (nominal: 50 GB/s)"""
     latency: float = 20e-6
-    """seconds of one message of a ring"""
+    """seconds per message of a ring"""
     host: float = 40e9
-    """bytes a second from the GPU to the host's memory"""
+    """bytes per second from the GPU to host memory"""
     disk: float = 2e9
-    """bytes a second from a process to the file system"""
+    """bytes per second from a process to the file system"""
     overhead: float = 0.01
-    """seconds of a step that do not shrink with the batch (launches, optimizer)"""
+    """seconds of a step that do not depend on the batch size (launches, optimizer)"""
     hidden: float = 0.5
-    """share of the computing behind which the exchange of gradients can hide: most of the backward passes"""
+    """fraction of the computation that can overlap with the gradient exchange: most of the backward passes"""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of a run costs, from the plan; bytes are those of one copy of the networks."""
+    """Cost of a step of a run, from the plan; bytes are those of one copy of the networks."""
 
     batch: int
     flops: float
-    """An image's, where a GPU takes its images in one pass; in several, each generator pass is made twice."""
+    """FLOPs per image with one pass per GPU; with several passes each generator pass runs twice."""
     flops_in_parts: float
     state: float
     gradients: float
     record_bytes: int
     fixed: float
     per_image: float
-    """Peak bytes of a pass: ``fixed`` (state, gradients and more) and so many for each image in it."""
+    """Peak bytes of a pass: ``fixed`` (state, gradients and other) and bytes per image."""
 
     def peak(self, images: int) -> float:
         return max(self.fixed + images * self.per_image, self.state + self.gradients)
@@ -87,7 +87,7 @@ class Work:
 def ring(size: float, count: int, machine: Machine, *, passes: int = 2) -> float:
     """Seconds of a ring over ``count`` GPUs: each sends (count - 1) / count of ``size`` in each pass.
 
-    All-reduce is two passes (reduce-scatter and all-gather); the slowest link of the ring decides.
+    All-reduce is two passes (reduce-scatter and all-gather). The slowest link determines the time.
     """
     if count == 1:
         return 0.0
@@ -96,16 +96,16 @@ def ring(size: float, count: int, machine: Machine, *, passes: int = 2) -> float
 
 
 def largest_pass(work: Work, local: int, available: float) -> int | None:
-    """The largest power of two of images, or ``local``, whose pass takes no more; None where none does."""
+    """Largest power of two (or ``local``) of images per pass that fits ``available`` bytes, or None."""
     sizes = [images for images in (local, *(2**i for i in range(local.bit_length()))) if images <= local]
     return max((images for images in sizes if work.peak(images) <= available), default=None)
 
 
 def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[str, Any] | None:
-    """Step time and memory of ``count`` GPUs; None where a GPU would have no image or too little memory.
+    """Predict step time and memory of ``count`` GPUs; None if a GPU has no image or too little memory.
 
-    Unsharded (DDP) every GPU holds the whole state. Sharded (FSDP2) it holds 1 / count of it, and one copy of
-    the weights is gathered for the forward and again for the backward passes.
+    Unsharded (DDP): every GPU stores the complete state. Sharded (FSDP2): it stores 1 / count of the state,
+    and the weights are gathered for the forward passes and again for the backward passes.
     """
     if work.batch % count:
         return None
@@ -115,7 +115,7 @@ def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[
     if images is None:
         return None
     flops = (work.flops if images == local else work.flops_in_parts) * local
-    computing = flops / (machine.flops * machine.utilisation)
+    computing = flops / (machine.flops * machine.utilization)
     exchange = ring(work.gradients, count, machine)
     if sharded:  # reduce-scatter of gradients, all-gather of weights in forward and in backward passes
         passes = -(-local // images)
@@ -142,7 +142,7 @@ def predict(work: Work, count: int, machine: Machine, *, sharded: bool) -> dict[
 
 
 def work_of(config: RunConfig, data: DataSet) -> Work:
-    """What a step of the run costs, from plans of two sizes of a pass: memory is linear in its images."""
+    """Cost of a step of the run, from plans of two pass sizes; memory is linear in the images."""
     from diffratio_fast.training.memory import cost
 
     low, high = PLANNED
@@ -163,9 +163,10 @@ def work_of(config: RunConfig, data: DataSet) -> Work:
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> str:
-    """Markdown, a row for each number of GPUs and way."""
+    """Format as Markdown: one row per number of GPUs and kind of parallelism."""
     lines = [
-        "| GPUs | way | images on each (in a pass) | computing, ms | exchange, ms | step, ms | images/s "
+        "| GPUs | parallelism | images on each (in a pass) | computing, ms | exchange, ms | step, ms | "
+        "images/s "
         "| efficiency | memory, GB | loader, MB/s a node | days |",
         "|" + "---|" * 11,
     ]
@@ -184,17 +185,17 @@ ROW = re.compile(r"\| `([^`]+)` \| `train` \| ([\d.]+) \+ ([\d.]+) \| (\d+)[^|]*
 
 
 def hidden_up_to(flops: float, gradients: float, batch: int, machine: Machine) -> int:
-    """The most GPUs, whole nodes, on which the exchange of gradients hides behind the backward passes."""
-    rate = machine.flops * machine.utilisation
+    """Largest number of GPUs (complete nodes) with the gradient exchange hidden by the backward passes."""
+    rate = machine.flops * machine.utilization
     nodes = range(machine.per_node, 257, machine.per_node)
     hides = [n for n in nodes if ring(gradients, n, machine) <= machine.hidden * flops * batch / n / rate]
     return max(hides, default=0)
 
 
 def summary(machine: Machine, larger: int = 2048) -> str:
-    """Every preset's computing and exchange, from the plans in docs/presets.md; Markdown."""
+    """Format computation and exchange of every preset as Markdown, from the plans in docs/presets.md."""
     lines = [
-        "| preset (batch) | GFLOPs an image | gradients, GB | computing on 8, 16 GPUs, ms | exchange, ms "
+        "| preset (batch) | GFLOPs per image | gradients, GB | computing on 8, 16 GPUs, ms | exchange, ms "
         f"| hidden up to | with a batch of {larger} |",
         "|" + "---|" * 7,
     ]
@@ -202,7 +203,7 @@ def summary(machine: Machine, larger: int = 2048) -> str:
         flops, gradients = float(gigaflops.replace(",", "")) * 1e9, (float(first) + float(second)) * 4e6
         if flops < 1e11:  # digits and Fashion-MNIST are for a CPU
             continue
-        computing = [flops * int(batch) / n / (machine.flops * machine.utilisation) for n in (8, 16)]
+        computing = [flops * int(batch) / n / (machine.flops * machine.utilization) for n in (8, 16)]
         exchange = [ring(gradients, n, machine) for n in (8, 16)]
         most = [hidden_up_to(flops, gradients, b, machine) for b in (int(batch), larger)]
         lines.append(
@@ -232,7 +233,7 @@ print(json.dumps(timed_step(int(sys.argv[1]))))
 
 
 def timed_step(batch: int) -> float | None:
-    """Median CPU seconds of the tiny U-Net's step in one process; None in all but a launcher's rank 0."""
+    """Median CPU seconds of a step of the tiny U-Net in one process; None except on rank 0."""
     import torch
 
     from diffratio_fast.config.train import TrainConfig
@@ -253,7 +254,7 @@ def timed_step(batch: int) -> float | None:
 
 
 def timed_on_two(batch: int) -> float:
-    """The same on two processes, each with half of the batch."""
+    """The same with two processes, each with half of the batch."""
     command_line = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python",
         sys.executable, "-c", RANK, str(batch),
@@ -267,7 +268,7 @@ def timed_on_two(batch: int) -> float:
 
 
 def averaging(size: float) -> float:
-    """CPU seconds of a process in which two of them average ``size`` bytes of gradients (Gloo)."""
+    """CPU seconds of a process for averaging ``size`` bytes of gradients with another (Gloo)."""
     script = (
         "import sys, time, torch, torch.distributed as d\n"
         "d.init_process_group('gloo')\n"
@@ -290,7 +291,7 @@ def averaging(size: float) -> float:
 def measure() -> dict[str, Any]:
     """Predicted and measured step times on this machine's CPU, one and two processes.
 
-    In CPU seconds of one process with one thread, which other work on the machine does not add to.
+    In CPU seconds of one process with one thread, which do not include other load.
     """
     import torch
 
@@ -330,16 +331,18 @@ def main(argv: list[str]) -> int:
     parser = command.Parser(
         prog="python -m benchmarks.scaling_model", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--preset", default="imagenet512-xs", metavar="NAME", help="what is trained")
+    parser.add_argument("--preset", default="imagenet512-xs", metavar="NAME", help="preset to model")
     parser.add_argument("--gpus", default=",".join(map(str, COUNTS)), metavar="LIST", help="numbers of GPUs")
-    parser.add_argument("--batch", type=int, metavar="N", help="images in a step (default: the preset's)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per step (default: the preset's)")
     parser.add_argument("--summary", action="store_true", help="instead: all presets, from docs/presets.md")
     parser.add_argument("--measure", action="store_true", help="instead: check the model on this machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     arguments = parser.parse_args(argv)
     words = arguments.gpus.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"--gpus {arguments.gpus}: whole numbers are asked for, with commas between")
+        raise UserError(
+            f"--gpus {arguments.gpus}: not a list of numbers; expected integers separated by commas"
+        )
     result: dict[str, Any]
     if arguments.summary:
         print(summary(Machine()))
@@ -358,7 +361,7 @@ def main(argv: list[str]) -> int:
         from diffratio_fast.training.plan import planned_data
 
         if arguments.preset not in PRESETS:
-            raise UserError(f"no such preset: {arguments.preset}; known: {', '.join(PRESETS)}")
+            raise UserError(f"--preset {arguments.preset}: unknown; expected one of {', '.join(PRESETS)}")
         config = TrainConfig(**PRESETS[arguments.preset])
         if arguments.batch is not None:
             config = replace(config, batch_size=arguments.batch)
@@ -368,7 +371,7 @@ def main(argv: list[str]) -> int:
         found = [predict(work, count, machine, sharded=way) for count in counts for way in (False, True)]
         rows = [row for row in found if row is not None]
         print(
-            f"{arguments.preset}: {work.flops / 1e9:,.0f} GFLOPs an image, gradients "
+            f"{arguments.preset}: {work.flops / 1e9:,.0f} GFLOPs per image, gradients "
             f"{work.gradients / 1e9:.2f} GB, state {work.state / 1e9:.2f} GB, {steps:,} steps of {work.batch}"
         )
         print(table(rows, steps))

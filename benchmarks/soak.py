@@ -1,12 +1,12 @@
-"""A bounded soak: a run is stopped and continued again and again; memory stays flat and nothing is left open.
+"""A soak test: a run is interrupted and resumed repeatedly; memory must stay flat and nothing may leak.
 
     python -m benchmarks.soak --minutes 10 [--preset digits|tiny-unet|both] [--json FILE]
 
-Each session continues a run in this very process: it opens the prepared data anew, trains with a checkpoint
-every few steps, and is stopped by SIGTERM after some seconds. After each the resident memory, the open files,
-the threads and the children of the process are counted (Linux: from /proc). The first sessions, in which
-libraries fill their caches, are the warm-up. Fails where more files, threads or children are there at the end
-than after the warm-up, or where memory has grown.
+Each session resumes a run in this process: it reopens the prepared data, trains with a checkpoint every few
+steps, and is interrupted by SIGTERM after some seconds. After each session the resident memory, open files,
+threads and child processes are counted (Linux: from /proc). The first sessions, in which libraries fill their
+caches, are the warm-up. Fails if more files, threads or children exist at the end than after the warm-up, or
+if memory has grown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from diffratio_fast import command
 
 SESSION_SECONDS = 10.0
 GROWTH = 24 * 2**20
-"""Bytes by which the median resident memory of the last third may exceed that of the first after warm-up."""
+"""Allowed growth in bytes of the median resident memory from the first to the last third after warm-up."""
 UNET = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Count:
-    """What the process holds at a moment."""
+    """Resources of the process at one time."""
 
     seconds: float
     resident_bytes: int
@@ -58,7 +58,7 @@ class Count:
 
 
 def count(began: float) -> Count:
-    """What this process holds now, garbage and the allocator's free pages set aside."""
+    """Count the resources of this process, after garbage collection and trimming of free memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -71,7 +71,7 @@ def count(began: float) -> Count:
 
 
 def prepared_digits(root: Path) -> Path:
-    """The digits as a prepared data set: what is read by the loader's threads, unlike the ones in memory."""
+    """Prepare the digits as shards, so that the loader's threads read them."""
     from PIL import Image
 
     from diffratio_fast import prepare
@@ -89,8 +89,8 @@ def prepared_digits(root: Path) -> Path:
 
 @contextlib.contextmanager
 def stopped_every(seconds: float) -> Iterator[None]:
-    """SIGTERM to this process each time so long has passed, as a pre-emption would send it."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # of those outside training
+    """Send SIGTERM to this process every ``seconds`` seconds, like a preemption."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # ignore signals outside training
     ended = threading.Event()
 
     def send() -> None:
@@ -108,7 +108,7 @@ def stopped_every(seconds: float) -> Iterator[None]:
 
 
 def session(preset: str, data: Path, run_dir: Path, seconds: float) -> int:
-    """Continue the run for so long; the step it has come to."""
+    """Resume the run for ``seconds`` and return its step."""
     from diffratio_fast.config.presets import PRESETS as TRAINED
     from diffratio_fast.config.train import TrainConfig
     from diffratio_fast.training.generator_run import train
@@ -124,12 +124,12 @@ def session(preset: str, data: Path, run_dir: Path, seconds: float) -> int:
         train("digits", config)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     for path in (*(run_dir / "samples").glob("*.png"), *run_dir.glob("events.*")):
-        path.unlink()  # what a run gathers on purpose
+        path.unlink()  # files that accumulate by design
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def soak(seconds: float, presets: list[str], *, session_seconds: float = SESSION_SECONDS) -> dict[str, Any]:
-    """Sessions of each preset in turn for so long, at least nine; what was counted, and if it is flat."""
+    """Run sessions of the presets alternately for ``seconds``, at least nine; return the counts."""
     began = time.monotonic()
     counts: list[Count] = []
     steps = dict.fromkeys(presets, 0)
@@ -169,12 +169,12 @@ def soak(seconds: float, presets: list[str], *, session_seconds: float = SESSION
 
 def main(argv: list[str]) -> int:
     parser = command.Parser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="X", help="how long, about")
-    parser.add_argument("--preset", default="both", choices=(*PRESETS, "both"), help="what is trained")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="X", help="approximate duration")
+    parser.add_argument("--preset", default="both", choices=(*PRESETS, "both"), help="presets to train")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
-        raise command.UserError(f"--minutes must be above 0, not {arguments.minutes}")
+        raise command.UserError(f"--minutes {arguments.minutes}: out of range; expected above 0")
     presets = list(PRESETS) if arguments.preset == "both" else [arguments.preset]
     result = soak(arguments.minutes * 60, presets)
     if arguments.json is not None:
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if "MALLOC_ARENA_MAX" not in os.environ:
-        # glibc gives short-lived threads up to 8 arenas a core, which fill once and would look like a leak
+        # glibc creates up to 8 arenas per core for short-lived threads; their growth would look like a leak
         arguments = [sys.executable, "-m", "benchmarks.soak", *sys.argv[1:]]
         os.execve(sys.executable, arguments, os.environ | {"MALLOC_ARENA_MAX": "2"})
     command.run(main)

@@ -10,12 +10,12 @@ __all__ = ["__version__", "build_info"]
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled operations were built with, as a dictionary.
+    """Return the build configuration of the compiled operations as a dictionary.
 
-    ``built`` (bool) says whether they are in use; if not, ``reason`` says why and the reference operations
-    are. Otherwise: ``compiler``, ``cuda_archs`` (empty without CUDA), ``cuda_version`` (None without),
-    ``torch_version``, ``simd_levels`` (compiled), ``simd_level`` (in use), ``openmp``.
+    ``built`` (bool): whether they are in use. If not, the reference operations are in use and ``reason``
+    (str) is the cause. Otherwise: ``compiler``, ``cuda_archs`` (empty without CUDA), ``cuda_version`` (None
+    without CUDA), ``torch_version``, ``simd_levels`` (compiled), ``simd_level`` (in use), ``openmp``.
     """
-    from diffratio_fast.ops import compiled  # imports torch: only when asked
+    from diffratio_fast.ops import compiled  # imports torch, so only on demand
 
     return compiled.build_info()

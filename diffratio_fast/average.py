@@ -1,8 +1,7 @@
 """python -m diffratio_fast.average RUN --ema-std X --out FILE: an average of any width, after the run.
 
-A run with ``--posthoc-ema 0.05,0.10`` keeps power-function averages of those widths with its snapshots. Of
-them this makes, by least squares, an average of another width, as if that had been kept all along (Karras et
-al. 2024, Section 3).
+A run with ``--posthoc-ema 0.05,0.10`` saves power-function averages of those widths with its snapshots. This
+command combines them by least squares into an average of another width (Karras et al. 2024, Section 3).
 """
 
 from __future__ import annotations
@@ -22,30 +21,30 @@ if TYPE_CHECKING:
     import torch
 
 GOOD = 0.05
-"""Relative error of a profile above which the average is not quite that of the width named."""
+"""Maximum relative error of the profile without a warning."""
 
 
 def parser() -> command.Parser:
     result = command.Parser(
         prog="python -m diffratio_fast.average",
-        description="Make an average of the weights of any width from those that a run with --posthoc-ema "
-        "kept. What comes out is a generator's file, for sample, evaluate and --init, or a denoiser's where "
-        "the run is of pretrain.",
+        description="Compute a weight average of any width from the averages of a --posthoc-ema run. The "
+        "output is a generator file for sample, evaluate and --init, or a denoiser file for a run of "
+        "pretrain.",
     )
     add = result.add_argument
     add("run", type=Path, metavar="RUN", help="run directory")
     add(
         "--ema-std", type=float, required=True, metavar="X",
-        help="relative width of the average: its standard deviation as a part of the training so far",
+        help="relative width of the average: its standard deviation as a fraction of the training time",
     )  # fmt: skip
-    add("--step", type=int, metavar="N", help="training step of a snapshot to average at (default: the last)")
+    add("--step", type=int, metavar="N", help="training step of the snapshot (default: the last)")
     add("--out", type=Path, required=True, metavar="FILE", help=".safetensors file to write")
     return result
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A kept average's file: its width, the updates it has seen, and its step of the training."""
+    """The file of a saved average: its width, its number of updates, and its training step."""
 
     path: Path
     std: float
@@ -55,11 +54,11 @@ class Snapshot:
 
 
 def snapshots(run: Path) -> list[Snapshot]:
-    """The kept averages of a run, earliest first; a ``UserError`` where there are none or damaged ones."""
+    """The saved averages of a run, earliest first; raises ``UserError`` if none exist or one is damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not run.is_dir():
-        raise UserError(f"{run}: no such run directory")
+        raise UserError(f"{run}: no such run directory; expected the directory of a run")
     found = []
     for path in RunPaths(run).kept_averages():
         try:
@@ -69,16 +68,16 @@ def snapshots(run: Path) -> list[Snapshot]:
             std, updates, step = (about[name] for name in ("ema_std", "ema_updates", "step"))
             found.append(Snapshot(path, float(std), int(updates), int(step), metadata))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: damaged or not a kept average ({error}); move it away") from None
+            raise UserError(f"{path}: damaged or not a saved average ({error}); remove the file") from None
     if not found:
-        raise UserError(f"{run}: holds no averages to combine; train with --posthoc-ema 0.05,0.10")
+        raise UserError(f"{run}: no saved averages; train with --posthoc-ema 0.05,0.10")
     return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.std))
 
 
 def combined(chosen: list[Snapshot], weights: npt.NDArray[Any]) -> dict[str, torch.Tensor]:
-    """The sum of the files' tensors by these weights, in float64, one tensor in memory at a time.
+    """Weighted sum of the tensors of the files, in float64, with one tensor in memory at a time.
 
-    What is the same in all of them (what is not learned) stays as it is.
+    Tensors that are equal in all files (not trained) are unchanged.
     """
     import torch
     from safetensors import safe_open
@@ -87,7 +86,7 @@ def combined(chosen: list[Snapshot], weights: npt.NDArray[Any]) -> dict[str, tor
     names = set(files[0].keys())
     for file, snapshot in zip(files, chosen, strict=True):
         if set(file.keys()) != names:
-            raise UserError(f"{snapshot.path}: is of another network than {chosen[0].path}")
+            raise UserError(f"{snapshot.path}: belongs to another network than {chosen[0].path}")
     result = {}
     for name in sorted(names):
         last = files[-1].get_tensor(name)
@@ -95,7 +94,7 @@ def combined(chosen: list[Snapshot], weights: npt.NDArray[Any]) -> dict[str, tor
         for file, weight in zip(files, weights, strict=True):
             tensor = file.get_tensor(name)
             if tensor.shape != last.shape:
-                raise UserError(f"{chosen[0].path}: is of another network than {chosen[-1].path}")
+                raise UserError(f"{chosen[0].path}: belongs to another network than {chosen[-1].path}")
             same = same and torch.equal(tensor, last)
             total += weight * tensor.double()
         keep = torch.float32 if last.dtype in (torch.float16, torch.bfloat16) else last.dtype
@@ -104,7 +103,7 @@ def combined(chosen: list[Snapshot], weights: npt.NDArray[Any]) -> dict[str, tor
 
 
 def described(last: Snapshot, std: float) -> dict[str, str]:
-    """The metadata of the file of an average of width ``std``, made as of the last snapshot."""
+    """Metadata for the file of an average of width ``std`` at the last snapshot."""
     if "architecture" in last.metadata:
         return last.metadata | {"ema_std": str(std)}
     about = json.loads(last.metadata["about"])
@@ -113,29 +112,31 @@ def described(last: Snapshot, std: float) -> dict[str, str]:
 
 
 def average(run: Path, std: float, out: Path, step: int | None = None) -> float:
-    """Write the average of width ``std`` at a step of the run (by default its last); the profile's error."""
+    """Write the average of width ``std`` at ``step`` (default: the last); return the profile error."""
     from diffratio_fast.storage.tensors import save_tensors
     from diffratio_fast.training.state.posthoc_ema import Profile, combination
 
     if not 0 < std <= LARGEST_WIDTH:
-        raise UserError(f"--ema-std must be above 0 and at most {LARGEST_WIDTH}, not {std}")
+        raise UserError(f"--ema-std {std}: out of range; expected above 0 and at most {LARGEST_WIDTH}")
     if out.suffix != ".safetensors" or not out.parent.is_dir():
-        raise UserError(f"--out {out}: must be a .safetensors file in a directory that is there")
+        raise UserError(f"--out {out}: expected a .safetensors file in an existing directory")
     found = snapshots(run)
     steps = sorted({snapshot.step for snapshot in found})
     if step is not None and step not in steps:
-        raise UserError(f"{run}: kept no averages at step {step}; at {', '.join(map(str, steps))}")
+        raise UserError(
+            f"--step {step}: {run} has no averages at this step; expected one of {', '.join(map(str, steps))}"
+        )
     chosen = [snapshot for snapshot in found if step is None or snapshot.step <= step]
     profiles = [Profile(snapshot.std, snapshot.updates) for snapshot in chosen]
     weights, error = combination(profiles, Profile(std, chosen[-1].updates))
     save_tensors(out, combined(chosen, weights), described(chosen[-1], std))
     print(
-        f"{out}: average of relative width {std:g} at step {chosen[-1].step:,}, from {len(chosen)} kept "
-        f"averages; its profile is matched to {error:.1%}"
+        f"{out}: average of relative width {std:g} at step {chosen[-1].step:,}, from {len(chosen)} saved "
+        f"averages; relative error of the profile {error:.1%}"
     )
     if error > GOOD:
         print(
-            f"warning: that is more than {GOOD:.0%}: more snapshots, or a width between those kept, would fit"
+            f"warning: the error is above {GOOD:.0%}; use more snapshots, or a width between the saved ones"
         )
     return error
 

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit status 2, a quiet parser."""
+"""Shared by all commands: one-line errors, exit status 2, argument parser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffratio_fast.errors import Interrupted, ReportedElsewhere, UserError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there is something to show."""
+    """Shows defaults that are not None, False or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False
@@ -33,15 +33,15 @@ class Parser(argparse.ArgumentParser):
 
 
 LINE_LIMIT = 2000
-"""Characters of an error line, at most."""
+"""Maximum characters of an error line."""
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|storage size calculation", re.I)
-"""What PyTorch's RuntimeErrors say where memory is short."""
+"""Patterns of PyTorch's RuntimeErrors for a lack of memory."""
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run ``main(argv)`` as a process: its return value is the exit status, ``UserError`` is 2.
+    """Run ``main(argv)`` and exit with its return value; ``UserError`` exits with 2.
 
-    What the machine refuses (memory; a file system, where no caller knew more of it) is one line and 2 too.
+    A lack of memory and unhandled errors of the file system are also one line and status 2.
     """
     try:
         status = main(sys.argv[1:])
@@ -54,7 +54,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has left
+    except BrokenPipeError:  # the reader of the pipe (`| head`) has exited
         status = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -78,7 +78,7 @@ def _failed(message: str) -> int:
 
 
 def _out_of_memory(error: BaseException) -> str:
-    """A line for a lack of memory: how much was asked for, where that is known, and what helps."""
+    """The message for a lack of memory: the requested amount, if known, and what to do."""
     detail = " ".join(str(error)[:300].split())
     return (
         f"out of memory{f' ({detail})' if detail else ''}; use smaller networks, batches (--micro-batch) or "

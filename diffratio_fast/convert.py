@@ -1,4 +1,4 @@
-"""python -m diffratio_fast.convert SNAPSHOT.pkl OUT.safetensors: published EDM and EDM2 weights, safely."""
+"""python -m diffratio_fast.convert SNAPSHOT.pkl OUT.safetensors: convert published EDM and EDM2 weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from diffratio_fast.errors import UserError
 if TYPE_CHECKING:
     from diffratio_fast.networks.published_pickles import PublishedNetwork
 
-EPILOG = """Nothing in the snapshot is executed, and the code it was written by is not needed. OUT holds the
-weights under their published names, as they are; its metadata's architecture and config are what
-diffratio_fast.networks.from_published takes; diffratio_fast.networks.load_published(OUT) is the network."""
+EPILOG = """No code in the snapshot is executed, and the published code is not needed. OUT contains the
+unchanged weights under their published names; architecture and config in its metadata are the arguments of
+diffratio_fast.networks.from_published. diffratio_fast.networks.load_published(OUT) returns the network."""
 
 
 def parser() -> command.Parser:
     result = command.Parser(
         prog="python -m diffratio_fast.convert",
-        description="Published EDM and EDM2 snapshots (pickles) to safetensors; no pickled code is executed.",
+        description="Convert published EDM and EDM2 snapshots (pickles) to safetensors; executes no code.",
         epilog=EPILOG,
     )
     result.add_argument("snapshot", type=Path, metavar="SNAPSHOT.pkl", help="a published snapshot")
     result.add_argument("out", type=Path, nargs="?", metavar="OUT.safetensors", help="the file to write")
-    result.add_argument("--key", default="ema", metavar="NAME", help="the network to take from the snapshot")
-    result.add_argument("--info", action="store_true", help="print what the snapshot holds, write nothing")
+    result.add_argument("--key", default="ema", metavar="NAME", help="key of the network in the snapshot")
+    result.add_argument(
+        "--info", action="store_true", help="print the content of the snapshot, write nothing"
+    )
     return result
 
 
@@ -35,9 +37,9 @@ def main(argv: list[str]) -> int:
     path: Path = arguments.snapshot
     out: Path | None = arguments.out
     if out is None and not arguments.info:
-        raise UserError("say where to write: SNAPSHOT.pkl OUT.safetensors, or --info (see --help)")
+        raise UserError("no output file; expected SNAPSHOT.pkl OUT.safetensors, or --info (see --help)")
     if out is not None and out.resolve() == path.resolve():
-        raise UserError(f"{out}: would overwrite the snapshot itself")
+        raise UserError(f"{out}: the output would overwrite the snapshot; choose another file")
 
     from diffratio_fast.networks.published_pickles import published_network, read_snapshot
     from diffratio_fast.storage.reading import one_line
@@ -45,7 +47,8 @@ def main(argv: list[str]) -> int:
     content = read_snapshot(path)
     if arguments.key not in content:
         raise UserError(
-            f"{path}: has no {arguments.key!r}; it holds {one_line(', '.join(map(ascii, content)))}"
+            f"--key {arguments.key}: not in {path}; expected one of "
+            f"{one_line(', '.join(map(ascii, content)))}"
         )
     try:
         network = published_network(content[arguments.key])
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _verified(network: PublishedNetwork) -> int:
-    """The number of parameters; ``ValueError`` unless names and shapes are those of the architecture."""
+    """Number of parameters; raises ``ValueError`` unless names and shapes match the architecture."""
     from diffratio_fast.networks.published import with_state
 
     built = with_state(network.architecture, network.config, network.state)

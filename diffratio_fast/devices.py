@@ -1,4 +1,4 @@
-"""The device that something runs on: chosen by name, and called by its product name."""
+"""Devices: choice by name, product name, peak memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffratio_fast.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``--device`` names; one that is not there is a ``UserError``.
+    """Return the device for ``--device``; raises ``UserError`` if it is not available.
 
-    ``auto`` and ``cuda`` under torchrun are the GPU of this process's own.
+    Under torchrun, ``auto`` and ``cuda`` select the GPU of this process.
     """
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -25,18 +25,18 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name}: not a device; expected auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: not supported; expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this PyTorch finds no GPU; use --device cpu")
+        raise UserError(f"--device {name}: PyTorch finds no GPU; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+        raise UserError(f"--device {name}: no such GPU; expected an index below {torch.cuda.device_count()}")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """The product name of a GPU, or of the processor."""
+    """Product name of the GPU or the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the device where it is a GPU, of the process elsewhere."""
+    """Peak memory so far in bytes: of the GPU, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

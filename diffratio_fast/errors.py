@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input of any kind: the message is one line that says what is wrong and what to do."""
+    """Bad input: the message is one line with what is wrong, what was expected and what to do."""
 
 
 class Interrupted(Exception):
@@ -16,4 +16,4 @@ class Interrupted(Exception):
 
 
 class ReportedElsewhere(UserError):
-    """Another process of the same run tells of the error; this one ends without a word."""
+    """Another process of the same run reports the error; this process exits silently."""

@@ -1,4 +1,4 @@
-"""python -m diffratio_fast.evaluate SUBJECT: figures of generated images against real ones."""
+"""python -m diffratio_fast.evaluate SUBJECT: metrics of generated images against real ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from diffratio_fast.storage.reading import UNPACKED_LIMIT
 if TYPE_CHECKING:
     from diffratio_fast.metrics.protocol import Options
 
-EPILOG = """The protocol of published figures is the default: 50,000 images of each of three seeds, as uint8,
-against the training split; the mean of the seeds stands beside the best. See docs/evaluation.md."""
+EPILOG = """The default is the protocol of published results: 50,000 images for each of three seeds, as uint8,
+against the training split; the mean over the seeds and the best value are printed. See docs/evaluation.md."""
 
 
 def parser() -> command.Parser:
@@ -43,16 +43,16 @@ def parser() -> command.Parser:
         "--features", default="auto", metavar="NAME",
         help="inception, dinov2, efficientnet-lite0 or pixels; auto: pixels for tiny images, else inception",
     )  # fmt: skip
-    add("--weights", type=Path, metavar="PATH", help="file or directory of the features' weights")
+    add("--weights", type=Path, metavar="PATH", help="weights of the features: file or directory")
     add(
-        "--metrics", default="frechet,kernel,neighbours,score", metavar="LIST",
-        help="which figures; neighbours are precision, recall, density, coverage",
+        "--metrics", default="frechet,kernel,neighbours,score", metavar="LIST",  # words: ok
+        help="metrics to compute; neighbors: precision, recall, density, coverage",
     )  # fmt: skip
     add("--count", type=int, default=50_000, metavar="N", help="images to generate for each seed")
-    add("--seeds", default="0,1,2", metavar="LIST", help="seeds of the latents, with commas between")
+    add("--seeds", default="0,1,2", metavar="LIST", help="seeds of the latents, separated by commas")
     add(
         "--labels", default="proportional", choices=("proportional", "uniform", "ignore"),
-        help="classes to generate: as frequent as in the reference or equally; ignore: do not look at labels",
+        help="classes to generate: with the frequencies of the reference, or uniform; ignore: ignore labels",
     )  # fmt: skip
     add(
         "--classifier", metavar="NAME",
@@ -70,35 +70,42 @@ def parser() -> command.Parser:
     add("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
     add(
         "--calibration", action="store_true",
-        help="instead: whether a run's ratio networks are calibrated for its generator (docs/verifier.md)",
+        help="instead: measure the calibration of a run's ratio networks (docs/verifier.md)",
     )  # fmt: skip
-    add("--save-reference", type=Path, metavar="FILE", help="also write the reference's statistics, an .npz")
+    add(
+        "--save-reference",
+        type=Path,
+        metavar="FILE",
+        help="also write the statistics of the reference (.npz)",
+    )
     add("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N")
-    add("--json", action="store_true", help="print everything there is to say as JSON")
+    add("--json", action="store_true", help="print the complete result as JSON")
     return result
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) < 2**63 for word in words) or len(set(words)) < len(words):
-        raise UserError(f"--seeds {text}: different whole numbers are asked for, with commas between")
+        raise UserError(
+            f"--seeds {text}: not a list of seeds; expected different integers from 0, separated by commas"
+        )
     return tuple(map(int, words))
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """The options, checked as far as they can be on their own."""
-    from diffratio_fast.metrics.figures import METRICS
+    """Convert and check the options."""
     from diffratio_fast.metrics.protocol import Options
+    from diffratio_fast.metrics.results import METRICS
 
     metrics = tuple(word.strip() for word in arguments.metrics.split(","))
     if unknown := [word for word in metrics if word not in METRICS]:
-        raise UserError(f"--metrics: no such metric: {unknown[0]!r}; known: {', '.join(METRICS)}")
+        raise UserError(f"--metrics {unknown[0]}: unknown; expected a list of {', '.join(METRICS)}")
     if arguments.count < 2:
-        raise UserError(f"--count must be at least 2, not {arguments.count}")
+        raise UserError(f"--count {arguments.count}: out of range; expected at least 2")
     if arguments.max_bytes < 1:
         raise UserError(f"--max-bytes must be at least 1, not {arguments.max_bytes}")
     if arguments.save_reference is not None and arguments.save_reference.suffix != ".npz":
-        raise UserError(f"--save-reference {arguments.save_reference}: name an .npz")
+        raise UserError(f"--save-reference {arguments.save_reference}: expected an .npz file")
     elsewhere = ("json", "metrics", "seeds", "calibration")
     given = {name: value for name, value in vars(arguments).items() if name not in elsewhere}
     return Options(**given, metrics=metrics, seeds=parse_seeds(arguments.seeds))
@@ -118,12 +125,12 @@ def main(argv: list[str]) -> int:
         keep_evaluation(run, result)
         report.write(run)
         if not arguments.json:
-            print(f"{RunPaths(run).report}: the report, with these figures")
+            print(f"{RunPaths(run).report}: report with these metrics")
     return 0
 
 
 def calibrate(run: Path, device: str, *, as_json: bool) -> int:
-    """Print the calibration of a run's ratio networks; it also goes into the run's report."""
+    """Print the calibration of a run's ratio networks, and write it to the report of the run."""
     from diffratio_fast.devices import choose_device
     from diffratio_fast.verifier import tables
 
@@ -134,7 +141,7 @@ def calibrate(run: Path, device: str, *, as_json: bool) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for a person: what was measured, then a line for each figure."""
+    """Format the result as text: the inputs, then one line per metric."""
     subject, reference, extractor = (result[name] for name in ("subject", "reference", "extractor"))
     weights = extractor["weights_sha256"]
     seeds = "" if result["seeds"] is None else f", seeds {', '.join(map(str, result['seeds']))}"
@@ -151,9 +158,9 @@ def table(result: dict[str, Any]) -> str:
     for name, floor in floors.items():
         header += [f"n={floor['count']:,}", f"real ({name})"]
     rows = [header]
-    for name, figure in result["summary"].items():
-        row = [name, _number(figure["mean"])]
-        row += [_number(figure.get("best"))] if several else []
+    for name, metric in result["summary"].items():
+        row = [name, _number(metric["mean"])]
+        row += [_number(metric.get("best"))] if several else []
         for floor in floors.values():
             row += [_number(floor[which].get(name)) for which in ("generated", "real")]
         rows.append(row)

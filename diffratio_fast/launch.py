@@ -1,4 +1,4 @@
-"""What a launcher (torchrun) tells a process of its place among the others. Imports no torch."""
+"""Rank and world size of this process from the environment of a launcher (torchrun). Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def local_process() -> tuple[int, int]:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process: it then passes signals on."""
+    """Whether a launcher started this process; it then forwards signals."""
     return "TORCHELASTIC_RUN_ID" in os.environ or process()[1] > 1
 
 
 def restarts() -> int:
-    """How often the launcher has started the processes again, as after a crash."""
+    """Number of restarts by the launcher, as after a crash."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

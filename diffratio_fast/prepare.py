@@ -1,4 +1,4 @@
-"""``python -m diffratio_fast.prepare SOURCE DEST``: a data set as shards; also ``--verify``, ``--info``."""
+"""``python -m diffratio_fast.prepare SOURCE DEST``: write a data set as shards; ``--verify``, ``--info``."""
 
 from __future__ import annotations
 
@@ -40,18 +40,20 @@ B = TypeVar("B")
 def parser() -> Parser:
     p = Parser(
         prog="python -m diffratio_fast.prepare",
-        description="Turn a data set into shards that load fast. Rerun it to continue. See docs/data.md.",
+        description="Convert a data set to shards for fast loading. Rerun to resume. See docs/data.md.",
     )
     p.add_argument("source", nargs="?", type=Path, help="image folder, EDM ZIP, CIFAR-10, IDX files or tars")
     p.add_argument("destination", nargs="?", type=Path, help="directory to write")
     p.add_argument("--verify", type=Path, metavar="DIR", help="check every byte of a prepared data set")
-    p.add_argument("--info", type=Path, metavar="DIR", help="say what a prepared data set is")
+    p.add_argument("--info", type=Path, metavar="DIR", help="print a summary of a prepared data set")
     p.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet of --info (default: in DIR)")
     p.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="kind of source")
     p.add_argument("--name", help="name of the data set (default: the source's)")
-    p.add_argument("--resolution", type=int, help="make images square, this many pixels a side")
-    p.add_argument("--crop", choices=CROPS, default="dhariwal", help="ImageNet crop, or centre and Lanczos")
-    p.add_argument("--channels", type=int, choices=(1, 3), default=3, help="grey or RGB")
+    p.add_argument("--resolution", type=int, help="crop and resize images to squares of this side in pixels")
+    p.add_argument(
+        "--crop", choices=CROPS, default="dhariwal", help="ImageNet crop, or center crop with Lanczos"
+    )
+    p.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: gray, 3: RGB")
     p.add_argument(
         "--max-pixels", type=int, default=PIXELS_LIMIT, metavar="N",
         help="pixels of an image at most, as it is and scaled; one with more is unreadable",
@@ -60,20 +62,26 @@ def parser() -> Parser:
         "--max-bytes", type=int, default=UNPACKED_LIMIT, metavar="N",
         help="bytes that a source held in memory (CIFAR-10, IDX files) may unpack to, at most",
     )  # fmt: skip
-    p.add_argument("--class-names", help="file with a name a line, or names with commas between")
-    p.add_argument("--test-source", type=Path, help="a second source, of the same kind, for the test split")
-    p.add_argument("--validation", metavar="N", help="records or fraction cut from train")
-    p.add_argument("--test", metavar="N", help="likewise, where the source has no test set of its own")
-    p.add_argument("--scaling", choices=("auto", "edm", "measured"), default="auto", help="pixels to x0")
-    p.add_argument("--unreadable", choices=("fail", "skip"), default="fail", help="what to do then")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
-    p.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="size of a shard")
-    p.add_argument("--seed", type=int, default=0, help="of the order of records and the cut splits")
+    p.add_argument("--class-names", help="file with one name per line, or names separated by commas")
+    p.add_argument("--test-source", type=Path, help="second source of the same kind, for the test split")
+    p.add_argument(
+        "--validation", metavar="N", help="number or fraction of the training records to use for validation"
+    )
+    p.add_argument("--test", metavar="N", help="likewise for the test split, if the source has none")
+    p.add_argument(
+        "--scaling", choices=("auto", "edm", "measured"), default="auto", help="scaling of pixels to x0"
+    )
+    p.add_argument(
+        "--unreadable", choices=("fail", "skip"), default="fail", help="action for unreadable records"
+    )
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads")
+    p.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="maximum bytes per shard")
+    p.add_argument("--seed", type=int, default=0, help="seed of the record order and the random splits")
     p.add_argument("--vae", type=Path, metavar="DIR", help="encode images to latents with this AutoencoderKL")
-    p.add_argument("--vae-name", help="published name of the VAE (default: told by its weights)")
+    p.add_argument("--vae-name", help="published name of the VAE (default: detected from its weights)")
     p.add_argument("--vae-precision", choices=("fp32", "bf16"), default="fp32", help="precision of the VAE")
-    p.add_argument("--vae-batch", type=int, default=16, help="images encoded at once")
-    p.add_argument("--device", default="auto", help="where the VAE runs: auto, cpu, cuda, cuda:N")
+    p.add_argument("--vae-batch", type=int, default=16, help="images per batch of the VAE")
+    p.add_argument("--device", default="auto", help="device of the VAE: auto, cpu, cuda or cuda:N")
     p.add_argument("--mirrors", action="store_true", help="also encode training images mirrored")
     return p
 
@@ -82,28 +90,31 @@ def main(argv: list[str]) -> int | None:
     options = parser().parse_args(argv)
     if options.verify or options.info:
         if options.source or (options.verify and options.info):
-            raise UserError("--verify and --info take a directory each and stand alone (see --help)")
+            raise UserError(
+                "--verify and --info cannot be combined with each other or with a source; pass one of them "
+                "(see --help)"
+            )
         return show_verification(options) if options.verify else show_info(options)
     if options.source is None or options.destination is None:
-        raise UserError("a source and a destination are needed (see --help)")
+        raise UserError("missing arguments; expected SOURCE and DESTINATION (see --help)")
     for name in ("workers", "shard_bytes", "vae_batch", "resolution", "max_pixels", "max_bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value}: out of range; expected at least 1")
     manifest = prepare(options)
     if manifest is None:
-        print("this process is done; another is still at work on the rest")
+        print("this process has finished; another process is still writing")
         return 0
     skipped = manifest.source["unreadable"]
     if skipped:
-        print(f"{skipped} unreadable records left out, listed in {options.destination / 'unreadable.txt'}")
+        print(f"{skipped} unreadable records skipped, listed in {options.destination / 'unreadable.txt'}")
     splits = ", ".join(f"{name} {end - first:,}" for name, (first, end) in manifest.splits.items())
     print(f"{options.destination}: {manifest.name}, {manifest.records:,} records ({splits})")
     return 0
 
 
 def prepare(options: argparse.Namespace) -> Manifest | None:
-    """Prepare a data set as the options say; None where another process has yet to finish its share."""
+    """Prepare the data set of ``options``; None if another process has not finished."""
     rank, world_size = launch.process()
     source = load_source(options)
     source.splits = cut_splits(source.splits, options.validation, options.test, options.seed)
@@ -112,7 +123,7 @@ def prepare(options: argparse.Namespace) -> Manifest | None:
         encoder = open_encoder(options, source)
         shape, kind, vae = encoder.shape(source.shape), "latent_moments", encoder.vae
     elif options.mirrors:
-        raise UserError("--mirrors is for latents made with --vae; pixels are mirrored while training")
+        raise UserError("--mirrors needs --vae; omit it for pixels, which are mirrored during training")
     elif vae is not None and options.vae_name:
         vae = Vae(options.vae_name)
     plan = Plan(
@@ -164,7 +175,7 @@ def prepare(options: argparse.Namespace) -> Manifest | None:
 
 
 def load_source(options: argparse.Namespace) -> Source:
-    """The source the options name, with its test source and class names."""
+    """Open the source of ``options``, with its test source and class names."""
     images = ImageOptions(
         options.resolution, options.crop, options.channels, options.max_pixels, options.max_bytes
     )
@@ -175,7 +186,10 @@ def load_source(options: argparse.Namespace) -> Source:
         names = class_names(options.class_names)
         for part in parts:
             if int(part.labels.max()) >= len(names):
-                raise UserError(f"--class-names: {len(names)} names, but labels reach {part.labels.max()}")
+                raise UserError(
+                    f"--class-names: {len(names)} names; expected at least {part.labels.max() + 1} (largest "
+                    "label + 1)"
+                )
             part.class_names = names
     return Joined(*parts) if len(parts) == 2 else parts[0]
 
@@ -195,7 +209,7 @@ def open_encoder(options: argparse.Namespace, source: Source) -> Any:
     from diffratio_fast.data.latents import LatentEncoder
 
     if source.kind != "image" or source.shape[0] != 3:
-        raise UserError(f"--vae encodes RGB images, but the source holds {source.kind} {list(source.shape)}")
+        raise UserError(f"--vae: expected RGB images; the source has {source.kind} {list(source.shape)}")
     name = options.device
     if name == "auto":
         name = f"cuda:{launch.local_process()[0]}" if torch.cuda.is_available() else "cpu"
@@ -208,7 +222,7 @@ def open_encoder(options: argparse.Namespace, source: Source) -> Any:
 
 
 def decoded(source: Source, entries: Entries, pool: ThreadPoolExecutor, workers: int) -> Records:
-    """The source's records of ``entries`` in their stored dtype, decoded in parallel."""
+    """Decode the records of ``entries`` in parallel, in their stored dtype."""
     from diffratio_fast.data.latents import to_float16
 
     def one(entry: tuple[int, bool]) -> np.ndarray | str:
@@ -229,7 +243,7 @@ def decoded(source: Source, entries: Entries, pool: ThreadPoolExecutor, workers:
 
 
 def encoded(records: Records, encoder: Any, batch: int) -> Records:
-    """Moments of the images, encoded ``batch`` at a time; what could not be read passes through."""
+    """Encode images to moments in batches of ``batch``; unreadable records are passed through."""
     from diffratio_fast.data.latents import to_float16
 
     while group := list(islice(records, batch)):
@@ -242,13 +256,13 @@ def encoded(records: Records, encoder: Any, batch: int) -> Records:
             try:
                 yield to_float16(next(moments))
             except ValueError as error:
-                raise UserError(f"{error}; encode with --vae-precision fp32") from None
+                raise UserError(f"{error}; use --vae-precision fp32") from None
 
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int
 ) -> Iterator[B]:
-    """``map`` on a pool, at most ``ahead`` items early; what is under way is dropped when closed."""
+    """``map`` on a pool, at most ``ahead`` items in advance; closing cancels pending items."""
     pending: deque[Future[B]] = deque()
     try:
         for item in items:
@@ -272,8 +286,10 @@ def show_verification(options: argparse.Namespace) -> int:
     for line in problems:
         print(line)
     if problems:
-        raise UserError(f"{options.verify}: {len(problems)} problems")
-    print(f"{options.verify}: {manifest.name}, {manifest.records:,} records, all as written")
+        raise UserError(
+            f"{options.verify}: {len(problems)} problems (listed above); restore the files or prepare again"
+        )
+    print(f"{options.verify}: {manifest.name}, {manifest.records:,} records, no damage found")
     return 0
 
 
@@ -287,7 +303,9 @@ def show_info(options: argparse.Namespace) -> int:
     try:
         contact_sheet(data, sheet)
     except OSError as error:
-        raise UserError(f"{sheet}: cannot be written ({error.strerror}); name another with --sheet") from None
+        raise UserError(
+            f"{sheet}: cannot be written ({error.strerror}); set --sheet to another file"
+        ) from None
     print(f"contact sheet: {sheet}")
     return 0
 

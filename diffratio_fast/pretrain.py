@@ -1,4 +1,4 @@
-"""python -m diffratio_fast.pretrain [PRESET] [--option value ...]: a denoiser for ``train`` to start from."""
+"""python -m diffratio_fast.pretrain [PRESET] [--option value ...]: train a denoiser for ``train --init``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diffratio_fast.training.command_line import act, chosen_options, over_prese
 
 def parser() -> command.Parser:
     description = (
-        "Pre-train a denoiser by the objective of EDM, or of EDM2 where the backbone is EDM2's; "
-        "python -m diffratio_fast.train PRESET --init RUN then starts from it."
+        "Pre-train a denoiser with the objective of EDM, or of EDM2 for an EDM2 backbone. "
+        "python -m diffratio_fast.train PRESET --init RUN starts from it."
     )
     return run_parser("pretrain", description, PretrainConfig, DEFAULT, PRETRAIN_PRESETS[DEFAULT])
 
 
 def resolve(arguments: dict[str, Any]) -> tuple[str, PretrainConfig]:
-    """The preset's name and the configuration: defaults, then preset, then --config, then options."""
+    """Preset name and configuration; each overrides the previous: defaults, preset, --config, options."""
     preset, chosen = chosen_options(arguments, PRETRAIN_PRESETS, PretrainConfig)
     return preset, PretrainConfig(**over_preset(PRETRAIN_PRESETS[preset], chosen))
 

@@ -1,7 +1,7 @@
 """python -m diffratio_fast.refit RUN: fit a finished run's ratio network to its averaged generator.
 
-That makes it a verifier: fitted on training data, stopped on validation data, calibrated there, and given the
-noise level that ``sample --candidates`` then uses.
+The result is a verifier for ``sample --candidates``: fitted on training data, with early stopping,
+calibration and noise level on validation data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffratio_fast.verifier.noise_level import SigmaCheck
 
 SAMPLES = 2_000
-"""Images behind a Fréchet distance of the choice of sigma, for each seed."""
+"""Images per seed for the Fréchet distance in the choice of sigma."""
 SEEDS = 3
 
 
@@ -32,33 +32,39 @@ def parser() -> command.Parser:
     result = command.Parser(
         prog="python -m diffratio_fast.refit",
         description="Fit the ratio network of a finished run to its averaged generator, as a verifier for "
-        "`sample --candidates`: on training data, stopped, calibrated and given its noise level on "
+        "`sample --candidates`: fitted on training data; early stopping, calibration and noise level on "
         "validation data. Writes ratio_refit.safetensors into the run directory.",
     )
     result.add_argument("run", type=Path, nargs="?", default=DEFAULT_RUN, metavar="RUN", help="run directory")
-    result.add_argument("--steps", type=int, default=2000, metavar="N", help="steps of each fit, at most")
+    result.add_argument("--steps", type=int, default=2000, metavar="N", help="maximum steps of each fit")
     result.add_argument("--batch-size", type=int, metavar="N", help="images per step (default: the run's)")
-    result.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="at the start")
-    result.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all randomness")
     result.add_argument(
-        "--candidates", type=int, default=8, metavar="N", help="candidates at which a noise level is tried"
+        "--learning-rate", type=float, default=1e-3, metavar="X", help="initial learning rate"
     )
-    result.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws of a candidate")
+    result.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random numbers")
+    result.add_argument(
+        "--candidates",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of candidates when testing a noise level",
+    )
+    result.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws per candidate")
     result.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N")
     return result
 
 
 def fit(run: FinishedRun, *, steps: int, batch_size: int, learning_rate: float, seed: int) -> Refitted:
-    """The better, on validation data, of two fits: from the run's ratio network, and from a new one.
+    """Fit from the run's ratio network and from a new one; return the better on validation data.
 
-    A network that has overfitted online is a bad start, and a new one a slow start; which is which depends
-    on the data.
+    An online network that overfitted is a bad start, and a new network is a slow start; which one is better
+    depends on the data.
     """
     from diffratio_fast import networks
     from diffratio_fast.objectives.refit import UNLEARNING, RefitOptions, refit
 
     fresh = networks.build("ratio", run.about_ratio.architecture, run.about_ratio.arguments)
-    networks.initialise(fresh, seed, stream=1)
+    networks.initialize(fresh, seed, stream=1)
     fresh = fresh.to(run.device).eval()
     options = RefitOptions(steps=steps, learning_rate=learning_rate, check_every=max(1, steps // 20))
     found = []
@@ -79,7 +85,7 @@ def fit(run: FinishedRun, *, steps: int, batch_size: int, learning_rate: float, 
 def sigma_by_rule(
     run: FinishedRun, network: nn.Module, rows: list[Calibration], candidates: int, draws: int
 ) -> tuple[float | None, list[SigmaCheck]]:
-    """``verifier.choose_sigma`` with distances to the validation split, on pixels."""
+    """``verifier.choose_sigma`` with pixel distances to the validation split."""
     from diffratio_fast import networks
     from diffratio_fast.metrics.pixels import PixelMetrics
     from diffratio_fast.verifier.noise_level import choose_sigma
@@ -106,11 +112,11 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     for name in ("steps", "candidates", "draws"):
         if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+            raise UserError(f"--{name} {getattr(arguments, name)}: out of range; expected at least 1")
     if not 0 < arguments.learning_rate < 1:
-        raise UserError(f"--learning-rate must be between 0 and 1, not {arguments.learning_rate}")
+        raise UserError(f"--learning-rate {arguments.learning_rate}: out of range; expected between 0 and 1")
     if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
+        raise UserError(f"--seed {arguments.seed}: out of range; expected 0 to 2^63 - 1")
 
     from diffratio_fast import networks
     from diffratio_fast.devices import choose_device
@@ -122,14 +128,16 @@ def main(argv: list[str]) -> int:
     run = FinishedRun(arguments.run, choose_device(arguments.device))
     batch_size = arguments.batch_size or run.config.batch_size
     if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+        raise UserError(f"--batch-size {batch_size}: out of range; expected at least 1")
     run.require_validation()
-    print(f"{arguments.run}: fitting twice for up to {arguments.steps} steps of {batch_size}", flush=True)
+    print(
+        f"{arguments.run}: two fits of at most {arguments.steps} steps, batch size {batch_size}", flush=True
+    )
     fitted = fit(
         run, steps=arguments.steps, batch_size=batch_size, learning_rate=arguments.learning_rate,
         seed=arguments.seed,
     )  # fmt: skip
-    print(f"bound on the divergence to validation data: {fitted.bound:.4f} nats, at step {fitted.step}")
+    print(f"divergence bound on validation data: {fitted.bound:.4f} nats, at step {fitted.step}")
     sigmas = candidate_sigmas(run.law)
     rows = run.calibrations(sigmas, refitted=fitted.network)
     for name, of_network in rows.items():
@@ -156,11 +164,11 @@ def main(argv: list[str]) -> int:
 
 
 def verdict(sigma: float | None, checks: list[SigmaCheck]) -> str:
-    """What the rule of sigma found, in words."""
+    """Format the results of ``choose_sigma``."""
     if not checks:
         return (
-            "no noise level is chosen: these images are too large for distances on pixels; give one to "
-            "`sample --candidates` with --sigma"
+            "no noise level was chosen: the images are too large for pixel distances; set --sigma of "
+            "`sample --candidates`"
         )
     lines = []
     for check in checks:
@@ -174,7 +182,7 @@ def verdict(sigma: float | None, checks: list[SigmaCheck]) -> str:
             reason = f"Fréchet distance {ours:.3f} is worse than {plain:.3f} of one candidate"
         lines.append(f"  sigma {check.calibration.sigma:.3f}: {reason}")
     if sigma is None:
-        lines.append("no noise level passes: as a verifier this network would make things worse")
+        lines.append("no noise level is valid: this network would not improve samples as a verifier")
     return "\n".join(lines)
 
 

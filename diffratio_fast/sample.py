@@ -12,14 +12,15 @@ from diffratio_fast.runs.paths import DEFAULT_RUN
 
 MAX_GRID = 10_000
 MAX_CANDIDATES = 4096
-EPILOG = """The same command continues what was interrupted, and started several times (torchrun
---nproc-per-node N -m diffratio_fast.sample ...) shares the work: the images are the same."""
+EPILOG = """The same command resumes an interrupted one. Several processes (torchrun --nproc-per-node N
+-m diffratio_fast.sample ...) share the work; the images are the same."""
 
 
 def parser() -> command.Parser:
     result = command.Parser(
         prog="python -m diffratio_fast.sample",
-        description="Images from a trained one-step generator, each a function of its --seed and number.",
+        description="Generate images with a trained one-step generator. An image is a function of --seed and "
+        "its number.",
         epilog=EPILOG,
     )
     result.add_argument(
@@ -30,40 +31,38 @@ def parser() -> command.Parser:
     result.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents")
     result.add_argument(
         "--classes", default="all", metavar="LIST",
-        help="classes in turn: all, or numbers, ranges and names such as 3,5-7",
+        help="classes to cycle through: all, or numbers, ranges and names such as 3,5-7",
     )  # fmt: skip
     result.add_argument(
         "--out", type=Path, default=Path("samples.png"), metavar="PATH",
         help=".png: a grid; .npz: images uint8 [N, H, W, C] and labels int64 [N]; else a folder of PNGs",
     )  # fmt: skip
     group = result.add_argument_group("the ratio network as a verifier (docs/verifier.md)")
-    group.add_argument(
-        "--candidates", type=int, default=1, metavar="N", help="candidates of which each image is one [1]"
-    )
+    group.add_argument("--candidates", type=int, default=1, metavar="N", help="candidates per image [1]")
     group.add_argument(
         "--select", choices=("resample", "best"), default="resample",
-        help="draw one by its density ratio, which keeps diversity, or take the most real one [resample]",
+        help="resample: draw by density ratio (keeps diversity); best: take the largest log ratio [resample]",
     )  # fmt: skip
     group.add_argument(
         "--sigma",
         type=float,
         metavar="X",
-        help="noise level of the verifier (default: the one `refit` chose)",
+        help="noise level of the verifier (default: chosen by `refit`)",
     )
-    group.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws of a candidate [16]")
+    group.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws per candidate [16]")
     group.add_argument(
         "--verifier", type=Path, metavar="FILE", help="ratio network (default: RUN/ratio_refit.safetensors)"
     )
     result.add_argument("--vae", type=Path, metavar="DIR", help="AutoencoderKL that decodes latents")
     result.add_argument(
-        "--columns", type=int, metavar="N", help="images in a row of the grid", default=argparse.SUPPRESS
+        "--columns", type=int, metavar="N", help="columns of the grid", default=argparse.SUPPRESS
     )
     result.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N")
     return result
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
-    """Class numbers in the order given; each word is a name, a number or a range of numbers."""
+    """Parse class names, numbers and ranges to class numbers, in the given order."""
     if text == "all":
         return list(range(len(names)))
     chosen: list[int] = []
@@ -77,31 +76,36 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
         elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
             chosen.extend(range(int(first), int(last) + 1))
         else:
-            raise UserError(f"--classes {text}: {word!r} is neither a class name, a number nor a range")
+            raise UserError(
+                f"--classes {text}: {word!r} is unknown; expected a class name, a number or a range"
+            )
     if wrong := [number for number in chosen if number >= len(names)]:
-        raise UserError(f"--classes {text}: there is no class {wrong[0]}; the last is {len(names) - 1}")
+        raise UserError(f"--classes {text}: class {wrong[0]} is out of range; expected 0 to {len(names) - 1}")
     return chosen
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.count < 1:
-        raise UserError(f"--count must be at least 1, not {arguments.count}")
+        raise UserError(f"--count {arguments.count}: out of range; expected at least 1")
     if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed must be from 0 to 2^63 - 1, not {arguments.seed}")
+        raise UserError(f"--seed {arguments.seed}: out of range; expected 0 to 2^63 - 1")
     if not 1 <= arguments.candidates <= MAX_CANDIDATES:
-        raise UserError(f"--candidates must be from 1 to {MAX_CANDIDATES}, not {arguments.candidates}")
+        raise UserError(f"--candidates {arguments.candidates}: out of range; expected 1 to {MAX_CANDIDATES}")
     if not 1 <= arguments.draws < 2**16:
-        raise UserError(f"--draws must be from 1 to 65535, not {arguments.draws}")
+        raise UserError(f"--draws {arguments.draws}: out of range; expected 1 to 65535")
     if arguments.sigma is not None and not 0 < arguments.sigma < math.inf:
-        raise UserError(f"--sigma must be positive, not {arguments.sigma}")
+        raise UserError(f"--sigma {arguments.sigma}: out of range; expected a positive finite number")
     if getattr(arguments, "columns", 1) < 1:
-        raise UserError(f"--columns must be at least 1, not {arguments.columns}")
+        raise UserError(f"--columns {arguments.columns}: out of range; expected at least 1")
     out: Path = arguments.out
     if out.suffix == ".png" and arguments.count > MAX_GRID:
-        raise UserError(f"a grid holds at most {MAX_GRID} images: give --out a folder or an .npz")
+        raise UserError(
+            f"--count {arguments.count}: too many for a grid; expected at most {MAX_GRID}; set --out to a "
+            "folder or an .npz"
+        )
     if out.suffix not in ("", ".png", ".npz"):
-        raise UserError(f"--out {out}: use a .png, a .npz or a folder")
+        raise UserError(f"--out {out}: unknown format; expected a .png, a .npz or a folder")
 
     import numpy as np
     import torch
@@ -132,15 +136,19 @@ def main(argv: list[str]) -> int:
     columns = getattr(arguments, "columns", None) or _columns(arguments.count, len(classes))
     job = Job(make, labels.numpy(), identity, columns)
     with ImageProgress(arguments.count, "sampling", quiet=rank > 0) as progress:
-        whole = write_samples(out, job, rank=rank, world_size=world_size, progress=progress.update)
+        complete = write_samples(out, job, rank=rank, world_size=world_size, progress=progress.update)
     if isinstance(sampler, VerifiedSampler):
-        sampler.say_effective_sample_size()
-    print(f"{out}: {arguments.count} images" if whole else "this process is done; another is still at work")
+        sampler.print_effective_sample_size()
+    print(
+        f"{out}: {arguments.count} images"
+        if complete
+        else "this process has finished; another is still running"
+    )
     return 0
 
 
 def _columns(count: int, classes: int) -> int:
-    """Whole turns through the classes where that makes a handy grid, else nearly a square."""
+    """One row per cycle of the classes if they are 4 to 20, otherwise nearly a square."""
     return classes if 4 <= classes <= 20 and count > classes else math.ceil(math.sqrt(count))
 
 

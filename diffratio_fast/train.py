@@ -18,7 +18,7 @@ def parser() -> command.Parser:
 
 
 def resolve(arguments: dict[str, Any]) -> tuple[str, TrainConfig]:
-    """The preset's name and the configuration: defaults, then preset, then --config, then options."""
+    """Preset name and configuration; each overrides the previous: defaults, preset, --config, options."""
     preset, chosen = chosen_options(arguments, PRESETS, TrainConfig)
     network = chosen.get("ratio_network", PRESETS[preset].get("ratio_network", "mlp"))
     values = PRESETS[preset] | RATIO_NETWORKS.get((preset, network), {})

@@ -32,7 +32,7 @@ def bring(source: Path, run: RunPaths) -> None:
     """Copy an earlier piece's run directory to where this piece trains."""
     if newest_checkpoint(RunPaths(source)) is None:
         raise UserError(
-            f"--from {source}: holds no run with a checkpoint; give the directory that a piece left"
+            f"--from {source}: no run with a checkpoint; expected the output directory of an earlier piece"
         )
     shutil.copytree(source, run.root)
 

@@ -1,4 +1,4 @@
-"""Training on a GPU, in numbers: images a second and memory of presets, eager, captured and compiled.
+"""Training on a GPU, in numbers: images per second and memory of presets, eager, captured and compiled.
 
     python -m benchmarks.gpu.training --out DIR [--time-limit SECONDS] [--preset NAME ...] [--mode NAME ...]
 
@@ -72,7 +72,7 @@ def install_missing(wheels: Path | None, jobs: Jobs) -> None:
 
 
 def numbers(metrics: Path) -> dict[str, Any]:
-    """Images a second (median after the warm-up), peak memory and share of waiting of a run's log."""
+    """Images per second (median after the warm-up), peak memory and share of waiting of a run's log."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     lines = [line for line in lines if "images_per_second" in line]
     settled = lines[len(lines) // 3 :]

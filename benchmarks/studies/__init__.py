@@ -1,1 +1,1 @@
-"""Research studies: each is a command and writes the tables and figures of a page in docs/."""
+"""Research studies: each is a command that writes the tables and figures of a page in docs/."""

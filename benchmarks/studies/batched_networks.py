@@ -1,7 +1,7 @@
-"""Many small networks trained side by side: every weight has a leading axis of independent trainings.
+"""Many small networks trained in one batch: every weight has a leading axis of independent trainings.
 
-A sum of the trainings' losses gives each its own gradient, and Adam works element by element, so they have
-nothing to do with one another; one core then does in one matrix product what it would do in S small ones.
+The sum of the losses gives each training its own gradient, and Adam is elementwise, so the trainings are
+independent. One large matrix product replaces S small ones.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CONDITION = 32
 
 
 class BatchedNetworks:
-    """S residual networks, x [S, N, d] and sigma [S, N] to [S, N, outputs], alike but for their weights.
+    """S residual networks with different weights: x [S, N, d] and sigma [S, N] to [S, N, outputs].
 
-    As ``networks.mlp.MLPRatio``: input scaled by c_in, a bias for every block from the noise level, an output
-    that starts at zero.
+    Like ``networks.mlp.MLPRatio``: the input is scaled by c_in, the noise level sets a bias in every layer,
+    and the initial output is zero.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BatchedNetworks:
         return [tensor for layer in layers for tensor in layer]
 
     def copy_(self, other: BatchedNetworks) -> None:
-        """Take another's weights."""
+        """Copy the weights of ``other``."""
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
                 mine.copy_(theirs)
@@ -103,13 +103,13 @@ class Denoisers(BatchedNetworks):
 
 
 def parameter_count(dimensions: int, outputs: int, width: int, depth: int) -> int:
-    """Numbers that one network learns."""
+    """Number of trainable parameters of one network."""
     condition = (2 * FEATURES + 1) * CONDITION + (CONDITION + 1) * width * depth
     return condition + (dimensions + 1) * width + depth * (width + 1) * width + (width + 1) * outputs
 
 
 def matched_width(dimensions: int, outputs: int, depth: int, parameters: int) -> int:
-    """The width at which a network has as many parameters as possible, but no more than ``parameters``."""
+    """The largest width of a network with at most ``parameters`` parameters."""
     width = 1
     while parameter_count(dimensions, outputs, width + 1, depth) <= parameters:
         width += 1

@@ -10,11 +10,11 @@ from benchmarks.studies.figures import Figures
 
 Row = dict[str, Any]
 METHODS = ("DiffRatio", "VSD, learned teacher", "VSD, exact teacher")
-COLOURS = {"DiffRatio": "#c23b22", "VSD, learned teacher": "#1f5fa8", "VSD, exact teacher": "#5a9e6f"}
+COLORS = {"DiffRatio": "#c23b22", "VSD, learned teacher": "#1f5fa8", "VSD, exact teacher": "#5a9e6f"}
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to five digits, so that a committed file stays small."""
+    """Round numbers to five digits, so that a committed file stays small."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -36,7 +36,7 @@ def one_line(row: Row) -> str:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """Markdown of whatever parts there are."""
+    """Format the existing parts as Markdown."""
     parts = []
     if "scores" in found:
         parts += [_score_table(found["scores"]), _weight_table(found["weights"])]
@@ -94,7 +94,9 @@ def _divergence_table(rows: list[Row]) -> str:
             continue
         group = _pick(chosen, dimensions=key[0], pair=key[1], sigma=key[2])
         errors = (math.sqrt(_pick(group, divergence=name)[0]["error2"]) for name in names)
-        cells = ["over 100" if error > 100 else f"{error:.2f}" for error in errors]  # of next to nothing
+        cells = [
+            "over 100" if error > 100 else f"{error:.2f}" for error in errors
+        ]  # the reference is almost zero
         lines.append(f"| {key[0]} | {key[1]} | {key[2]:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -146,7 +148,7 @@ def _knob_table(rows: list[Row]) -> str:
 
 
 def draw(found: dict[str, Any], figures: Figures) -> None:
-    """The figures of whatever parts there are, as PNG."""
+    """Draw the figures of the existing parts as PNG."""
     pyplot = figures.pyplot
     pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     for name, picture in (("scores", _draw_scores), ("training", _draw_training), ("knobs", _draw_knobs)):
@@ -155,7 +157,7 @@ def draw(found: dict[str, Any], figures: Figures) -> None:
 
 
 def _draw_scores(pyplot: Any, rows: list[Row]) -> Any:
-    """Relative error, and the bias in it, against the noise level."""
+    """Relative error and its bias against the noise level."""
     rows = _pick(rows, divergence="reverse_kl", setting="base")
     dimensions = list(dict.fromkeys(row["dimensions"] for row in rows))
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
@@ -169,9 +171,9 @@ def _draw_scores(pyplot: Any, rows: list[Row]) -> Any:
                 sigma = [row["sigma"] for row in group]
                 error = [math.sqrt(row["error2"]) for row in group]
                 bar = [row["error2_se"] / (2 * e) for row, e in zip(group, error, strict=True)]
-                axis.errorbar(sigma, error, bar, color=COLOURS[method], label=method, marker=".", capsize=2)
+                axis.errorbar(sigma, error, bar, color=COLORS[method], label=method, marker=".", capsize=2)
                 bias = [math.sqrt(max(row["bias2"], 0.0)) for row in group]
-                axis.plot(sigma, bias, "--", color=COLOURS[method], linewidth=0.9)
+                axis.plot(sigma, bias, "--", color=COLORS[method], linewidth=0.9)
             axis.set(xscale="log", yscale="log", ylim=(0.02, 8), title=f"{size} dimensions, {pair}")
             axis.axhline(1.0, color="#bbbbbb", linewidth=0.7)
     for axis in axes[-1]:
@@ -189,17 +191,17 @@ def _draw_training(pyplot: Any, rows: list[Row]) -> Any:
     panels.insert(1, (2, "kl_data_generator", "KL(data, generator), nats"))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.2))
     names = list(dict.fromkeys(row["recipe"] for row in rows))
-    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
     for axis, (size, key, label) in zip(axes, panels, strict=True):
         for row in rows:
             if row["dimensions"] == size and key in row:
                 means, bars = zip(*(spread(values) for values in row[key]), strict=True)
                 axis.errorbar(
-                    row["steps"], means, bars, color=colours[row["recipe"]], linewidth=1, capsize=1,
+                    row["steps"], means, bars, color=colors[row["recipe"]], linewidth=1, capsize=1,
                     label=row["recipe"],
                 )  # fmt: skip
         axis.set(yscale="log", xlabel="generator steps", title=f"{size} dimensions", ylabel=label)
-        axis.set_ylim(bottom=max(axis.get_ylim()[0], 4e-3))  # what is exact goes on to nothing
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 4e-3))  # the exact method converges to zero
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, bbox_to_anchor=(0.5, -0.12))
     figure.tight_layout()

@@ -1,17 +1,18 @@
-"""How good are the score differences: a ratio's gradient against the difference of two denoisers.
+"""Errors of score differences: the gradient of a ratio network against the difference of two denoisers.
 
     python -m benchmarks.studies.bias_study [--json FILE] [--images DIRECTORY] [--only PART ...] [--scale X]
 
 Data and generators are mixtures of Gaussians in 2, 16 and 64 dimensions, so noised densities and scores are
-known. All networks are residual networks with the same number of parameters and the same number of steps and
-samples; each is trained several times from different seeds, side by side. Three parts:
+known. All networks are residual networks with equal numbers of parameters, steps and samples; each is trained
+several times with different seeds, in one batch. Three parts:
 
-- ``scores``: a generator that stands still; error of the score difference at each noise level, as a cosine,
-  a relative error, and the latter's squared bias (mean over trainings) and variance;
-- ``training``: generators trained to the end, their exact distance to the data against steps;
+- ``scores``: a frozen generator; error of the score difference at each noise level, as a cosine and a
+relative
+  error with its squared bias (mean over trainings) and variance;
+- ``training``: generators trained to the end; their exact distance to the data against steps;
 - ``knobs``: the same in 16 dimensions with one setting changed at a time.
 
-A part takes about two minutes on one core. Figures and tables of docs/bias_study.md come from here.
+A part takes about two minutes on one core. This command writes the figures and tables of docs/bias_study.md.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ RATIO = Settings(STEPS, rate=5e-3)
 DENOISER = Settings(STEPS, rate=1e-2)
 """The best of 2e-3, 5e-3 and 1e-2 for each kind, in 16 dimensions."""
 FEW = 256
-"""Data points, where data are few."""
+"""Number of data points in the case of few data."""
 
 ONLINE_RATIO = Settings(0, rate=1e-2, beta1=0.0)
 ONLINE_STUDENT = Settings(0, rate=3e-3, beta1=0.0)
@@ -96,7 +97,7 @@ def single(mixture: Mixture) -> Mixture:
 
 
 def near(data: Mixture, generator: torch.Generator) -> Mixture:
-    """Overlapping the data: centres moved by 0.3, a fifth wider, of unequal weights."""
+    """Overlaps the data: centers moved by 0.3, a fifth wider, unequal weights."""
     shift = torch.randn(data.means.shape, generator=generator, dtype=torch.float64)
     shift = 0.3 * shift / shift.norm(dim=1, keepdim=True)
     weights = torch.rand(len(data.weights), generator=generator, dtype=torch.float64) + 0.5
@@ -104,7 +105,7 @@ def near(data: Mixture, generator: torch.Generator) -> Mixture:
 
 
 def disjoint(data: Mixture, generator: torch.Generator) -> Mixture:
-    """Hardly any overlap: centres drawn together to 0.4, half as wide."""
+    """Almost no overlap with the data: centers scaled by 0.4, half as wide."""
     return Mixture(data.weights, 0.4 * data.means, 0.5 * data.stds)
 
 
@@ -112,11 +113,11 @@ PAIRS: dict[str, Callable[[Mixture, torch.Generator], Mixture]] = {"near": near,
 
 
 def decompose(estimates: Tensor, exact: Tensor) -> Row:
-    """Figures of estimates [S, ...] of ``exact`` [...], over S independent trainings.
+    """Errors of estimates [S, ...] of ``exact`` [...], over S independent trainings.
 
     ``error2`` = ``bias2`` + ``variance`` is the mean squared error over the exact's mean square; ``bias2`` is
-    corrected for the number of trainings, so it may be a little below zero. ``*_se`` are standard errors by
-    leaving one training out.
+    corrected for the number of trainings, so it can be slightly negative. ``*_se`` are jackknife standard
+    errors over the trainings.
     """
     scale = float(exact.square().sum())
     flat, target = estimates.flatten(1), exact.flatten()
@@ -140,7 +141,7 @@ def decompose(estimates: Tensor, exact: Tensor) -> Row:
 
 @dataclass
 class Study:
-    """The sizes of everything; ``scale`` below 1 makes a study small, for tests."""
+    """Sizes of the study; ``scale`` below 1 reduces it, for tests."""
 
     scale: float = 1.0
     seeds: int = SEEDS
@@ -152,7 +153,7 @@ class Study:
         return replace(settings, steps=self.steps(settings.steps))
 
     def networks(self, dimensions: int, generator: torch.Generator) -> tuple[Ratios, Denoisers]:
-        """Of as equal numbers of parameters as widths allow, the ratio's never the larger."""
+        """Networks with almost equal numbers of parameters; the ratio network never has more."""
         parameters = parameter_count(dimensions, dimensions, WIDTH, DEPTH)
         width = matched_width(dimensions, 1, DEPTH, parameters)
         return (
@@ -170,7 +171,7 @@ class Study:
         return clusters(dimensions, CLUSTERS, STD, self.random(1, dimensions))
 
     def teachers(self, dimensions: int, points: int | None = None) -> Denoisers:
-        """Denoisers of the data, or of ``points`` of its points, drawn for each training."""
+        """Denoisers of the data, or of ``points`` data points drawn for each training."""
         generator = self.random(2, dimensions)
         data = single(self.data(dimensions)).expand(self.seeds)
         _, teacher = self.networks(dimensions, generator)
@@ -189,7 +190,7 @@ class Study:
                     yield {"dimensions": dimensions, "pair": pair, "setting": "base"} | row
 
     def few_data(self) -> Iterator[Row]:
-        """In 16 dimensions with few data points, and what holds overfitting back."""
+        """16 dimensions with few data points, and regularization against overfitting."""
         teacher = self.teachers(16, FEW)
         settings = {
             "256 data points": RATIO,
@@ -213,7 +214,7 @@ class Study:
         settings: Settings,
         generator: torch.Generator,
     ) -> tuple[Ratios, Denoisers]:
-        """Ratio networks and students (which start from the teachers), trained for these two laws."""
+        """Train ratio networks and students (initialized from the teachers) for these two laws."""
         real, fake = (single(m).expand(self.seeds) for m in (data, made))
         ratio, student = self.networks(data.dimensions, generator)
         train_ratio(
@@ -236,7 +237,7 @@ class Study:
         teacher: Denoisers,
         generator: torch.Generator,
     ) -> Iterator[Row]:
-        """Figures of every method at every noise level, at points of the noised generator."""
+        """Errors of every method at every noise level, at points of the noised generator."""
         for sigma in LEVELS:
             x = made.noised(sigma).sample(POINTS, generator)
             log_ratio, exact = exact_slope(data, made, x, torch.full((POINTS,), sigma).double())
@@ -261,7 +262,7 @@ class Study:
             yield row("VSD, exact teacher", (truth - student_x0) / sigma**2, exact, divergence="reverse_kl")
 
     def train(self, dimensions: int, recipe: Recipe, teacher: Denoisers, name: str) -> Row:
-        """One recipe to the end, from generators that are half-way drawn together, too wide and perturbed."""
+        """Train one recipe to the end; initial generators are contracted by half, too wide and perturbed."""
         generator = self.random(4, dimensions)
         data = single(self.data(dimensions)).expand(self.seeds)
         noise = torch.randn(data.means.shape, generator=generator)
@@ -298,7 +299,7 @@ class Study:
 
 
 def _source(mixture: Mixture, points: int | None, generator: torch.Generator) -> Callable[[int], Tensor]:
-    """Draws from a law, or from so many fixed points of it."""
+    """Draws from a law, or from ``points`` fixed points of it."""
     if points is None:
         return lambda count: mixture.sample(count, generator)
     fixed = mixture.sample(points, generator)
@@ -311,7 +312,7 @@ def _source(mixture: Mixture, points: int | None, generator: torch.Generator) ->
 
 
 def weighted_errors(rows: list[Row], pair: str) -> list[Row]:
-    """Relative error of the whole gradient over the noise levels, with each weight w(sigma)."""
+    """Relative error of the gradient summed over noise levels, for each weight w(sigma)."""
     found = []
     for dimensions in DIMENSIONS:
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -342,19 +343,21 @@ def main(argv: list[str]) -> int:
 
     parser = command.Parser(prog="python -m benchmarks.studies.bias_study", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
-    parser.add_argument("--images", type=Path, metavar="DIRECTORY", help="write the figures there")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIRECTORY", help="write the figures to this directory"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument(
-        "--scale", type=float, default=1.0, metavar="X", help="share of the steps, to try it out"
+        "--scale", type=float, default=1.0, metavar="X", help="fraction of the steps, for a short test"
     )
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 1:
-        raise UserError(f"--scale must be above 0 and at most 1, not {options.scale}")
+        raise UserError(f"--scale {options.scale}: out of range; expected above 0 and at most 1")
     figures = None if options.images is None else Figures(options.images)
     torch.set_num_threads(1)
     study = Study(options.scale)
     found: dict[str, Any] = {"torch": torch.__version__, "seeds": study.seeds, "steps": study.steps(STEPS)}
-    if options.json is not None and options.json.exists():  # parts that are not made anew stay
+    if options.json is not None and options.json.exists():  # keep the parts that are not recomputed
         found = json.loads(options.json.read_text()) | found
     for part in options.only:
         began = time.process_time()

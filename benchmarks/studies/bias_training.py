@@ -1,8 +1,8 @@
-"""Generators trained by DiffRatio, by score distillation and by the exact score difference, side by side.
+"""Generators trained by DiffRatio, by score distillation and by the exact score difference.
 
-The generator is itself a mixture of Gaussians, of equal weights: x = mean_k + std_k eps with a random
-component k. So its noised density is known at every step, and with it the exact gradient, the error of the
-estimated one and the distance to the data.
+The generator is a mixture of Gaussians with equal weights: x = mean_k + std_k eps with a random component k.
+Its noised density is known at every step, and so are the exact gradient, the error of the estimated gradient
+and the distance to the data.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DIRECTIONS = 64
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a generator is trained: the axes of the study."""
+    """Training options of a generator: the axes of the study."""
 
     method: str = "diffratio"  # diffratio, vsd, vsd exact teacher, exact
     divergence: str = "reverse_kl"
-    clamp: float | None = None  # of the divergence, where not its own
+    clamp: float | None = None  # clamp of the divergence; None: its default
     weight: str = "sigma2"
     normalized: bool = False  # vsd: over the mean |x0 - teacher's x0| of each sample (DMD)
     noise_draws: int = 1
@@ -43,7 +43,7 @@ class Recipe:
     generator_law: str | None = None
     generator_rate: float = 1e-2
     online: Settings = field(default_factory=lambda: Settings(steps=0, rate=3e-3, beta1=0.0))
-    data_points: int | None = None  # the data are so many fixed points, in place of their law
+    data_points: int | None = None  # number of fixed data points; None: draw from the law
 
     def divergence_row(self) -> Divergence:
         row = DIVERGENCES[self.divergence]
@@ -82,9 +82,9 @@ def generator_gradient(
     slope: Tensor,
     teacher: Tensor | None,
 ) -> Tensor:
-    """What a noise level adds to dL/dx0 [S, N, d] of ``fake``: -w(sigma) h(l) slope, as in ``objectives``.
+    """Term of a noise level in dL/dx0 [S, N, d] of ``fake``: -w(sigma) h(l) slope, as in ``objectives``.
 
-    ``log_ratio`` [S, N] where the method has one, and ``teacher`` the teacher's x0 [S, N, d].
+    ``log_ratio`` [S, N] is None for methods without one; ``teacher`` is the teacher's x0 [S, N, d].
     """
     factor = -WEIGHTS[recipe.weight](sigma, SIGMA_DATA)
     if log_ratio is not None:
@@ -97,7 +97,7 @@ def generator_gradient(
 
 @dataclass
 class Outcome:
-    """Figures of every training [S] at every evaluated step."""
+    """Metrics of every training [S] at every evaluated step."""
 
     steps: list[int]
     figures: dict[str, list[list[float]]]
@@ -114,9 +114,9 @@ def train_generators(
     every: int,
     generator: torch.Generator,
 ) -> Outcome:
-    """S trainings of ``steps`` generator updates; ``networks`` learn online, in place.
+    """Run S trainings of ``steps`` generator updates; ``networks`` are trained online, in place.
 
-    ``data`` and ``start`` have S as their leading axis. The rates fall to a tenth, along a cosine.
+    ``data`` and ``start`` have the leading axis S. The learning rates decay to a tenth along a cosine.
     """
     made = MixtureGenerators(start, recipe.generator_rate)
     real = data.sample(recipe.data_points, generator) if recipe.data_points else None

@@ -1,4 +1,4 @@
-"""Where the studies' pictures are drawn."""
+"""Output of the studies' figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffratio_fast.storage.writing import make_directory
 
 
 class Figures:
-    """A folder for PNG files; made before a study begins, so that nothing is missing at its end."""
+    """A folder for PNG files; opened before a study begins, so that errors appear early."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -19,7 +19,7 @@ class Figures:
             matplotlib.use("Agg")
             from matplotlib import pyplot
         except ImportError:
-            raise UserError("--images needs matplotlib: pip install matplotlib") from None
+            raise UserError("--images: matplotlib is not installed; pip install matplotlib") from None
         make_directory(folder)
         self.folder = folder
         self.pyplot: Any = pyplot

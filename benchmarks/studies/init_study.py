@@ -3,9 +3,9 @@
     python -m benchmarks.studies.init_study DATA [--json FILE] [--images DIRECTORY] [--seeds N]
 
 DATA is a directory of prepared Fashion-MNIST, of which 10,000 images are averaged to 14 x 14. A small U-Net
-is pre-trained on them as a denoiser; then the four combinations of starts are trained alike (the ratio
-network is half the U-Net, and learns alone at first). The figure is the Fréchet distance on pixels of the
-averaged generator to validation images. A seed takes a few minutes on one core.
+is pre-trained on them as a denoiser; then the four combinations of initial weights are trained with the same
+options (the ratio network is the U-Net's encoder and has a warm-up alone). The metric is the Fréchet distance
+on pixels of the averaged generator to validation images. A seed takes a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def reduced(dataset: DataSet, share: float = 1.0) -> InMemoryDataSet:
 
 
 def pretrained(dataset: InMemoryDataSet, seed: int, steps: int, path: Path) -> float:
-    """Write a denoiser's average to ``path``; its weighted error on validation images."""
+    """Write the averaged denoiser to ``path``; return its weighted error on validation images."""
     config = PretrainConfig(**BACKBONE, **(PRETRAINING | {"steps": steps, "seed": seed}))
     iteration = Pretrainer.new_iteration(config, dataset, CPU)
     average = iteration.state.average
@@ -93,7 +93,7 @@ def pretrained(dataset: InMemoryDataSet, seed: int, steps: int, path: Path) -> f
 
 
 def train(dataset: InMemoryDataSet, start: str, denoiser: Path, seed: int, steps: int) -> dict[str, Any]:
-    """One combination of starts: distances to validation images against steps."""
+    """Train one combination; return distances to validation images against steps."""
     chosen = STARTS[start]
     given = {} if chosen is None else {"init": str(denoiser), "init_networks": chosen}
     share = steps / TRAINING["steps"]
@@ -135,7 +135,7 @@ def _spread(values: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the distance at quarters of the training, and its standard error over seeds."""
+    """Format as Markdown: distances at quarters of the training, with standard errors over seeds."""
     steps = rows[0]["steps"]
     places = [round(quarter * (len(steps) - 1) / 4) for quarter in range(1, 5)]
     head = " | ".join(f"step {steps[place]}" for place in places)
@@ -163,12 +163,14 @@ def main(argv: list[str]) -> int:
     parser = command.Parser(prog="python -m benchmarks.studies.init_study", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="directory of a prepared data set of 28 x 28 images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
-    parser.add_argument("--images", type=Path, metavar="DIRECTORY", help="write the figure there")
+    parser.add_argument("--images", type=Path, metavar="DIRECTORY", help="write the figure to this directory")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repetitions [1]")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="share of steps and images")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="fraction of steps and images")
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 1 or options.seeds < 1:
-        raise UserError("--scale must be above 0 and at most 1, --seeds at least 1")
+        raise UserError(
+            "--scale or --seeds: out of range; expected --scale above 0 and at most 1, --seeds at least 1"
+        )
     figures = None if options.images is None else Figures(options.images)
     torch.set_num_threads(1)
     dataset = reduced(open_dataset(options.data), options.scale)

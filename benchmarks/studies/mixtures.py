@@ -1,7 +1,6 @@
 """Mixtures of isotropic Gaussians, for which noised densities, scores and distances are known in closed form.
 
-Any number of mixtures at once: leading axes S of the parameters are mixtures that have nothing to do with one
-another (a study's independent trainings).
+Batched: leading axes S of the parameters are independent mixtures (the independent trainings of a study).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Mixture:
         return Mixture(self.weights, self.means, (self.stds**2 + sigma**2).sqrt())
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """[*S, count, d]."""
+        """Draw samples [*S, count, d]."""
         x, _, _ = self.sample_parts(count, generator)
         return x
 
@@ -80,7 +79,7 @@ class Mixture:
 def sliced_wasserstein(a: Mixture, b: Mixture, directions: Tensor, *, points: int = 512) -> Tensor:
     """Mean over unit ``directions`` [P, d] of the one-dimensional Wasserstein-1 distances: [*S].
 
-    That of one direction is the integral of |F_a - F_b|, whose integrand is known; by quadrature.
+    The distance of one direction is the integral of |F_a - F_b|, computed by quadrature.
     """
     projected = [(m.means @ directions.mT).mT for m in (a, b)]  # [*S, P, K]
     reach = max(
@@ -112,9 +111,9 @@ def unit_directions(count: int, dimensions: int, generator: torch.Generator) -> 
 
 
 def clusters(dimensions: int, count: int, std: float, generator: torch.Generator) -> Mixture:
-    """Data of standard deviation 0.5 a coordinate: ``count`` equal clusters, on a circle in two dimensions.
+    """Data with standard deviation 0.5 per coordinate: ``count`` equal clusters.
 
-    In more, their centres are drawn from a normal law.
+    The centers are on a circle in two dimensions, and drawn from a normal law in more.
     """
     if dimensions == 2:
         angle = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)

@@ -1,10 +1,10 @@
-"""Which precision the RatioMixer's CUDA kernels need where: their rounding, imitated in PyTorch.
+"""Precision of the RatioMixer's CUDA kernels: their rounding, emulated in PyTorch.
 
 ``python -m benchmarks.studies.precision_study [--json FILE]`` rounds operands of matrix products to bfloat16,
-with sums in float32, as the kernels do. The variants also round the residual sum of the forward pass, the
-gradient stream of the backward pass, or both, after every layer. Errors are against float64, relative to the
-largest value, as the median over networks drawn at random; beside them PyTorch's own bfloat16
-autocast, twice whose error is the limit that the kernels must keep.
+with sums in float32, as the kernels do. Further cases also round the residual sum of the forward pass, the
+gradient stream of the backward pass, or both, after every layer. Errors are relative to the largest float64
+value: the median over random networks. The kernels must stay within twice the error of PyTorch's bfloat16
+autocast, which is measured too.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return rounded(a) @ rounded(b)
 
 
-def imitated(
+def emulated(
     weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor, residual: bool, stream: bool
 ) -> tuple[Tensor, Tensor]:
-    """The log ratio [B] and its gradient by x [B, ...], as csrc/cuda/ratio/mixer_kernel.cuh rounds them."""
+    """Log ratio [B] and its gradient in x [B, ...], rounded like csrc/cuda/ratio/mixer_kernel.cuh."""
     patch, position, mix, mix_bias, up, down, head = weights
     depth, hidden = up.shape[:2]
     width = patch.shape[0]
@@ -84,7 +84,7 @@ def by_autograd(weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor) -> t
 
 
 def errors(width: int, depth: int, seed: int) -> dict[str, list[float]]:
-    """Name to the errors of (log ratio, gradient), for one network."""
+    """Errors of (log ratio, gradient) by name, for one network."""
     torch.manual_seed(seed)
     tokens, hidden = (SIDE // PATCH) ** 2, 2 * width
     shapes = weight_shapes(tokens, width, depth, hidden, CHANNELS * PATCH**2)
@@ -98,7 +98,7 @@ def errors(width: int, depth: int, seed: int) -> dict[str, list[float]]:
     with torch.autocast("cpu", torch.bfloat16):
         found = {"PyTorch, bfloat16 autocast": by_autograd(weights, x, sigma, e)}
     for name, (residual, stream) in VARIANTS.items():
-        found[name] = imitated(weights, x, sigma, e, residual, stream)
+        found[name] = emulated(weights, x, sigma, e, residual, stream)
     return {
         name: [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)]
         for name, got in found.items()
@@ -108,10 +108,10 @@ def errors(width: int, depth: int, seed: int) -> dict[str, list[float]]:
 def main(argv: list[str]) -> None:
     parser = command.Parser(prog="python -m benchmarks.studies.precision_study", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
-    parser.add_argument("--networks", type=int, default=15, help="how many to draw of each size")
+    parser.add_argument("--networks", type=int, default=15, help="number of random networks per size")
     options = parser.parse_args(argv)
     rows = []
-    print("| blocks | rounding | log ratio | gradient |\n|---|---|---|---|")
+    print("| layers | rounding | log ratio | gradient |\n|---|---|---|---|")
     for depth in (2, 4, 8):
         drawn = [errors(128, depth, seed) for seed in range(options.networks)]
         for name in drawn[0]:

@@ -3,16 +3,16 @@
     python -m benchmarks.studies.ratio_study [--out FILE] [--seconds S] [--only 'NAME;...']
         [--data digits|DIRECTORY]
 
-Each candidate replaces the ratio network of the digits preset. Two figures, never touching the test split:
+Each candidate replaces the ratio network of the digits preset. Two metrics, without the test split:
 
-- ``frechet``: the Fréchet distance to the validation split of the averaged generator that it trained, with
-  as many steps as fit in ``--seconds`` (of this process's CPU time: the machine may be busy);
-- ``held_out``: the logistic loss on the validation split of the network alone, trained for a third of that
-  time against one frozen generator, which is the same for all (2 log 2 = 1.386 is knowing nothing).
+- ``frechet``: the Fréchet distance of the averaged generator to the validation split, after as many steps as
+  fit in ``--seconds`` (CPU time of this process);
+- ``held_out``: the logistic loss on the validation split, after training the network for a third of that time
+  against one frozen generator, the same for all (2 log 2 = 1.386 is the loss of a constant log ratio of 0).
 
-A line of JSON per candidate goes to ``--out``. DIRECTORY holds Fashion-MNIST's four IDX files, gzipped;
-there, images are padded to 32 x 32, patches are twice as large, learning rates half as large, noise levels
-larger (in more dimensions smaller noise is told apart at once), and batches of 64.
+``--out`` receives one JSON line per candidate. DIRECTORY contains the four gzipped IDX files of
+Fashion-MNIST; there, images are padded to 32 x 32, patches are twice as large, learning rates half as large,
+noise levels larger (in more dimensions small noise is classified without error), and batches have 64 images.
 """
 
 from __future__ import annotations
@@ -51,17 +51,19 @@ CONDITION = 64
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One candidate: the axes of the study. The defaults are what the first round varies, one at a time."""
+    """One candidate: the axes of the study. The first round varies one axis at a time from the defaults."""
 
     width: int = 64
     depth: int = 4
     expansion: int = 2
     patch: int = 2
     mixing: str = "linear"  # linear, activated (silu of it), two_layer, gated
-    norm: str = "none"  # none (residual x 0.7 a block), token, sample
+    norm: str = "none"  # none (residual x 0.7 per layer), token, sample
     head: str = "position"  # position, moments, attention
     condition: str = "bias"  # bias, film, projection, token (the token bias alone)
-    token_bias: str = "none"  # none, mixing (a number a token in every block), hidden (tokens x hidden units)
+    token_bias: str = (
+        "none"  # none, mixing (one number per token in every layer), hidden (tokens x hidden units)
+    )
     rate: float = 3e-3
     decay: float = 0.3
     residual: float = 0.7
@@ -154,7 +156,7 @@ class Convolutions(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], classes: int, width: int = 32) -> None:
         super().__init__()
-        channels, height, across = shape
+        channels, height, image_width = shape
         self.fourier = FourierFeatures(16, low=0.25, high=4.0)
         self.noise = Linear(self.fourier.size, CONDITION)
         self.label = Embedding(classes, CONDITION)
@@ -163,7 +165,7 @@ class Convolutions(nn.Module):
         self.kernels = nn.ModuleList(
             Linear(9 * a, b, gain=1.4) for a, b in zip([channels, *sizes], sizes, strict=False)
         )
-        self.last = Linear(sizes[-1] * (height // 4) * (across // 4), 1, gain=0.0)
+        self.last = Linear(sizes[-1] * (height // 4) * (image_width // 4), 1, gain=0.0)
 
     def forward(self, noised: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         h = noised * (sigma**2 + SIGMA_DATA**2).rsqrt().reshape(-1, 1, 1, 1)
@@ -178,7 +180,7 @@ class Convolutions(nn.Module):
 
 
 FAST = Shape(rate=6e-3)
-BIASED = Shape(rate=6e-3, token_bias="mixing")  # the second round's centre: what won the first
+BIASED = Shape(rate=6e-3, token_bias="mixing")  # the base of the second round: the best of the first
 
 
 def _vary(shape: Shape, **axes: Any) -> Shape:
@@ -240,7 +242,7 @@ def fashion(directory: Path) -> DataSet:
 
 
 class Study:
-    """Trainings of one data set, all alike but for the ratio network."""
+    """Trainings on one data set that differ in the ratio network only."""
 
     def __init__(self, dataset: DataSet, seconds: float, seed: int) -> None:
         self.dataset, self.seconds, self.seed = dataset, seconds, seed
@@ -266,7 +268,7 @@ class Study:
             network = MLPRatio(shape, classes, width=config.ratio_width, depth=config.ratio_depth)
         else:
             network = Convolutions(shape, classes)
-        networks.initialise(network, self.seed, stream=1)
+        networks.initialize(network, self.seed, stream=1)
         return network
 
     def iteration(self, axes: Shape | str, steps: int) -> Iteration:
@@ -285,7 +287,7 @@ class Study:
             yield [batch]
 
     def train(self, axes: Shape | str, seconds: float) -> Iteration:
-        """As many steps as fit in ``seconds``, with the learning rates falling over just those."""
+        """Train as many steps as fit in ``seconds``; the learning rate schedule covers these steps."""
         probe, batches = self.iteration(axes, 1000), self.batches()
         for _ in range(5):
             probe.run(next(batches))

@@ -1,4 +1,4 @@
-"""The two ways to a score difference, for many independent trainings at once: a ratio, or two denoisers.
+"""Two estimators of a score difference, for many independent trainings: a ratio, or two denoisers.
 
 The losses are those of ``objectives.diffratio`` and ``objectives.denoising``, summed over trainings.
 """
@@ -26,7 +26,7 @@ PENALTY_STEP = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """How one network is trained; every network of a comparison is, but for its own rate."""
+    """Training options of one network; networks of a comparison differ in the rate only."""
 
     steps: int
     batch: int = 128
@@ -38,7 +38,7 @@ class Settings:
 
 
 def draw_sigma(law: str, count: int, batch: int, generator: torch.Generator) -> Tensor:
-    """float32 [count, batch]."""
+    """Draw noise levels float32 [count, batch]."""
     uniforms = torch.rand(count, batch, generator=generator, dtype=torch.float64)
     return parse_noise_law(law).quantile(uniforms).float()
 
@@ -46,7 +46,7 @@ def draw_sigma(law: str, count: int, batch: int, generator: torch.Generator) -> 
 def ratio_loss(
     ratio: Ratios, real: Tensor, fake: Tensor, sigma: Tensor, penalty: float, generator: torch.Generator
 ) -> Tensor:
-    """Logistic loss of each training [S]; with ``penalty`` that of the slope, by a finite difference."""
+    """Logistic loss of each training [S], plus ``penalty`` times the slope penalty by a finite difference."""
     both = torch.cat((sigma, sigma), 1)
     noised = torch.cat((real, fake), 1)
     noised = noised + both[..., None] * torch.randn(noised.shape, generator=generator)
@@ -71,7 +71,7 @@ def adam(networks: BatchedNetworks, rate: float, beta1: float, decay: float = 0.
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """One update of all trainings."""
+    """Run one update of all trainings."""
     optimizer.param_groups[0]["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     loss.sum().backward()
@@ -85,7 +85,7 @@ def _rate(settings: Settings, step: int) -> float:
 def train_ratio(
     ratio: Ratios, real: Sampler, fake: Sampler, settings: Settings, generator: torch.Generator
 ) -> None:
-    """Train in place against laws that stand still, with a rate that falls to zero."""
+    """Train in place against fixed laws; the rate decays to zero."""
     optimizer = adam(ratio, settings.rate, settings.beta1, settings.decay)
     for step in range(settings.steps):
         x, y = real(settings.batch), fake(settings.batch)
@@ -97,7 +97,7 @@ def train_ratio(
 def train_denoiser(
     denoiser: Denoisers, clean: Sampler, settings: Settings, generator: torch.Generator
 ) -> None:
-    """As ``train_ratio``."""
+    """Like ``train_ratio``, for denoisers."""
     optimizer = adam(denoiser, settings.rate, settings.beta1, settings.decay)
     for step in range(settings.steps):
         x = clean(settings.batch)

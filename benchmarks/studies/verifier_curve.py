@@ -1,11 +1,11 @@
-"""What a verifier brings: distance, precision and recall against the number of candidates.
+"""Effect of a verifier: distance, precision and recall against the number of candidates.
 
     python -m benchmarks.studies.verifier_curve RUN [RUN ...] [--json FILE]
 
-Each RUN is a finished run directory that ``python -m diffratio_fast.refit`` has made a verifier for; several
-are runs of one configuration with other seeds. Both selections are measured at each number of candidates, at
-the noise level that the refit chose, or at ``--sigma``. Fréchet distance, precision and recall (3 neighbours)
-are those of pixels, to the test split; error bars are standard deviations over the runs.
+Each RUN is the directory of a finished run with a verifier of ``python -m diffratio_fast.refit``; several
+runs have one configuration and different seeds. Both selections are measured for each number of candidates,
+at the noise level of the refit or at ``--sigma``. Fréchet distance, precision and recall (3 neighbors) use
+pixels and the test split; error bars are standard deviations over the runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness import environment
 from diffratio_fast import command, networks
 from diffratio_fast.errors import UserError
-from diffratio_fast.metrics.neighbours import neighbour_figures
+from diffratio_fast.metrics.neighbors import neighbor_metrics
 from diffratio_fast.metrics.pixels import PixelMetrics, to_pixels
 from diffratio_fast.storage.writing import replace_file
 from diffratio_fast.verifier.finished_run import FinishedRun
@@ -30,15 +30,15 @@ CANDIDATES = (1, 2, 4, 8, 16)
 SAMPLES = 2_000
 DRAWS = 16
 SEED = 7
-FIGURES = ("frechet_distance", "precision", "recall", "effective_share")
+METRICS = ("frechet_distance", "precision", "recall", "effective_share")
 
 
 def measure(run: FinishedRun, sigma: float | None) -> list[dict[str, Any]]:
-    """A row per selection and number of candidates."""
+    """Measure one row per selection and number of candidates."""
     network, about = networks.load(run.directory.refitted, "ratio")
     level = about.training["verifier"]["sigma"] if sigma is None else sigma
     if level is None:
-        raise UserError(f"{run.directory.root}: its refit chose no noise level; give one with --sigma")
+        raise UserError(f"{run.directory.root}: refit chose no noise level; set --sigma")
     metrics = PixelMetrics(run.dataset)
     real = metrics.split("test")[0][:SAMPLES]
     labels = metrics.labels("test", SAMPLES)
@@ -47,7 +47,7 @@ def measure(run: FinishedRun, sigma: float | None) -> list[dict[str, Any]]:
         tool = Verifier(network.to(run.device), level, how, DRAWS)
         for candidates in CANDIDATES:
             selection = select(tool, run.generator, labels, SEED, candidates)
-            figures = neighbour_figures(to_pixels(run.dataset, selection.images), real)
+            figures = neighbor_metrics(to_pixels(run.dataset, selection.images), real)
             row = {
                 "run_seed": run.config.seed,
                 "select": how,
@@ -56,7 +56,7 @@ def measure(run: FinishedRun, sigma: float | None) -> list[dict[str, Any]]:
                 "frechet_distance": metrics.distance(selection.images, "test"),
                 "precision": figures.precision,
                 "recall": figures.recall,
-                # of l itself the spread of weights says nothing
+                # the spread of l is not a spread of weights
                 "effective_share": selection.effective_share if how == "resample" else None,
             }
             print(row, flush=True)
@@ -65,7 +65,7 @@ def measure(run: FinishedRun, sigma: float | None) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean and standard deviation over the runs."""
+    """Format as Markdown: mean and standard deviation over the runs."""
     lines = [
         "| selection | N | Fréchet distance | precision | recall | effective sample size |",
         "|---|---|---|---|---|---|",
@@ -74,7 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for candidates in CANDIDATES:
             group = [row for row in rows if row["select"] == how and row["candidates"] == candidates]
             cells = []
-            for name, digits in zip(FIGURES, (3, 3, 3, 2), strict=True):
+            for name, digits in zip(METRICS, (3, 3, 3, 2), strict=True):
                 values = [row[name] for row in group if row[name] is not None]
                 spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
                 unit = " N" if name == "effective_share" else ""
@@ -86,7 +86,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str]) -> int:
     parser = command.Parser(prog="python -m benchmarks.studies.verifier_curve", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--sigma", type=float, help="noise level, in place of the one that the refit chose")
+    parser.add_argument("--sigma", type=float, help="noise level (default: chosen by the refit)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

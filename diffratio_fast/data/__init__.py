@@ -1,4 +1,4 @@
-"""Data sets, the order of their records, and loaders. Imports nothing of training."""
+"""Data sets, the order of their records, and loaders. Imports nothing from training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def open_dataset(
     device: torch.device | str = "cpu",
     class_conditional: bool = True,
 ) -> DataSet:
-    """The data set called ``name``, or the prepared one in the directory ``name``; else a ``UserError``.
+    """Open the data set ``name``: ``digits``, or the directory of a prepared data set.
 
-    Without ``class_conditional`` all records have class 0. ``loader`` and ``verify`` are options of
-    ``ShardDataSet`` and are ignored for a data set in memory.
+    With ``class_conditional=False`` all records have class 0. ``loader`` and ``verify`` are options of
+    ``ShardDataSet`` and are ignored for a data set in memory. Raises ``UserError`` for an unknown name.
     """
     data: DataSet
     if name == "digits":
@@ -35,7 +35,7 @@ def open_dataset(
         data = ShardDataSet(name, loader=loader, verify=verify, device=device)
     else:
         raise UserError(
-            f"--data {name}: no such data set; known: digits, or a directory that "
-            "`python -m diffratio_fast.prepare` made"
+            f"--data {name}: no such data set; expected digits or a directory; "
+            "create one with `python -m diffratio_fast.prepare`"
         )
     return data if class_conditional or len(data.class_names) == 1 else OneClass(data)

@@ -1,7 +1,7 @@
-"""The DALI loader: the same batches, handed to a DALI pipeline, for those whose training is built on it.
+"""The DALI loader: the batches of the native loader, passed through a DALI pipeline.
 
-``external_source`` asks for batch number ``start + iteration`` with a stateless callback (so DALI's own
-checkpoints work too); the reading itself is the native one, ahead of the pipeline.
+``external_source`` requests batch number ``start + iteration`` with a stateless callback, so DALI's own
+checkpoints work too. The native ``ReadAhead`` reads the records ahead of the pipeline.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ def build_pipeline(
     depth: int = 2,
     checkpoint: bytes | None = None,
 ) -> Any:
-    """A DALI pipeline whose outputs are (records, labels) from batch ``start`` on, on ``device``.
+    """Build a DALI pipeline with outputs (records, labels) on ``device``, starting at batch ``start``.
 
-    ``depth`` is how many outputs DALI holds ready; ``checkpoint`` is one of a pipeline built alike.
+    ``depth`` is the prefetch queue depth. ``checkpoint`` is a checkpoint of a pipeline built with the same
+    arguments. Raises ``UserError`` if DALI is not installed.
     """
     try:
         from nvidia.dali import Pipeline, fn, types
     except ImportError as error:
         raise UserError(
-            f"the DALI loader needs NVIDIA DALI ({error}); install diffratio_fast[dali], or choose native"
+            f"--loader dali: NVIDIA DALI is not installed ({error}); install diffratio_fast[dali], or use "
+            "--loader native"
         ) from None
     end = order.batches
 
@@ -45,7 +47,7 @@ def build_pipeline(
         if end is not None and batch >= end:
             raise StopIteration
         read, labels = source.read(batch)
-        if not len(labels):  # DALI knows no empty batch, and only the last can be empty
+        if not len(labels):  # DALI has no empty batch; only the last one can be empty
             raise StopIteration
         return read, np.ascontiguousarray(labels)
 
@@ -76,7 +78,7 @@ def build_pipeline(
 def dali_batches(
     records: Records, order: Order, start: int, reading: Reading, device: torch.device
 ) -> Iterator[Batch]:
-    """(records [b, C, H, W], labels int64 (b,)) on ``device``, from batch number ``start`` on."""
+    """(records [b, C, H, W], labels int64 (b,)) on ``device``, starting at batch number ``start``."""
     source = ReadAhead(records, order, start, reading)
     try:
         pipeline = build_pipeline(source, records, order, start, device)
@@ -89,7 +91,9 @@ def dali_batches(
                 break
             yield _to_torch(outputs[0], device, side), _to_torch(outputs[1], device, side)
             batch += 1
-        while order.batches is not None and batch < order.batches:  # this rank's empty share of the last
+        while (
+            order.batches is not None and batch < order.batches
+        ):  # this rank's empty slice of the last batch
             read, labels = source.read(batch)
             yield torch.from_numpy(read).to(device), torch.from_numpy(labels).to(device)
             batch += 1
@@ -98,14 +102,14 @@ def dali_batches(
 
 
 def _gpu(device: torch.device) -> int | None:
-    """DALI's name of the device: a number, or None for the CPU."""
+    """DALI's device ID: an integer, or None for the CPU."""
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _to_torch(output: Any, device: torch.device, side: torch.cuda.Stream | None) -> torch.Tensor:
-    """A tensor of its own: DALI takes its buffers back at the next run."""
+    """Copy ``output`` to a new tensor: DALI reuses its buffers in the next run."""
     if side is None:
         return torch.from_numpy(output.as_array())  # as_array copies
     from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
@@ -114,6 +118,6 @@ def _to_torch(output: Any, device: torch.device, side: torch.cuda.Stream | None)
     with torch.cuda.stream(side):
         tensor = torch.empty(dense.shape(), dtype=to_torch_type[dense.dtype], device=device)
         feed_ndarray(dense, tensor, cuda_stream=side)
-    side.synchronize()  # waits for the copy alone, not for the training that is under way
+    side.synchronize()  # waits for this copy only, not for the training stream
     tensor.record_stream(torch.cuda.current_stream(device))
     return tensor

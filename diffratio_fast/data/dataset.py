@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the house: records with labels, in splits, and their scaling."""
+"""The data-set interface: labeled records in splits, and their scaling."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SPLITS = ("train", "validation", "test")
 
 
 class DataSet(Protocol):
-    """Records of one shape with integer labels, cut into ``SPLITS`` once and for all."""
+    """Records of one shape with integer labels, divided into fixed ``SPLITS``."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def kind(self) -> str:
-        """What a record is: "image", or "latent_moments" (mean ‖ standard deviation)."""
+        """Kind of a record: "image" or "latent_moments" (mean ‖ standard deviation)."""
         ...
 
     @property
@@ -42,11 +42,11 @@ class DataSet(Protocol):
 
     @property
     def vae(self) -> Vae | None:
-        """What latents are decoded with; None for images."""
+        """The autoencoder that decodes the latents; None for images."""
         ...
 
     def count(self, split: str) -> int:
-        """Records in a split."""
+        """Number of records in a split."""
         ...
 
     def batches(
@@ -59,24 +59,24 @@ class DataSet(Protocol):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Endless (records [b, C, H, W], labels int64 [b]), where wanted, from batch number ``start``.
+        """Infinite iterator of (records [b, C, H, W], labels int64 [b]), starting at batch number ``start``.
 
         ``batch_size`` is global; this rank gets its slice of ``batch_size / world_size``.
         """
         ...
 
     def first(self, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first ``count`` records of a split in stored order (all, where it has fewer)."""
+        """The first ``count`` records of a split in stored order, or all if it has fewer."""
         ...
 
     def part(self, split: str, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Records ``start`` to ``end - 1`` of a split in stored order (those that there are)."""
+        """Records ``start`` to ``end - 1`` of a split in stored order, clipped to the split."""
         ...
 
 
 @dataclass(frozen=True)
 class InMemoryDataSet:
-    """A data set small enough to live in memory: per split, records [N, C, H, W] and labels int64 [N]."""
+    """A data set in memory: per split, records [N, C, H, W] and labels int64 [N]."""
 
     name: str
     class_names: tuple[str, ...]
@@ -85,7 +85,7 @@ class InMemoryDataSet:
     kind: str = "image"
     vae: Vae | None = None
     device: torch.device | None = None
-    """The GPU that batches go to; they stay on the host where it is None, or the CPU."""
+    """The device of the batches; None and the CPU leave them on the host."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,7 +126,7 @@ class InMemoryDataSet:
 
 
 class OneClass:
-    """A data set whose records are all of one class: what unconditional training sees."""
+    """A data set with all labels set to 0, for unconditional training."""
 
     class_names = ("all",)
 
@@ -163,6 +163,6 @@ class OneClass:
 
 
 def model_shape(data: DataSet) -> tuple[int, int, int]:
-    """The shape of x0: a record's, or a latent's, which has half its record's channels."""
+    """Shape of x0: the shape of a record; for latents with half the channels of the record."""
     channels, height, width = data.shape
     return (channels // 2 if data.kind == "latent_moments" else channels), height, width

@@ -1,12 +1,12 @@
-"""The default data set: 1,797 real scans of handwritten digits, 8 x 8, 17 grey levels, ten classes.
+"""The default data set: 1,797 real scans of handwritten digits, 8 x 8, 17 gray levels, ten classes.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
 Repository, 1998, doi:10.24432/C50P49 (the test part, 13 writers; the copy that scikit-learn ships as
-``load_digits``). Licence: Creative Commons Attribution 4.0 International (CC BY 4.0).
+``load_digits``). License: Creative Commons Attribution 4.0 International (CC BY 4.0).
 
 ``digits.npz`` holds ``images`` uint8 (1797, 8, 8) with values 0..16 in the original order, ``labels``
-uint8 (1797,), and ``split`` uint8 (1797,): 0 train (1,350), 1 validation (150), 2 test (297). Both cuts
-are random and stratified by class, and fixed by this file for good.
+uint8 (1797,), and ``split`` uint8 (1797,): 0 train (1,350), 1 validation (150), 2 test (297). The
+splits are random, stratified by class, and fixed by this file.
 """
 
 from __future__ import annotations

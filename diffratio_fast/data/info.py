@@ -1,4 +1,4 @@
-"""``prepare --info``: what a prepared data set is, in words and as a contact sheet."""
+"""``prepare --info``: a text summary and a contact sheet of a prepared data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 12
 
 
 def describe(data: ShardDataSet) -> str:
-    """A few lines: kind, splits, classes, scaling, and statistics per channel."""
+    """A summary of a few lines: kind, splits, classes, scaling, and statistics per channel."""
     m = data.manifest
     total = sum(shard.size for shard in m.shards)
     more = ", …" if len(m.class_names) > 12 else ""
@@ -32,7 +32,9 @@ def describe(data: ShardDataSet) -> str:
         lines.append(f"VAE: {m.vae.name} (sha256 {m.vae.sha256 or 'unknown'})")
     low = "" if m.scaling.low is None else f", values {m.scaling.low:g} to {m.scaling.high:g}"
     lines.append(f"scaling: mean {_row(m.scaling.mean)}, std {_row(m.scaling.std)}{low}")
-    lines.append(f"source: {m.source.get('format')}, {m.source.get('unreadable', 0)} unreadable left out")
+    lines.append(
+        f"source: {m.source.get('format')}, {m.source.get('unreadable', 0)} unreadable records skipped"
+    )
     lines.append(f"{'channel':>10} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}   (training records)")
     statistics = zip(m.statistics.mean, m.statistics.std, m.statistics.min, m.statistics.max, strict=True)
     for channel, row in enumerate(statistics):
@@ -49,9 +51,9 @@ def _row(values: tuple[float, ...]) -> str:
 
 
 def contact_sheet(data: ShardDataSet, path: Path) -> None:
-    """Write a PNG of training records: a class per row (the first ``ROWS`` of them), ``COLUMNS`` of each.
+    """Write a PNG of training records: one row per class (at most ``ROWS``), ``COLUMNS`` records per row.
 
-    Latents are drawn as ``pictures.viewable`` draws them.
+    Latents are converted by ``pictures.viewable``.
     """
     first, end = data.manifest.splits["train"]
     labels = data.labels(first, min(end, first + 100_000))
@@ -67,7 +69,7 @@ def contact_sheet(data: ShardDataSet, path: Path) -> None:
 
 
 def _viewable(data: ShardDataSet, records: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] of stored records; of latents, of the mean of their moments."""
+    """Stored records as uint8 [N, 3, H, W]; for latents, the mean of the moments."""
     if data.kind != "image":
         records = records[:, : data.shape[0] // 2]
     pictures = viewable(data.scaling.to_model(records.float()), data.scaling)

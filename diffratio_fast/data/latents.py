@@ -19,39 +19,44 @@ PUBLISHED = {"a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815":
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-DECODE_BLOCK = 8
-"""Latents that are decoded together; few, as the activations of large images are."""
+DECODE_BATCH = 8
+"""Latents decoded per batch; small, because the activations of large images need much memory."""
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class _LocalVae:
-    """diffusers' ``AutoencoderKL`` of a local directory; ``vae`` is its name and the hash of its weights."""
+    """diffusers' ``AutoencoderKL`` from a local directory; ``vae`` is its name and weight hash."""
 
     def __init__(self, directory: Path, *, name: str | None, precision: str, device: torch.device) -> None:
         weights = next((directory / w for w in WEIGHTS if (directory / w).is_file()), None)
         if weights is None or not (directory / "config.json").is_file():
-            raise UserError(f"{directory}: holds no AutoencoderKL (config.json, {WEIGHTS[0]})")
+            raise UserError(
+                f"--vae {directory}: not a directory of an AutoencoderKL; expected config.json and "
+                f"{WEIGHTS[0]}"
+            )
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
-            raise UserError(f"--vae needs diffusers ({error}); install diffratio_fast[latents]") from None
+            raise UserError(
+                f"--vae: diffusers is not installed ({error}); install diffratio_fast[latents]"
+            ) from None
         sha256 = sha256_of_file(weights)
         if name == SD_VAE and sha256 not in PUBLISHED and weights.name == WEIGHTS[0]:
-            raise UserError(f"{weights}: not the published weights of {SD_VAE}; leave --vae-name out")
+            raise UserError(f"{weights}: not the published weights of {SD_VAE}; omit --vae-name")
         self.vae = Vae(name or PUBLISHED.get(sha256, directory.resolve().name), sha256)
         self.description = {"precision": precision, "config": _sha256_of_json(directory / "config.json")}
         try:
             model = AutoencoderKL.from_pretrained(
                 directory, torch_dtype=PRECISIONS[precision], local_files_only=True
             )
-        except Exception as error:  # diffusers raises many kinds for a model that is not whole
+        except Exception as error:  # diffusers raises many exception types for an incomplete model
             raise UserError(f"{directory}: the VAE cannot be loaded ({str(error).splitlines()[0]})") from None
         self._model = model.eval().requires_grad_(False).to(device)
         self._device, self._dtype = device, PRECISIONS[precision]
 
 
 class LatentDecoder(_LocalVae):
-    """Decodes latents z to images, the inverse of ``LatentEncoder``'s scale: [0, 1] is black to white."""
+    """Decodes latents z to images: the inverse of ``LatentEncoder``; [0, 1] is black to white."""
 
     def __init__(self, directory: Path, *, device: torch.device) -> None:
         super().__init__(directory, name=None, precision="fp32", device=device)
@@ -59,8 +64,8 @@ class LatentDecoder(_LocalVae):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents z [N, c, h, w], unscaled, to uint8 images [N, 3, H, W] on the CPU, rounded to nearest.
 
-        Always ``DECODE_BLOCK`` at a time, the last block filled up, because a convolution's rounding
-        depends on its size: an image is the same however many are decoded with it.
+        Always decodes ``DECODE_BATCH`` latents at a time and pads the last batch: the rounding of a
+        convolution depends on the batch size, so an image does not depend on ``N``.
         """
         if latents.shape[1] != self._model.config.latent_channels:
             raise UserError(
@@ -69,8 +74,8 @@ class LatentDecoder(_LocalVae):
             )
         images = []
         with torch.inference_mode():
-            for block in latents.split(DECODE_BLOCK):
-                filled = torch.cat([block, block.new_zeros(DECODE_BLOCK - len(block), *block.shape[1:])])
+            for block in latents.split(DECODE_BATCH):
+                filled = torch.cat([block, block.new_zeros(DECODE_BATCH - len(block), *block.shape[1:])])
                 x = self._model.decode(filled.to(self._device, self._dtype)).sample[: len(block)].float()
                 images.append((x.clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(images)
@@ -80,7 +85,7 @@ class LatentEncoder(_LocalVae):
     """Encodes uint8 images, scaled to [0, 1], to moments: mean and standard deviation of the posterior."""
 
     def shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Shape of the moments of an image [3, H, W]."""
+        """Shape of the moments of an image of shape ``image_shape`` [3, H, W]."""
         moments = self.encode(np.zeros((1, *image_shape), np.uint8))
         return moments.shape[1], moments.shape[2], moments.shape[3]
 
@@ -93,12 +98,16 @@ class LatentEncoder(_LocalVae):
 
 
 def to_float16(moments: np.ndarray) -> np.ndarray:
-    """float16 moments; raises ValueError where a value is not finite, too large, or no standard deviation."""
+    """Convert to float16; raises ValueError for a value not finite, too large, or a negative std."""
     if not np.isfinite(moments).all():
-        raise ValueError("the latent is not finite (a VAE in bf16 or a damaged file?)")
+        raise ValueError(
+            "the latent is not finite; expected finite values: use --precision fp32, or check the source file"
+        )
     largest = float(np.abs(moments).max())
     if largest > FLOAT16_MAX:
-        raise ValueError(f"the latent reaches {largest:.4g}, beyond float16's {FLOAT16_MAX:.0f}")
+        raise ValueError(
+            f"the latent has magnitude {largest:.4g}, larger than the float16 maximum {FLOAT16_MAX:.0f}"
+        )
     if float(moments[moments.shape[0] // 2 :].min()) < 0:
         raise ValueError("the second half of the channels, the standard deviation, is negative")
     return moments.astype("<f2")

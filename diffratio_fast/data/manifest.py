@@ -1,6 +1,6 @@
-"""``manifest.json``: what a directory of shards holds. Read strictly: every field is checked, or refused.
+"""Read and write ``manifest.json``, the index of a directory of shards. Every field is checked.
 
-The format itself is described in ``docs/data.md``; this file is its only reader and writer.
+``docs/data.md`` describes the format. This module is its only reader and writer.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json
 
 FORMAT = "diffratio_fast.shards"
 VERSION = 1
-AGAIN = "restore it or prepare the data set again"
+RESTORE = "restore it or prepare the data set again"
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 CHECKSUMS = "checksums.npy"
 RECORD_LIMIT = 1 << 28
-"""Bytes of a record, at most."""
+"""Maximum bytes per record."""
 
 DTYPES = {"image": "uint8", "latent_moments": "float16"}
-"""Kinds of records and the one dtype of each: pixels, or the mean ‖ standard deviation of a latent."""
+"""Record kinds and their dtype: pixels, or the mean ‖ standard deviation of a latent."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of ``records`` records, ``size`` bytes in all."""
+    """A file of ``records`` records and ``size`` bytes."""
 
     file: str
     records: int
@@ -91,32 +91,35 @@ class Manifest:
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read and check ``directory/manifest.json``.
 
-    Raises ``UserError`` where there is none, where it is of a newer version, or where it contradicts itself.
+    Raises ``UserError`` if the file is missing, damaged, inconsistent, or of another format version.
     """
     path = Path(directory) / MANIFEST
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is this a prepared data set, and was it finished?") from None
+        raise UserError(
+            f"{path}: no such file; expected a finished data set of `python -m diffratio_fast.prepare`; "
+            "prepare it, or rerun an interrupted prepare"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: cannot be read ({error}); {RESTORE}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of {FORMAT}")
     if content.get("version") != VERSION:
         raise UserError(
-            f"{path}: format version {content.get('version')}, but this program reads version {VERSION}; "
+            f"{path}: format version {content.get('version')}; expected version {VERSION}; "
             "upgrade diffratio_fast, or prepare the data set again with this version"
         )
     try:
         manifest = _parse(content)
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}); {AGAIN}") from None
+        raise UserError(f"{path}: damaged ({one_line(error)}); {RESTORE}") from None
     _check_scaling(path, manifest)
     return manifest
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    """The manifest of a JSON object; raises KeyError, TypeError or ValueError where it is not one."""
+    """The manifest in a JSON object; raises KeyError, TypeError or ValueError if the object is invalid."""
     kind = content["kind"]
     _require(kind in DTYPES, f"unknown kind {kind!r}")
     _require(content["dtype"] == DTYPES[kind], f"dtype {content['dtype']!r} with kind {kind!r}")
@@ -124,7 +127,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     _require(min(channels, height, width) > 0, "empty shape")
     latent = kind == "latent_moments"
     _require(not latent or channels % 2 == 0, "latent moments need an even number of channels")
-    _require((content["vae"] is not None) == latent, "a VAE is named for latents, and for them only")
+    _require((content["vae"] is not None) == latent, "vae must be set for latents and null for images")
     shards = tuple(
         Shard(_plain_name(s["file"]), _count(s["records"]), _count(s["size"]), str(s["sha256"]))
         for s in content["shards"]
@@ -149,7 +152,9 @@ def _parse(content: dict[str, Any]) -> Manifest:
         _require(shard.size == shard.records * manifest.record_bytes, f"size of {shard.file}")
     end = 0
     for split in SPLITS:
-        _require(manifest.splits[split][0] == end, f"split {split} does not follow the one before it")
+        _require(
+            manifest.splits[split][0] == end, f"split {split} does not begin where the previous split ends"
+        )
         end = manifest.splits[split][1]
     _require(end == manifest.records and manifest.splits["train"][1] > 0, "splits do not cover the records")
     _require(len(manifest.class_names) > 0, "no class names")
@@ -163,9 +168,9 @@ def _check_scaling(path: Path, manifest: Manifest) -> None:
     published = LATENT_SCALINGS.get(name)
     if published is not None and published != manifest.scaling:
         raise UserError(
-            f"{path}: latents of {name} are scaled for another VAE: mean "
-            f"{list(manifest.scaling.mean)}, std {list(manifest.scaling.std)} instead of mean "
-            f"{list(published.mean)}, std {list(published.std)}; prepare them again with the right --vae-name"
+            f"{path}: scaling of the latents does not match their VAE {name}: mean "
+            f"{list(manifest.scaling.mean)}, std {list(manifest.scaling.std)}; expected mean "
+            f"{list(published.mean)}, std {list(published.std)}; prepare again with the correct --vae-name"
         )
 
 
@@ -175,7 +180,9 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _count(value: object) -> int:
-    _require(isinstance(value, int) and not isinstance(value, bool) and value >= 0, f"{value!r} is no count")
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 0, f"{value!r} is not a count"
+    )
     assert isinstance(value, int)
     return value
 
@@ -185,6 +192,6 @@ def _numbers(values: list[float]) -> tuple[float, ...]:
 
 
 def _plain_name(name: str) -> str:
-    """A file name that stays inside the directory."""
-    _require(name == Path(name).name and name not in ("", ".", ".."), f"{name!r} is no plain file name")
+    """Check that ``name`` is a file name without a directory part."""
+    _require(name == Path(name).name and name not in ("", ".", ".."), f"{name!r} is not a plain file name")
     return name

@@ -1,8 +1,8 @@
 """The native loader: threads read batches ahead into a ring of reused buffers.
 
-A buffer goes back to the ring when the last tensor over it dies, so a batch may be kept for as long as
-anybody likes and never changes underneath. On a GPU the ring is pinned, and batches are copied one ahead
-on a side stream.
+A buffer returns to the ring when the last tensor that refers to it is deleted, so a caller may keep a
+batch and its content never changes. For a GPU the ring is pinned, and a side stream copies each batch
+while the previous one is used.
 """
 
 from __future__ import annotations
@@ -22,48 +22,50 @@ from diffratio_fast.data.sampler import Order
 from diffratio_fast.data.transfer import Batch, copied_ahead
 
 PIECE_BYTES = 1 << 20
-"""A batch is read in pieces of at least this size, as many at a time as there are threads."""
+"""Minimum bytes per piece; a batch is split into at most one piece per thread."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How batches are read: ``threads`` at a time, ``ahead`` batches early, hashed by ``verify``."""
+    """Reader settings: number of ``threads``, batches read ``ahead``, records to hash (``verify``)."""
 
     threads: int = 4
     ahead: int = 4
     verify: str = "first_epoch"
 
     def verifies(self, order: Order, batch: int, start: int) -> bool:
-        """Whether ``batch`` is hashed: with ``first_epoch``, every record once, from where we began."""
+        """Whether ``batch`` is hashed; ``first_epoch`` hashes every record once, beginning at ``start``."""
         if self.verify == "first_epoch":
             return (batch - start) * order.batch_size < order.n
         return self.verify == "always"
 
 
 class Ring:
-    """Buffers of ``nbytes`` bytes; each is lent again once nothing refers to the array lent before."""
+    """A pool of buffers of ``nbytes`` bytes; a buffer is reused when nothing refers to its last array."""
 
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
         self._nbytes, self._pinned = nbytes, pinned
         self._free: deque[np.ndarray] = deque()
         self.allocated = 0
 
-    def lend(self) -> np.ndarray:
-        """An array uint8 (nbytes,) that nobody else holds; its bytes are undefined."""
+    def acquire(self) -> np.ndarray:
+        """Acquire an array uint8 (nbytes,) with undefined content that has no other user."""
         try:
             owner = self._free.popleft()
         except IndexError:
             owner = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=self._pinned).numpy()
             self.allocated += 1
-        lent = np.frombuffer(owner.data, np.uint8)  # its own owner: views of it keep it alive, not `owner`
-        weakref.finalize(lent, self._free.append, owner).atexit = False
-        return lent
+        array = np.frombuffer(
+            owner.data, np.uint8
+        )  # a new base object: views of it keep it alive, not `owner`
+        weakref.finalize(array, self._free.append, owner).atexit = False
+        return array
 
 
 class ReadAhead:
     """Batches of an order as NumPy arrays, read ahead of their use.
 
-    ``read(k)`` is a pure function of ``k``; asked for k, k + 1, … it finds them under way.
+    ``read(k)`` is a pure function of ``k``. Reading k also starts the reads of the following batches.
     """
 
     def __init__(
@@ -89,10 +91,12 @@ class ReadAhead:
         records, order = self._records, self._order
         epoch = order.epoch(batch)
         rows = order.rows(batch)
-        if epoch != self._epoch:  # the next epoch's order is drawn while this one is read
+        if epoch != self._epoch:  # draw the order of the next epoch while this one is read
             self._epoch = epoch
             self._pool.submit(order.prepare_epoch, epoch + 1)
-        buffer = self.ring.lend()[: len(rows) * records.record_bytes].reshape(len(rows), records.record_bytes)
+        buffer = self.ring.acquire()[: len(rows) * records.record_bytes].reshape(
+            len(rows), records.record_bytes
+        )
         verify = self._reading.verifies(order, batch, self._start)
         pieces = max(1, min(self._reading.threads, buffer.nbytes // PIECE_BYTES))
         cuts = [len(rows) * i // pieces for i in range(pieces + 1)]
@@ -101,12 +105,12 @@ class ReadAhead:
             for a, b in pairwise(cuts)
         ]
         manifest = records.manifest
-        # No view of the whole batch is kept elsewhere: the ring counts on it.
+        # The ring requires that no other view of the batch is kept.
         shaped = buffer.reshape(-1).view(manifest.dtype).reshape(len(rows), *manifest.shape)
         return _Pending(work, shaped, records.labels[rows])
 
     def close(self) -> None:
-        """Stop reading; what is under way is waited for."""
+        """Stop reading and wait for the reads in progress."""
         self._pending.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -126,7 +130,7 @@ class _Pending:
 def native_batches(
     records: Records, order: Order, start: int, reading: Reading, device: torch.device
 ) -> Iterator[Batch]:
-    """(records [b, C, H, W], labels int64 (b,)) on ``device``, from batch number ``start`` on."""
+    """(records [b, C, H, W], labels int64 (b,)) on ``device``, starting at batch number ``start``."""
     source = ReadAhead(records, order, start, reading, pinned=device.type == "cuda")
     try:
         batches = _on_cpu(source, order, start)
@@ -140,5 +144,5 @@ def _on_cpu(source: ReadAhead, order: Order, start: int) -> Iterator[Batch]:
     while end is None or batch < end:
         read, labels = source.read(batch)
         yield torch.from_numpy(read), torch.from_numpy(np.ascontiguousarray(labels))
-        del read, labels  # else this frame holds the buffer until the next turn
+        del read, labels  # otherwise this frame keeps the buffer until the next iteration
         batch += 1

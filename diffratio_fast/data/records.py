@@ -1,8 +1,8 @@
-"""The records of a prepared data set: shards opened and checked, read by row into the caller's buffers.
+"""The records of a prepared data set: open and check shards, read rows into the caller's buffers.
 
-Shards are read with ``preadv`` rather than mapped: warm reads run at the speed of memory either way, but
-the pages stay the kernel's (resident memory does not grow with the data set), a cold record is one request
-of its exact size, and a file that is cut short while it is open is an error instead of a killed process.
+Shards are read with ``preadv`` and not mapped. Warm reads run at memory speed either way, but the pages
+belong to the kernel (resident memory does not grow with the data set), a cold record is one request of its
+exact size, and a file that is truncated while it is open raises an error instead of killing the process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from diffratio_fast.data.manifest import AGAIN, CHECKSUMS, LABELS, Manifest
+from diffratio_fast.data.manifest import CHECKSUMS, LABELS, RESTORE, Manifest
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage.reading import DAMAGE, one_line
 
 
 class Records:
-    """Opened shards. Every size is checked at opening; reading is thread-safe and releases the GIL.
+    """Open shards. Opening checks every file size. Reading is thread-safe and releases the GIL.
 
     ``labels`` is int64 (N,) and ``checksums`` uint64 (N,), both mapped read-only.
     """
@@ -50,8 +50,8 @@ class Records:
     def gather(self, rows: np.ndarray, out: np.ndarray, *, verify: bool) -> None:
         """Read records ``rows`` int64 (b,) into ``out`` uint8 (b, record_bytes), contiguous.
 
-        Neighbouring rows are one request. With ``verify`` each record is hashed against its checksum.
-        Raises ``UserError`` naming file and record where a file is cut short or a record is damaged.
+        Consecutive rows are one request. With ``verify`` each record's xxh3 is compared with its checksum.
+        Raises ``UserError`` with file and record if a file is truncated or a record is damaged.
         """
         if not len(rows):
             return
@@ -65,13 +65,13 @@ class Records:
         for shard, offset, begin, end in zip(
             shards[first].tolist(), offsets[first].tolist(), begins, ends, strict=True
         ):
-            while begin < end:  # one turn, but for a read the kernel cuts short (2 GiB, a signal)
+            while begin < end:  # one iteration, except after a short read (2 GiB, a signal)
                 try:
                     got = os.preadv(self._files[shard], (buffer[begin:end],), offset)
                 except OSError as error:
                     raise UserError(
                         f"{self._paths[shard]}: cannot be read at record {offset // size} of this shard "
-                        f"({error.strerror or error}); check the disk, or {AGAIN}"
+                        f"({error.strerror or error}); check the disk, or {RESTORE}"
                     ) from None
                 if got == 0:
                     expected = self.manifest.shards[shard].size
@@ -86,11 +86,11 @@ class Records:
                 raise UserError(self.damage(row))
 
     def damage(self, row: int) -> str:
-        """What is said of a record whose bytes are not those that were written."""
+        """The error message for a record with a wrong checksum."""
         shard = int(self._shard_of(np.array([row]))[0])
         return (
             f"{self._paths[shard]}: record {row} (number {row - self._starts[shard]} of this shard) is "
-            f"damaged: its xxh3 is not the one written; {AGAIN}"
+            f"damaged: wrong xxh3; {RESTORE}"
         )
 
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
@@ -102,26 +102,26 @@ def check_size(path: Path, size: int) -> None:
     try:
         actual = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path}: missing ({error.strerror}); {AGAIN}") from None
+        raise UserError(f"{path}: missing ({error.strerror}); {RESTORE}") from None
     if actual < size:
         raise UserError(_truncated(path, actual, size, None))
     if actual > size:
-        raise UserError(f"{path}: {actual} bytes, but the manifest says {size}; {AGAIN}")
+        raise UserError(f"{path}: {actual} bytes; the manifest expects {size}; {RESTORE}")
 
 
 def _truncated(path: Path, actual: int, size: int, record: int | None) -> str:
     where = "" if record is None else f" at record {record} of this shard"
-    return f"{path}: truncated{where} ({actual} of {size} bytes); {AGAIN}"
+    return f"{path}: truncated{where} ({actual} of {size} bytes); {RESTORE}"
 
 
 def load_index(path: Path, dtype: np.dtype, records: int) -> np.ndarray:
-    """Map the index file ``path``: ``dtype`` (records,); raises ``UserError`` where it is anything else."""
+    """Map the index file ``path``; raises ``UserError`` unless it is ``dtype`` (records,)."""
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except DAMAGE as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {RESTORE}") from None
     if not isinstance(index, np.ndarray) or index.dtype != dtype or index.shape != (records,):
-        raise UserError(f"{path}: not {dtype} ({records},) as the manifest says; {AGAIN}")
+        raise UserError(f"{path}: wrong dtype or shape; the manifest expects {dtype} ({records},); {RESTORE}")
     return index
 
 
@@ -130,19 +130,19 @@ def check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise UserError(
-            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, out of range for {classes} classes "
-            f"({len(wrong)} such); prepare the data set again"
+            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}; expected 0 to {classes - 1} "
+            f"({len(wrong)} such labels); prepare the data set again"
         )
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files where ``count`` shards need it."""
+    """Raise the soft limit of open files if ``count`` shards need it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 256
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UserError(
                 f"{count} shards need {needed} open files, but the limit is {hard}; raise it (ulimit -n) or "
-                "prepare with larger --shard-bytes"
+                "prepare the data set with a larger --shard-bytes"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,9 +1,9 @@
 """The order of records: a pure function of (seed, epoch), sliced by rank.
 
-A training run sees one endless sequence of positions, ``position = batch * batch_size + i``; position p
-is record ``permutation(seed, p // n)[p % n]``. So a run resumes from a batch number alone, at any world
-size, and an epoch visits every record exactly once. A finite sequence is the first ``epochs * n``
-positions of the endless one; its last batch may be short.
+A training run reads one infinite sequence of positions, ``position = batch * batch_size + i``. Position p
+is record ``permutation(seed, p // n)[p % n]``. A run therefore resumes from a batch number alone, at any
+world size, and an epoch contains every record exactly once. A finite sequence is the first ``epochs * n``
+positions; its last batch may be short.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from diffratio_fast import ops
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, n: int, block: int = 1) -> np.ndarray:
-    """A uniformly random order of ``n`` records: int64 (n,), the same on every machine.
+    """A uniformly random permutation of ``n`` records: int64 (n,), the same on every machine.
 
-    Records are sorted by 64-bit keys drawn from the noise contract (purpose ``DATA_ORDER``, the epoch in
-    the place of the step, the record as the sample index); ties keep the record order. With ``block`` > 1
-    the order of blocks of that many neighbours is random instead, and each block is read in one piece.
+    Records are sorted by 64-bit random keys (purpose ``DATA_ORDER``, epoch as the step, record number as
+    the sample index); ties keep the record order. With ``block`` > 1, blocks of that many consecutive
+    records are permuted instead, and each block is read in one request.
     """
     blocks = -(-n // block)
     words = ops.random_words(
@@ -51,8 +51,8 @@ def batch_records(
 ) -> np.ndarray:
     """Records of this rank's slice of global batch number ``batch``: int64 (batch_size / world_size,).
 
-    ``batch_size`` is the global batch and a multiple of ``world_size``; batches run on across epochs.
-    With ``epochs`` the sequence ends there: the slice of the last batch is shorter, or empty.
+    ``batch_size`` is the global batch size, a multiple of ``world_size``. Batches continue across epochs.
+    With ``epochs`` the sequence is finite: the slice of the last batch may be shorter, or empty.
     """
     if batch_size % world_size:
         raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} processes")
@@ -71,7 +71,7 @@ def batch_records(
 
 @dataclass(frozen=True)
 class Order:
-    """One rank's view of the sequence over the ``n`` records that begin at row ``first``."""
+    """One rank's slice of the sequence over ``n`` records, the first of them at row ``first``."""
 
     seed: int
     batch_size: int
@@ -84,16 +84,16 @@ class Order:
 
     @property
     def local(self) -> int:
-        """Records of this rank in a full batch."""
+        """Number of this rank's records in a full batch."""
         return self.batch_size // self.world_size
 
     @property
     def batches(self) -> int | None:
-        """How many batches there are (the same on every rank), or None where there is no end."""
+        """Number of batches (the same on every rank), or None if the sequence is infinite."""
         return None if self.epochs is None else -(-self.epochs * self.n // self.batch_size)
 
     def rows(self, batch: int) -> np.ndarray:
-        """Rows of the data set in this rank's slice of ``batch``: int64 (b,)."""
+        """Rows of this rank's slice of ``batch``: int64 (b,)."""
         return self.first + batch_records(
             self.seed,
             batch,
@@ -110,6 +110,6 @@ class Order:
         return batch * self.batch_size // self.n
 
     def prepare_epoch(self, epoch: int) -> None:
-        """Draw an epoch's order ahead of its use, so that nothing waits for it."""
+        """Draw the order of an epoch before its first batch is read."""
         if self.epochs is None or epoch < self.epochs:
             permutation(self.seed, epoch, self.n, self.block)

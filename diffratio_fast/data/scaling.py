@@ -21,8 +21,8 @@ SIGMA_DATA = 0.5
 class Scaling:
     """The affine map between records (pixels, latents) and the model's x0, whose std is ``SIGMA_DATA``.
 
-    ``mean`` and ``std`` are those of the records, a number per channel (or one for all); ``low`` and
-    ``high`` bound the records' values, or are None where they have no bounds (latents).
+    ``mean`` and ``std`` are those of the records: one number per channel, or one for all channels. ``low``
+    and ``high`` bound the record values; both are None for unbounded records (latents).
     """
 
     mean: tuple[float, ...]
@@ -32,37 +32,37 @@ class Scaling:
 
     @classmethod
     def parse(cls, values: Any) -> Scaling:
-        """The scaling that a mapping of plain data describes; ``ValueError`` where it is none."""
+        """Parse a mapping of plain data; raises ``ValueError`` if it is not a valid scaling."""
         try:
             mean, std = (tuple(float(number) for number in values[name]) for name in ("mean", "std"))
             low, high = (None if values[name] is None else float(values[name]) for name in ("low", "high"))
         except DAMAGE as error:
-            raise ValueError(f"no scaling of data ({one_line(error)})") from None
+            raise ValueError(f"not a data scaling ({one_line(error)})") from None
         finite = all(math.isfinite(number) for number in (*mean, *std, low or 0.0, high or 0.0))
         if not (finite and mean and len(mean) == len(std) and min(std) > 0):
-            raise ValueError("scaling needs as many means as positive std, all finite")
+            raise ValueError("scaling needs one positive std for each mean, all finite")
         if (low is None) != (high is None) or (low is not None and high is not None and not low < high):
-            raise ValueError("scaling needs bounds low < high, or none")
+            raise ValueError("scaling needs bounds low < high, or no bounds")
         return cls(mean, std, low, high)
 
     def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        if type(like) is not torch.Tensor:  # one without numbers, of a plan
+        if type(like) is not torch.Tensor:  # a fake tensor of a plan must not enter the cache
             return _affine.__wrapped__(self, like.dim(), like.device, dtype)
         return _affine(self, like.dim(), like.device, dtype)
 
     def to_model(self, records: torch.Tensor) -> torch.Tensor:
-        """Records [B, C, ...] of any dtype to x0, floating point (float32 from integers)."""
+        """Convert records [B, C, ...] of any dtype to x0, floating point (float32 from integers)."""
         mean, factor = self._affine(records)
         return (records.to(mean.dtype) - mean) * factor
 
     def to_records(self, x0: torch.Tensor) -> torch.Tensor:
-        """x0 [B, C, ...] to the records' units, floating point, neither clipped nor rounded."""
+        """Convert x0 [B, C, ...] to the records' units, floating point, neither clipped nor rounded."""
         mean, factor = self._affine(x0)
         return x0 / factor + mean
 
     def bounds(self) -> tuple[list[float], list[float]] | None:
-        """Lower and upper bound of x0 per channel, as ``to_model`` rounds them; None where there are none."""
+        """Lower and upper bounds of x0 per channel, rounded as in ``to_model``; None if unbounded."""
         if self.low is None or self.high is None:
             return None
         mean = np.array(self.mean, np.float32)
@@ -75,7 +75,7 @@ class Scaling:
 def _affine(
     scaling: Scaling, dimensions: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and factor; kept, because a copy from the host each time would make it wait for a GPU."""
+    """Mean and factor on the device; cached, because a copy from the host in each call synchronizes."""
     shape = (1, -1) + (1,) * (dimensions - 2)
     mean = torch.tensor(scaling.mean, dtype=torch.float64).reshape(shape)
     factor = SIGMA_DATA / torch.tensor(scaling.std, dtype=torch.float64).reshape(shape)
@@ -91,10 +91,10 @@ def to_model(
     substep: int = 0,
     draw: int = 0,
 ) -> torch.Tensor:
-    """Records [B, ...] of sample indices [B] as x0, float32: pixels scaled, latents drawn and scaled.
+    """Convert records [B, ...] with sample indices [B] to x0, float32.
 
-    Records of floating point are moments, mean ‖ standard deviation: z = mean + std eps with eps of the noise
-    contract (purpose ``POSTERIOR``).
+    Integer records are pixels and are scaled. Floating-point records are moments, mean ‖ standard
+    deviation: z = mean + std eps is drawn with eps of purpose ``POSTERIOR`` and scaled.
     """
     if not records.is_floating_point():
         return scaling.to_model(records)
@@ -107,16 +107,16 @@ SD_VAE = "stabilityai/sd-vae-ft-mse"
 
 
 LATENT_SCALINGS = {SD_VAE: Scaling((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28))}
-"""Published scalings of latents by VAE; the latents of any other VAE are scaled by measured statistics."""
+"""Published scalings of latents by VAE; latents of other VAEs use measured statistics."""
 
 
 @dataclass(frozen=True)
 class Vae:
-    """Which autoencoder made the latents: its published name, and its weights' sha256 ("" if unknown)."""
+    """The autoencoder of the latents: its published name, and the sha256 of its weights ("" if unknown)."""
 
     name: str
     sha256: str = ""
 
 
 EDM_PIXELS = Scaling((127.5,), (63.75,), 0, 255)
-"""Pixels to [-1, 1], which published EDM networks expect."""
+"""Pixels to [-1, 1], the input range of published EDM networks."""

@@ -23,8 +23,8 @@ class ShardDataSet:
     """Records of a prepared data set; satisfies ``DataSet``.
 
     ``kind`` is ``image`` (uint8 pixels) or ``latent_moments`` (float16 mean ‖ standard deviation, twice the
-    channels of the latent; z = mean + std · ε is the caller's to draw). ``shape`` is that of a record;
-    ``scaling`` is that of pixels, or of latents z.
+    channels of the latent; the caller draws z = mean + std · ε). ``shape`` is the shape of a record.
+    ``scaling`` applies to pixels, or to latents z.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class ShardDataSet:
         ahead: int = 4,
         block: int = 1,
     ) -> None:
-        """Open ``directory``; raises ``UserError`` where anything about it is not as it was written.
+        """Open ``directory``; raises ``UserError`` if a file is missing or does not match the manifest.
 
-        ``loader`` is one of ``LOADERS`` (the batches are the same), ``verify`` one of ``VERIFY`` (which
-        records are hashed while read), ``device`` where batches go, ``ahead`` how many are read early, and
-        ``block`` > 1 shuffles blocks of that many neighbouring records instead of single ones, for disks
-        that cannot seek.
+        ``loader`` is one of ``LOADERS`` (all give the same batches). ``verify`` is one of ``VERIFY`` and
+        selects the records that are hashed when read. ``device`` is the device of the batches, ``ahead``
+        the number of batches read ahead. ``block`` > 1 shuffles blocks of that many consecutive records
+        instead of single records, for disks with slow seeks.
         """
-        for word, value, allowed in (("loader", loader, LOADERS), ("verify", verify, VERIFY)):
+        for option, value, allowed in (("loader", loader, LOADERS), ("verify", verify, VERIFY)):
             if value not in allowed:
-                raise UserError(f"{word} {value!r} is none of {', '.join(allowed)}")
+                raise UserError(f"{option} {value!r}: unknown; expected one of {', '.join(allowed)}")
         if block < 1 or ahead < 1 or (threads is not None and threads < 1):
             raise UserError("block, ahead and threads must be at least 1")
         self.directory = Path(directory)
@@ -63,7 +63,7 @@ class ShardDataSet:
         self.vae = self.manifest.vae
 
     def count(self, split: str) -> int:
-        """Records in a split."""
+        """Number of records in a split."""
         first, end = self._range(split)
         return end - first
 
@@ -78,18 +78,23 @@ class ShardDataSet:
         world_size: int = 1,
         epochs: int | None = None,
     ) -> Iterator[Batch]:
-        """(records [b, C, H, W] in the stored dtype, labels int64 (b,)) from batch number ``start``.
+        """Iterate over (records [b, C, H, W] in the stored dtype, labels int64 (b,)) from batch ``start``.
 
-        ``batch_size`` is global; this rank gets its slice of ``batch_size / world_size``. Batches run on
-        across epochs, without end or for ``epochs`` of them; then the last batch is short (on some ranks
-        perhaps empty) and every rank sees the same number of batches. Batch b begins at
-        (epoch, record) = divmod(b · batch_size, count), whatever the world size.
+        ``batch_size`` is global; this rank gets its slice of ``batch_size / world_size``. Batches continue
+        across epochs: without end, or for ``epochs`` epochs. The last batch of a finite sequence may be
+        short (empty on some ranks); every rank gets the same number of batches. Batch b begins at
+        (epoch, record) = divmod(b · batch_size, count) for any world size.
         """
         first, end = self._range(split)
         if end == first:
-            raise UserError(f"{self.directory}: the {split} split is empty; prepare it with --{split}")
+            raise UserError(
+                f"{self.directory}: the {split} split is empty; prepare the data set with --{split}"
+            )
         if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"batch size {batch_size} is no multiple of {world_size} processes")
+            raise UserError(
+                f"batch size {batch_size} is not a multiple of the {world_size} processes; expected a "
+                "multiple"
+            )
         order = Order(seed, batch_size, end - first, first, rank, world_size, epochs, self._block)
         if self._loader == "dali":
             from diffratio_fast.data.dali import dali_batches
@@ -98,11 +103,11 @@ class ShardDataSet:
         return native_batches(self._records, order, start, self._reading, self._device)
 
     def first(self, split: str, count: int) -> Batch:
-        """The first ``count`` records of a split in stored order (all, where it has fewer)."""
+        """The first ``count`` records of a split in stored order, or all if it has fewer."""
         return self.part(split, 0, count)
 
     def part(self, split: str, start: int, end: int) -> Batch:
-        """Records ``start`` to ``end - 1`` of a split in stored order (those that there are)."""
+        """Records ``start`` to ``end - 1`` of a split in stored order, clipped to the split."""
         first, last = self._range(split)
         return self.read(np.arange(min(first + start, last), min(first + end, last)))
 
@@ -119,5 +124,7 @@ class ShardDataSet:
 
     def _range(self, split: str) -> tuple[int, int]:
         if split not in self.manifest.splits:
-            raise UserError(f"no split {split!r}; there are {', '.join(self.manifest.splits)}")
+            raise UserError(
+                f"{self.directory}: no split {split!r}; expected one of {', '.join(self.manifest.splits)}"
+            )
         return self.manifest.splits[split]

@@ -1,4 +1,4 @@
-"""Batches from the host to a GPU, beside what the GPU is doing."""
+"""Copies batches from the host to a GPU, overlapped with computation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on a GPU, each copied on a side stream while the one before it is used.
+    """Yield ``batches`` on ``device``; a side stream copies each batch while the previous one is used.
 
-    What is not in pinned memory yet is brought there first.
+    Tensors that are not in pinned memory are pinned first.
     """
     side = torch.cuda.Stream(device)
     copies: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event, Batch]] = deque()
@@ -33,7 +33,7 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
             del found
         if copies:
             records, labels, event, host = copies.popleft()
-            event.synchronize()  # the copy is one batch old; its pinned buffer goes back to where it is from
+            event.synchronize()  # the copy is one batch old; its pinned buffer can return to its ring
             del host
             for tensor in (records, labels):
                 tensor.record_stream(torch.cuda.current_stream(device))

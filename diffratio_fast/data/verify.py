@@ -1,4 +1,4 @@
-"""``prepare --verify``: every byte of a prepared data set against what its manifest says."""
+"""``prepare --verify``: check every byte of a prepared data set against its manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from diffratio_fast.data.manifest import AGAIN, CHECKSUMS, LABELS, Manifest, read_manifest
+from diffratio_fast.data.manifest import CHECKSUMS, LABELS, RESTORE, Manifest, read_manifest
 from diffratio_fast.data.records import check_labels, check_size, load_index
 from diffratio_fast.errors import UserError
 
@@ -20,10 +20,10 @@ CHUNK_BYTES = 8 << 20
 def verify(
     directory: Path, *, threads: int = 4, progress: Callable[[int], object] = lambda size: None
 ) -> tuple[Manifest, list[str]]:
-    """The manifest and one line for each thing that is wrong; an empty list where nothing is.
+    """Return the manifest and one line per error; an empty list means the data set is intact.
 
     Checks sizes and sha256 of shards and index files, every record's xxh3, and the range of labels.
-    ``progress`` hears of bytes read. Raises ``UserError`` where there is no readable manifest.
+    ``progress`` is called with the bytes read. Raises ``UserError`` without a readable manifest.
     """
     manifest = read_manifest(directory)
     problems: list[str] = []
@@ -86,16 +86,15 @@ def _check_shard(
                 record += 1
             progress(len(content))
     lines = [
-        f"{path}: record {first + r} (number {r} of this shard) is damaged: its xxh3 is not the one written"
-        for r in damaged[:10]
+        f"{path}: record {first + r} (number {r} of this shard) is damaged: wrong xxh3" for r in damaged[:10]
     ]
     if len(damaged) > 10:
         lines.append(f"{path}: {len(damaged) - 10} more records are damaged")
     if not damaged and digest.hexdigest() != manifest.shards[number].sha256:
-        lines.append(f"{path}: sha256 is not the one in the manifest")
+        lines.append(f"{path}: sha256 does not match the manifest")
     return lines
 
 
 def _check_digest(path: Path, content: bytes, sha256: str) -> None:
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{path}: sha256 is not the one in the manifest; {AGAIN}")
+        raise UserError(f"{path}: sha256 does not match the manifest; {RESTORE}")

@@ -1,10 +1,10 @@
-"""Writing shards: restartable at any point, the same bytes every time.
+"""Write shards: resumable at any point, with the same bytes in every run.
 
-The order of records is fixed first. A shard is a fixed slice of that order, so shards are independent:
-each is written to a temporary file, flushed, renamed, and only then noted in ``partial/``. Whatever is
-not noted when a run stops is written again by the next. Several processes may work on one data set: each
-takes the shards that nobody holds (a file lock, which dies with its process), and whoever finds all of
-them noted writes the index files and, last, the manifest.
+The order of records is fixed first. A shard is a fixed slice of that order, so shards are independent.
+Each shard is written to a temporary file, flushed, renamed, and then recorded in ``partial/``. A shard
+that is not recorded is written again by the next run. Several processes can write one data set: each
+writes the shards that no other process has locked (a file lock ends with its process). The process that
+finds all shards recorded writes the index files and, last, the manifest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Entries:
-    """Records to be written: which of the source, mirrored or not, into which split, with which label.
+    """Records to write: source index, mirrored or not, split and label.
 
     ``index`` int64 (n,), ``mirrored`` bool (n,), ``split`` uint8 (n,), ``label`` int64 (n,).
     """
@@ -65,12 +65,12 @@ class Entries:
 
 
 Records = Iterator[np.ndarray | str]
-"""One item per entry: the record in its stored dtype, or why it cannot be read."""
+"""One item per entry: the record in its stored dtype, or the reason why it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the bytes depend on, bar the content of the source."""
+    """Everything that determines the bytes, except the content of the source."""
 
     name: str
     kind: str
@@ -92,15 +92,15 @@ class Plan:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def identity(self) -> str:
-        """Equal for equal plans: two runs with one identity write the same bytes."""
+        """A digest of the plan: two runs with the same identity write the same bytes."""
         content = {k: v if k != "vae" or v is None else [v.name, v.sha256] for k, v in vars(self).items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fixed_order(labels: np.ndarray, splits: np.ndarray, *, seed: int, mirrors: bool) -> Entries:
-    """Entries in the order they are written: split after split, each in a fixed random order.
+    """Entries in the order of writing: split after split, each in a fixed random order.
 
-    With ``mirrors`` every training record comes twice, as it is and mirrored.
+    With ``mirrors`` every training record is written twice: unchanged and mirrored.
     """
     indices, mirrored = [np.empty(0, np.int64)], [np.empty(0, bool)]
     for split, name in enumerate(SPLITS):
@@ -124,16 +124,17 @@ def write_shards(
     part: float = 0,
     progress: Callable[[int, int], None] = lambda done, unreadable: None,
 ) -> Manifest | None:
-    """Write what is missing of ``order`` into ``destination``; None where another process has yet to finish.
+    """Write the missing shards of ``order`` into ``destination``; None if another process must finish.
 
-    ``read`` yields the records of entries in their order. This process begins at ``part`` of the shards,
-    in [0, 1). ``progress`` hears of records done, and of how many could not be read. Raises ``UserError``
-    where the directory holds something else, or at the first unreadable record unless ``skip_unreadable``.
+    ``read`` yields the records of entries in order. This process begins at the fraction ``part`` of the
+    shards, in [0, 1). ``progress`` is called with the records done and the records that could not be read.
+    Raises ``UserError`` if the directory has other content, or at the first unreadable record unless
+    ``skip_unreadable``.
     """
     try:
         return _write_missing(destination, plan, order, read, skip_unreadable, part, progress)
     except (FileNotFoundError, UserError):
-        # Where another process has finished, it has cleared ``partial`` away under this one.
+        # If another process has finished, it has removed ``partial`` while this one used it.
         if not (destination / MANIFEST).exists():
             raise
         return _finished(destination, plan.identity())
@@ -150,7 +151,7 @@ def _write_missing(
 ) -> Manifest | None:
     identity = plan.identity()
     partial = destination / PARTIAL
-    # In this order: another at work here makes ``partial`` before all else and removes it after the manifest.
+    # The order matters: another process creates ``partial`` first and removes it after the manifest.
     occupied = destination.is_dir() and any(destination.iterdir())
     begun = partial.exists()
     if (destination / MANIFEST).exists():
@@ -158,7 +159,7 @@ def _write_missing(
         progress(len(order), 0)
         return manifest
     if occupied and not begun:
-        raise UserError(f"{destination}: neither empty nor begun here; choose another directory")
+        raise UserError(f"{destination}: not empty and not a data set in progress; choose another directory")
     make_directory(partial)
     with lock(partial / "plan.lock", wait=True):
         written = partial / "plan.json"
@@ -166,7 +167,8 @@ def _write_missing(
             replace_file(written, json.dumps({"identity": identity}).encode())
         elif _progress(written)["identity"] != identity:
             raise UserError(
-                f"{destination}: begun with other options or another source; remove it, or rerun as before"
+                f"{destination}: a data set in progress with other options or another source; remove the "
+                "directory, or rerun with the options and the source of the first run"
             )
     per_shard = max(1, plan.shard_bytes // plan.record_bytes)
     slices = [order[i : i + per_shard] for i in range(0, len(order), per_shard)]
@@ -175,43 +177,45 @@ def _write_missing(
         with lock(partial / f"shard-{number:05d}.lock") as mine:
             if not mine:
                 continue
-            if _is_whole(destination, _note(partial, number)):
+            if _is_complete(destination, _record_path(partial, number)):
                 progress(len(slices[number]), 0)
-            elif not (destination / MANIFEST).exists():  # else another has just finished
+            elif not (destination / MANIFEST).exists():  # otherwise another process has just finished
                 _write_shard(destination, number, slices[number], read, plan, skip_unreadable, progress)
     with lock(partial / "finish.lock", wait=True):
         if (destination / MANIFEST).exists():
             return _finished(destination, identity)
-        notes = [_note(partial, number) for number in range(len(slices))]
-        if not all(_is_whole(destination, note) for note in notes):
+        notes = [_record_path(partial, number) for number in range(len(slices))]
+        if not all(_is_complete(destination, note) for note in notes):
             return None
         _finish(destination, plan, identity, [_progress(note) for note in notes])
         return _finished(destination, identity)
 
 
 def _finished(destination: Path, identity: str) -> Manifest:
-    """The manifest of a data set that is all there, with nothing left of the work on it."""
+    """Read the manifest of a complete data set and remove ``partial``."""
     manifest = read_manifest(destination)
     if manifest.source.get("identity") != identity:
-        raise UserError(f"{destination}: holds another data set ({manifest.name}); choose another directory")
-    # A process that is late may put a lock file in while this one removes them; the last to come removes all.
+        raise UserError(
+            f"{destination}: contains another data set ({manifest.name}); choose another directory"
+        )
+    # A late process can add a lock file during the removal; the last process removes all.
     shutil.rmtree(destination / PARTIAL, ignore_errors=True)
     return manifest
 
 
-def _note(partial: Path, number: int) -> Path:
+def _record_path(partial: Path, number: int) -> Path:
     return partial / f"shard-{number:05d}.json"
 
 
 def _progress(path: Path) -> dict[str, Any]:
-    """What a file of the work in progress says: the plan's identity, or a finished shard."""
+    """Read a file of ``partial``: the identity of the plan, or a finished shard."""
     try:
         content = parse_json(path.read_text())
         if "identity" not in content:
             shard = Shard(content["file"], int(content["records"]), int(content["size"]), content["sha256"])
             expected = f"{path.stem}.bin", len(content["labels"]), len(content["checksums"])
             if expected != (shard.file, shard.records, shard.records):
-                raise ValueError("it contradicts itself")
+                raise ValueError("its fields are inconsistent")
     except DAMAGE as error:
         raise UserError(
             f"{path}: damaged ({one_line(error)}); remove {path.parent.parent} and rerun"
@@ -219,8 +223,8 @@ def _progress(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_whole(destination: Path, note: Path) -> bool:
-    """Whether a shard is noted, and there in its full size."""
+def _is_complete(destination: Path, note: Path) -> bool:
+    """Whether a shard is recorded and its file has the full size."""
     if not note.exists():
         return False
     content = _progress(note)
@@ -258,7 +262,9 @@ def _write_shard(
                     record = next(records)
                     if isinstance(record, str):
                         if not skip_unreadable:
-                            raise UserError(f"unreadable: {record}; mend it, or pass --unreadable skip")
+                            raise UserError(
+                                f"unreadable: {record}; repair the record, or pass --unreadable skip"
+                            )
                         unreadable.append(record)
                         failed += 1
                         continue
@@ -285,25 +291,23 @@ def _write_shard(
         sync_directory(destination)
     except OSError as error:
         why = error.strerror or error
-        raise UserError(
-            f"cannot write {temporary}: {why}; rerun to continue once it can be written"
-        ) from None
+        raise UserError(f"cannot write {temporary}: {why}; fix the cause and rerun to resume") from None
     finally:
         temporary.unlink(missing_ok=True)
     content_of = {"file": name, "records": len(labels), "size": size, "sha256": sha256.hexdigest()}
     content_of |= {"counts": counts, "labels": labels, "checksums": checksums, "unreadable": unreadable}
     content_of |= {"moments": moments.to_json()}
-    replace_file(_note(destination / PARTIAL, number), json.dumps(content_of).encode())
+    replace_file(_record_path(destination / PARTIAL, number), json.dumps(content_of).encode())
 
 
 def _finish(destination: Path, plan: Plan, identity: str, notes: list[dict[str, Any]]) -> Manifest:
-    """Write the index files and the manifest of shards that are all there."""
+    """Write the index files and the manifest of a complete set of shards."""
     moments = Moments(plan.shape[0])
     for note in notes:
         moments.merge(Moments.from_json(note["moments"]))
     ends = np.cumsum([sum(note["counts"][s] for note in notes) for s in range(len(SPLITS))]).tolist()
     if not ends[0]:
-        raise UserError("no training record could be read")
+        raise UserError("no training record could be read; expected at least one; check the source")
     unreadable = [line for note in notes for line in note["unreadable"]]
     labels = np.array([label for note in notes for label in note["labels"]], "<i8")
     checksums = np.array([checksum for note in notes for checksum in note["checksums"]], "<u8")
@@ -334,9 +338,9 @@ def _finish(destination: Path, plan: Plan, identity: str, notes: list[dict[str, 
 
 
 def choose_scaling(plan: Plan, statistics: Statistics) -> Scaling:
-    """The map from records to x0: published for known VAEs, [-1, 1] for ``edm``, measured otherwise.
+    """The scaling from records to x0: published for known VAEs, [-1, 1] for ``edm``, measured otherwise.
 
-    ``auto`` is ``edm`` for colour images and ``measured`` for grey ones.
+    ``auto`` is ``edm`` for color images and ``measured`` for gray images.
     """
     mean, std = np.array(statistics.mean), np.array(statistics.std)
     if plan.vae is not None:
@@ -347,14 +351,14 @@ def choose_scaling(plan: Plan, statistics: Statistics) -> Scaling:
         return Scaling(tuple(mean[:half].tolist()), tuple(drawn.tolist()))
     if plan.scaling == "edm" or (plan.scaling == "auto" and plan.shape[0] == 3):
         return EDM_PIXELS
-    # One number for all channels, so that colours keep their proportions.
+    # One number for all channels keeps the proportions of colors.
     overall = float(mean.mean())
     spread = float(np.sqrt(np.mean(std**2 + (mean - overall) ** 2)))
     return Scaling((overall,), (max(spread, 1e-6),), 0, 255)
 
 
 class Moments:
-    """Running count, sums, minimum and maximum per channel, exact for pixels."""
+    """Running count, sums, minimum and maximum per channel; exact for pixels."""
 
     def __init__(self, channels: int) -> None:
         self.count = 0
@@ -362,7 +366,7 @@ class Moments:
         self.min, self.max = np.full(channels, np.inf), np.full(channels, -np.inf)
 
     def add(self, records: np.ndarray) -> None:
-        """Take in records [n, C, H, W]."""
+        """Add records [n, C, H, W]."""
         if not len(records):
             return
         values = records.astype(np.float64)
@@ -395,7 +399,7 @@ class Moments:
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The bytes of an array's ``.npy`` file."""
+    """Encode an array as the bytes of a ``.npy`` file."""
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Classifiers that say whether a generated image is of its class."""
+"""Classifiers that measure how many generated images match their label."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Classifier(Protocol):
     identity: dict[str, Any]
 
     def watch(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The batches as they are, after a look at them."""
+        """Pass batches through unchanged and record the predictions."""
         ...
 
     def accuracy(self, measured: Measured) -> float:
-        """Share of the kept images named as their label; ``measured`` went through ``watch`` last."""
+        """Fraction of the kept images classified as their label; call after ``watch`` of the same images."""
         ...
 
 
@@ -36,7 +36,10 @@ class SupportVectors:
 
     def __init__(self, reference: Reference) -> None:
         if reference.features is None or reference.labels is None or len(set(reference.labels.tolist())) < 2:
-            raise UserError("--classifier svm: the reference has no features with labels of several classes")
+            raise UserError(
+                "--classifier svm: the reference has no labeled features of several classes; use a data set "
+                "as --reference"
+            )
         from sklearn.svm import SVC
 
         chosen = kept_numbers(len(reference.labels), CLASSIFIER_RECORDS)
@@ -54,17 +57,17 @@ class SupportVectors:
 class ExportedProgram:
     """A network that ``torch.export.save`` wrote: uint8 images [b, C, H, W] to logits [b, classes], any b.
 
-    Unlike every other file, such a file is a program, and is run. Pickles in it are not.
+    Such a file is a program and is executed, unlike all other files. Pickles in it are not executed.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
             with _without_pickles():
                 self._network = torch.export.load(path).module().to(device)
-        except Exception as error:  # torch raises whatever a file that is none leads it to
+        except Exception as error:  # torch raises many exception types for an invalid file
             detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"--classifier {path}: neither svm nor a file of torch.export.save ({detail})"
+                f"--classifier {path}: expected svm or a file of torch.export.save ({detail})"
             ) from None
         self._device = device
         self.identity = {"name": path.name, "sha256": sha256_of_file(path)}
@@ -79,7 +82,7 @@ class ExportedProgram:
             except (RuntimeError, AttributeError, AssertionError, TypeError, IndexError) as error:
                 detail = (str(error).splitlines() or [""])[0][:200]
                 raise UserError(
-                    f"--classifier: does not take uint8 images {list(batch.shape)} ({detail})"
+                    f"--classifier: the program cannot process uint8 images {list(batch.shape)} ({detail})"
                 ) from None
             yield batch
 
@@ -90,7 +93,7 @@ class ExportedProgram:
 
 @contextlib.contextmanager
 def _without_pickles() -> Iterator[None]:
-    """torch.export falls back on running a file's pickles where they are not plain: here it does not."""
+    """Disable torch.export's fallback that executes the pickles of a file."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -18,18 +18,18 @@ class Moments(NamedTuple):
 
 
 def moments(features: npt.ArrayLike) -> Moments:
-    """Mean and unregularised covariance, in float64, of features [N, D] with N >= 2."""
+    """Mean and covariance without regularization, in float64, of features [N, D] with N >= 2."""
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"features must be [N >= 2, D], not {x.shape}")
+        raise ValueError(f"features must be [N, D] with N >= 2, not {x.shape}")
     return Moments(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) (Dowson and Landau 1982).
 
-    The trace of the square root is the sum of the roots of the eigenvalues of a symmetric matrix, so
-    singular covariances (pixels that never change) need no regularisation.
+    The trace of the square root is the sum of the square roots of a symmetric matrix's eigenvalues, so
+    singular covariances (constant pixels) need no regularization.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -39,10 +39,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class RunningMoments:
-    """Moments of features that come in blocks, in float64: blocks are merged as Chan et al. (1979) merge."""
+    """Running moments of features, in float64; blocks are merged by the method of Chan et al. (1979)."""
 
     BLOCK = 1024
-    """Features merged at a time: a merge costs as much as the square of their dimension."""
+    """Features per merge; the cost of a merge is quadratic in the dimension."""
 
     def __init__(self, dimension: int) -> None:
         self.count = 0
@@ -52,7 +52,7 @@ class RunningMoments:
         self._scatter = np.zeros((dimension, dimension))
 
     def add(self, features: npt.ArrayLike) -> None:
-        """Take in features [n, D]."""
+        """Add features [n, D]."""
         self._pending.append(np.asarray(features, np.float64))
         self.count += len(self._pending[-1])
         if self.count - self._merged >= self.BLOCK:
@@ -62,9 +62,9 @@ class RunningMoments:
         x = np.concatenate(self._pending)
         self._pending = []
         mean = x.mean(0)
-        centred = x - mean
+        centered = x - mean
         step = mean - self._mean
-        self._scatter += centred.T @ centred
+        self._scatter += centered.T @ centered
         self._scatter += np.outer(step, step) * (self._merged * len(x) / self.count)
         self._mean = self._mean + step * (len(x) / self.count)
         self._merged = self.count

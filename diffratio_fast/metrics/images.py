@@ -1,4 +1,4 @@
-"""Images to be measured, whatever holds them, as uint8 batches in a fixed order: folders, npz, data sets."""
+"""Images to measure, as uint8 batches in a fixed order: from folders, archives, npz files and data sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.data.pictures import records_to_uint8
 from diffratio_fast.data.sources import ImageOptions, Source, Unreadable, open_source
-from diffratio_fast.data.sources.files import UNLABELLED
+from diffratio_fast.data.sources.files import UNLABELED
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage.reading import (
     DAMAGE,
@@ -31,12 +31,12 @@ from diffratio_fast.storage.reading import (
 )
 
 BATCH = 256
-LABELLED = re.compile(r"-class(\d+)\.\w+$")
-"""How ``sample`` names the class of a file."""
+LABELED = re.compile(r"-class(\d+)\.\w+$")
+"""The class in the file names of ``sample``."""
 
 
 class Images(Protocol):
-    """``count`` images uint8 of ``shape`` (C, H, W), and their labels int64 [count] where they are known."""
+    """``count`` images uint8 of ``shape`` (C, H, W), and labels int64 [count], or None if unknown."""
 
     @property
     def count(self) -> int: ...
@@ -49,37 +49,37 @@ class Images(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """Where they are from, as JSON."""
+        """The origin of the images, as JSON data."""
         ...
 
     def batches(self) -> Iterator[Tensor]:
-        """uint8 [b, C, H, W] on the CPU, from the first image to the last."""
+        """Yield uint8 [b, C, H, W] on the CPU, from the first image to the last."""
         ...
 
 
 def open_images(path: Path, channels: int, limit: int = UNPACKED_LIMIT) -> Images:
-    """The images of an npz, or of a folder or archive of image files; anything else is a ``UserError``.
+    """Open the images of an npz, or of a folder or archive of image files; otherwise raise ``UserError``.
 
-    Files are read as RGB or, with one of ``channels``, as grey. What is held in memory takes at most
+    Files are read as RGB, or as gray if ``channels`` is 1. What is held in memory takes at most
     ``limit`` bytes.
     """
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path, limit)
     if (path / ".partial").is_dir():
-        raise UserError(f"{path}: not all of its samples are there yet; run the same `sample` command again")
+        raise UserError(f"{path}: sampling is not complete; run the same `sample` command again")
     if path.is_file() and path.suffix not in (".zip", ".tar"):
-        raise UserError(f"{path}: neither a folder nor an .npz, .zip or .tar of images")
+        raise UserError(f"{path}: not images; expected a folder, or an .npz, .zip or .tar of images")
     source = open_source(path, "auto", ImageOptions(channels=channels, max_bytes=limit))
     if source.kind != "image":
-        raise UserError(f"{path}: holds latents, not images; decode them first")
+        raise UserError(f"{path}: contains latents; expected images; decode them first")
     return FileImages(path, source)
 
 
 @dataclass
 class FileImages:
-    """Images in files: a folder (as ``sample`` writes it, or with a sub-folder per class) or an archive.
+    """Images in files: a folder (written by ``sample``, or with a sub-folder per class) or an archive.
 
-    ``labels`` are indices of ``class_names``, or where that is None those that the files' names say.
+    ``labels`` are indices of ``class_names``; if that is None, they are the classes in the file names.
     """
 
     path: Path
@@ -89,8 +89,8 @@ class FileImages:
         self.count, self.shape = len(self.source), self.source.shape
         self.labels: np.ndarray | None = self.source.labels
         self.class_names: tuple[str, ...] | None = self.source.class_names
-        if self.class_names == UNLABELLED:
-            found = [LABELLED.search(self.source.key(i)) for i in range(self.count)]
+        if self.class_names == UNLABELED:
+            found = [LABELED.search(self.source.key(i)) for i in range(self.count)]
             self.labels = np.array([int(m[1]) for m in found if m]) if all(found) else None
             self.class_names = None
 
@@ -115,7 +115,7 @@ class FileImages:
 class NpzImages:
     """Images uint8 [N, H, W, C] of an npz: ``images`` with ``labels``, or ``arr_0`` with ``arr_1``.
 
-    They are read as they are needed, not held.
+    They are read when needed, not kept in memory.
     """
 
     def __init__(self, path: Path, limit: int = UNPACKED_LIMIT) -> None:
@@ -126,17 +126,17 @@ class NpzImages:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
             name = next((n for n in ("images", "arr_0") if n in names), None)
             if name is None:
-                hint = "; it holds statistics: give it as --reference" if {"mu", "sigma"} <= names else ""
-                raise UserError(f"{path}: has no array `images` or `arr_0`{hint}")
+                hint = "; it contains statistics: use it as --reference" if {"mu", "sigma"} <= names else ""
+                raise UserError(f"{path}: no array `images` or `arr_0`{hint}")
             self._name = f"{name}.npy"
             shape, dtype = self._header()
             self.labels = self._labels(shape[0] if shape else 0, "labels" if name == "images" else "arr_1")
             if "about" in names:
                 self._about = _json_or_none(str(read_npz(path, {"about"}, limit=limit)["about"]))
         except DAMAGE as error:
-            raise UserError(f"{path}: damaged, or no npz of images ({one_line(error)})") from None
+            raise UserError(f"{path}: damaged, or not an npz of images ({one_line(error)})") from None
         if len(shape) != 4 or 0 in shape:
-            raise UserError(f"{path}: images are [N, H, W, C], not {list(shape)}")
+            raise UserError(f"{path}: images have shape {list(shape)}; expected [N, H, W, C]")
         if dtype != np.uint8:
             self._refuse_floats(dtype)
         self.count, self.shape = shape[0], (shape[3], shape[1], shape[2])
@@ -154,11 +154,11 @@ class NpzImages:
         if labels is None or not np.issubdtype(labels.dtype, np.integer):
             return None
         if labels.shape != (count,):
-            raise ValueError(f"{name} is {list(labels.shape)}, not [{count}]")
+            raise ValueError(f"{name} has shape {list(labels.shape)}; expected [{count}]")
         return labels.astype(np.int64)
 
     def _refuse_floats(self, dtype: np.dtype) -> None:
-        what = f"{self.path}: images are {dtype}, not uint8; round them to 0..255"
+        what = f"{self.path}: images are {dtype}; expected uint8; round them to 0..255"
         if np.issubdtype(dtype, np.floating):
             name = self._name.removesuffix(".npy")
             try:
@@ -167,7 +167,7 @@ class NpzImages:
                 raise UserError(what) from None
             bad = np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1))
             if len(bad):
-                what = f"{self.path}: image {bad[0]} is not finite (NaN), and {len(bad) - 1} others"
+                what = f"{self.path}: image {bad[0]} and {len(bad) - 1} others are not finite; expected uint8"
         raise UserError(what)
 
     def batches(self) -> Iterator[Tensor]:
@@ -181,7 +181,7 @@ class NpzImages:
                 except DAMAGE as error:
                     raise UserError(f"{self.path}: damaged ({one_line(error)})") from None
                 if len(content) != n * size:
-                    raise UserError(f"{self.path}: cut short at image {start + len(content) // size}")
+                    raise UserError(f"{self.path}: truncated at image {start + len(content) // size}")
                 block = np.frombuffer(content, np.uint8).reshape(n, *self.shape[1:], self.shape[0])
                 yield torch.from_numpy(block.transpose(0, 3, 1, 2).copy())
 
@@ -195,7 +195,7 @@ def _array_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 @dataclass
 class DataSetImages:
-    """A split of a data set of images; ``limit`` takes the first so many in stored order."""
+    """A split of a data set of images; ``limit`` selects the first images in stored order."""
 
     data: DataSet
     split: str
@@ -213,7 +213,7 @@ class DataSetImages:
 
     @property
     def labels(self) -> np.ndarray:
-        """Known once ``batches`` has run through."""
+        """Labels int64 [count]; available after a complete pass over ``batches``."""
         return torch.cat(self._labels).numpy()
 
     def batches(self) -> Iterator[Tensor]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024
-"""Rows and columns of the kernel matrix at a time: memory is bounded by its square."""
+"""Rows and columns of a tile of the kernel matrix; memory is quadratic in it."""
 
 
 class KernelDistance(NamedTuple):
-    """The unbiased estimate from all features (it may be negative) and its standard error, if there is one.
+    """The unbiased estimate from all features (it may be negative) and its standard error, or None.
 
-    The error is that of the mean over disjoint blocks of ``BLOCK`` features, of which it needs two.
+    The error is that of the mean over disjoint blocks of ``BLOCK`` features; it needs two blocks.
     """
 
     value: float
@@ -27,7 +27,7 @@ def kernel_distance(x: npt.ArrayLike, y: npt.ArrayLike, device: torch.device | s
     """MMD^2 of features [N, D] and [M, D], N and M at least 2, with k(a, b) = (a.b / D + 1)^3, in float64."""
     a, b = (torch.as_tensor(np.asarray(v), device=device) for v in (x, y))
     if min(len(a), len(b)) < 2:
-        raise ValueError("the kernel distance needs at least two features on each side")
+        raise ValueError("the kernel distance needs at least two images on each side")
     blocks = min(len(a), len(b)) // BLOCK
     error = None
     if blocks >= 2:
@@ -43,7 +43,7 @@ def _mmd(a: Tensor, b: Tensor) -> float:
 
 
 def _sum(a: Tensor, b: Tensor, *, diagonal: bool = True) -> float:
-    """Sum of the kernel over all pairs, or all but those of a feature with itself."""
+    """Sum of the kernel over all pairs; ``diagonal=False`` excludes pairs of a feature with itself."""
     total = 0.0
     for i, rows in enumerate(a.split(BLOCK)):
         for j, columns in enumerate(b.split(BLOCK)):

@@ -1,7 +1,7 @@
-"""Metrics of small images on their own pixels: distances, memorisation, class accuracy.
+"""Pixel metrics of small images: distances, memorization, class accuracy.
 
-Pixels are measured in [-1, 1] over the range of the records (``to_pixels``), whatever scaling the networks
-use, so that figures of different runs compare.
+Pixels are in [-1, 1] over the range of the records (``to_pixels``), independent of the scaling of the
+networks, so that metrics of different runs are comparable.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from diffratio_fast.data.dataset import SPLITS, DataSet
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
 
 MAX_DIMENSION = 1024
-"""Images of more numbers than this want features: their pixel covariance means little and costs much."""
+"""Maximum numbers per image; the pixel covariance of larger images is expensive and not meaningful."""
 MAX_RECORDS = 10_000
-"""Records of a split that references are computed from, at most."""
+"""Maximum records of a split for the references."""
 CLASSIFIER_RECORDS = 2_000
-"""Records that the classifier is fitted on, at most: its cost grows with their square."""
+"""Maximum records for fitting the classifier; its cost is quadratic."""
 
 
 def to_pixels(dataset: DataSet, x0: Tensor) -> npt.NDArray[np.float64]:
-    """x0 [N, C, H, W] to float64 [N, C*H*W] in [-1, 1], clipped to the records' range, not quantised."""
+    """Convert x0 [N, C, H, W] to float64 [N, C*H*W] in [-1, 1], clipped to the record range, not rounded."""
     low, high = dataset.scaling.low, dataset.scaling.high
     if low is None or high is None:
         raise ValueError(f"{dataset.name} has no pixel range")
@@ -35,7 +35,7 @@ def to_pixels(dataset: DataSet, x0: Tensor) -> npt.NDArray[np.float64]:
 
 
 def proportional_labels(labels: Tensor, count: int, classes: int) -> Tensor:
-    """int64 [count] labels with the class frequencies of ``labels`` (largest remainders), classes in turn."""
+    """Labels int64 [count], sorted, with the class frequencies of ``labels`` (largest remainders)."""
     frequency = torch.bincount(labels, minlength=classes).double() / len(labels) * count
     numbers = frequency.floor().long()
     remainder = frequency - numbers
@@ -56,7 +56,7 @@ def nearest_distance(
 
 @dataclass
 class PixelMetrics:
-    """What a data set's own splits say about generated images; references are computed once, when needed."""
+    """Metrics of generated images against the splits of a data set; references are computed on demand."""
 
     dataset: DataSet
 
@@ -89,13 +89,13 @@ class PixelMetrics:
         from sklearn.svm import SVC
 
         pixels, labels = self.train
-        # "scale" sets the kernel's width from the data's variance: no number of one data set here
+        # gamma="scale" sets the kernel width from the variance of the data
         return SVC(C=10.0, gamma="scale").fit(
             pixels[:CLASSIFIER_RECORDS], labels[:CLASSIFIER_RECORDS].numpy()
         )
 
     def labels(self, split: str, count: int) -> Tensor:
-        """Labels to generate with for a comparison with ``split``: its class frequencies."""
+        """Labels for generating images to compare with ``split``, with its class frequencies."""
         return proportional_labels(self.split(split)[1], count, len(self.dataset.class_names))
 
     def distance(self, x0: Tensor, split: str) -> float:
@@ -103,9 +103,9 @@ class PixelMetrics:
         return frechet_distance(moments(to_pixels(self.dataset, x0)), self.moments[split])
 
     def summary(self, x0: Tensor, labels: Tensor) -> dict[str, float]:
-        """The figures of a finished run: generated x0 with their labels against the test split.
+        """The metrics of a finished run: generated x0 and their labels against the test split.
 
-        What real images get beside them is of as many images, where there are as many.
+        The metrics of real images use the same number of images, if available.
         """
         samples = to_pixels(self.dataset, x0)
         generated = moments(samples)

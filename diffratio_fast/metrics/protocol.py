@@ -1,4 +1,4 @@
-"""Evaluation of a generator, or of images that are there already, against a reference."""
+"""Evaluation of a generator, or of existing images, against a reference."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from diffratio_fast.devices import choose_device, device_name
 from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.classifiers import Classifier, ExportedProgram, SupportVectors
 from diffratio_fast.metrics.features import Extractor, load_extractor
-from diffratio_fast.metrics.figures import Figures, Sample, figures, floors, sample_of, summary
 from diffratio_fast.metrics.images import DataSetImages, FileImages, Images, open_images
 from diffratio_fast.metrics.pixels import MAX_DIMENSION, proportional_labels
 from diffratio_fast.metrics.reference import (
-    QUANTISATION,
+    QUANTIZATION,
     Measured,
     Reference,
     load_reference,
@@ -35,18 +34,19 @@ from diffratio_fast.metrics.reference import (
     save_reference,
     saved_shape,
 )
+from diffratio_fast.metrics.results import Results, Sample, compute_metrics, floors, sample_of, summary
 from diffratio_fast.progress import ImageProgress
 from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.sampling.sampler import Sampler
 from diffratio_fast.storage.reading import UNPACKED_LIMIT
 
 CHUNK = 256
-"""Images generated at a time."""
+"""Images generated per batch."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``python -m diffratio_fast.evaluate --help`` describes."""
+    """Options; see ``python -m diffratio_fast.evaluate --help``."""
 
     subject: Path
     reference: str | None
@@ -67,7 +67,7 @@ class Options:
 
 @dataclass
 class GeneratedImages:
-    """``sampler``'s images of ``seed``, one for each of ``labels`` int64 [count]."""
+    """Images of ``sampler`` for ``seed``, one per label in ``labels`` int64 [count]."""
 
     sampler: Sampler
     seed: int
@@ -89,7 +89,7 @@ class GeneratedImages:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Everything that is measured, and of what, as plain data for JSON; bad input is a ``UserError``."""
+    """Return all results and their inputs as JSON data; raises ``UserError`` for bad input."""
     if options.classifier not in (None, "svm") and not options.trust_classifier:
         raise UserError(
             f"--classifier {options.classifier}: the file is a program, and evaluating runs it with your "
@@ -100,10 +100,12 @@ def evaluate(options: Options) -> dict[str, Any]:
     source = options.reference or _trained_on(options, sampler)
     dataset = None if Path(source).suffix in (".npz", ".pkl") else open_dataset(source)
     if dataset is None and options.save_reference is not None:
-        raise UserError("--save-reference: the reference is saved statistics already; give it a data set")
+        raise UserError(
+            "--save-reference: --reference is already saved statistics; expected a data set as --reference"
+        )
     if dataset is not None and dataset.kind != "image":
         raise UserError(
-            f"{source}: holds latents; give the data set of the images, or statistics, as --reference"
+            f"{source}: contains latents; use the data set of the images, or saved statistics, as --reference"
         )
     wanted = saved_shape(Path(source), options.max_bytes) if dataset is None else dataset.shape
     given = None if sampler else _given_images(options, wanted)
@@ -120,7 +122,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if given is not None:
         _check_classes(options, given, names)
     elif names is not None and len(sampler.class_names) not in (1, len(names)):  # type: ignore[union-attr]
-        raise UserError(f"{options.subject}: its classes are not the {len(names)} of {source}")
+        raise UserError(f"{options.subject}: its classes do not match the {len(names)} classes of {source}")
     if dataset is not None:
         reference = _reference_of(options, source, dataset, extractor)
     subjects = [given] if given else _generated(options, sampler, reference)  # type: ignore[arg-type]
@@ -157,12 +159,12 @@ def _measure_all(
         save_reference(options.save_reference, reference, extractor)
     whole = Sample(reference.count or 0, reference.moments, reference.features)
     results: list[dict[str, Any]] = []
-    values: list[Figures] = []
+    values: list[Results] = []
     first: Sample | None = None
     for images in subjects:
         generated, sample = measured(images, "generated" if sampler else "images")
         first = first or sample
-        found = figures(sample, whole, extractor, options.metrics, device)
+        found = compute_metrics(sample, whole, extractor, options.metrics, device)
         if classifier is not None and generated.labels is not None and options.labels != "ignore":
             found["class_accuracy"] = classifier.accuracy(generated)
         values.append(found)
@@ -179,7 +181,7 @@ def _measure_all(
         "count": first.count,
         "seeds": list(options.seeds) if sampler else None,
         "labels": options.labels if sampler or options.labels == "ignore" else "as given",
-        "quantisation": QUANTISATION,
+        "quantisation": QUANTIZATION,  # words: ok
         "environment": {"torch": str(torch.__version__), "device": device_name(device)},
         "results": results,
         "summary": summary(values),
@@ -188,32 +190,34 @@ def _measure_all(
 
 
 def _sampler(options: Options, device: torch.device) -> Sampler | None:
-    """The generator to evaluate; None where the subject is images."""
+    """The generator to evaluate; None if the subject is images."""
     path = options.subject
     if path.suffix == ".safetensors":
         return Sampler(path, device=device, vae=options.vae)
     if not path.is_dir():
         return None
     if (path / MANIFEST).exists():
-        raise UserError(f"{path}: is a prepared data set; give it as --reference")
+        raise UserError(f"{path}: a prepared data set; expected a generator or images; use it as --reference")
     if RunPaths(path).is_run():
         return Sampler(path, device=device, vae=options.vae)
     return None
 
 
 def _trained_on(options: Options, sampler: Sampler | None) -> str:
-    """The data set of the run that the generator is of."""
+    """The data set of the generator's run."""
     if sampler is not None:
         for root in (options.subject, options.subject.parent, options.subject.parent.parent):
             config = RunPaths(root).config
             if config.is_file():
                 return str(read_yaml(TrainConfig, config)["data"])
-    raise UserError(f"{options.subject}: says nothing of the data it is of; name them with --reference")
+    raise UserError(f"{options.subject}: its training data set is unknown; set --reference")
 
 
 def _given_images(options: Options, wanted: tuple[int, int, int] | None) -> Images:
     if options.vae is not None:
-        raise UserError(f"{options.subject}: holds images, not a generator of latents; leave --vae out")
+        raise UserError(
+            f"--vae: {options.subject} contains images; --vae needs a generator of latents; omit it"
+        )
     return open_images(options.subject, 3 if wanted is None else wanted[0], options.max_bytes)
 
 
@@ -227,44 +231,43 @@ def _check_shape(
     options: Options, shape: tuple[int, int, int], source: str, wanted: tuple[int, int, int] | None
 ) -> None:
     if wanted is not None and shape != wanted:
-        raise UserError(
-            f"{options.subject}: images are {_size(shape)}, but those of {source} are {_size(wanted)}"
-        )
+        raise UserError(f"{options.subject}: images are {_size(shape)}; {source} needs {_size(wanted)}")
 
 
 def _size(shape: tuple[int, int, int]) -> str:
-    return f"{shape[2]} x {shape[1]}" + {1: " grey", 3: " RGB"}.get(shape[0], f" x {shape[0]}")
+    return f"{shape[2]} x {shape[1]}" + {1: " gray", 3: " RGB"}.get(shape[0], f" x {shape[0]}")
 
 
 def _check_classes(options: Options, given: Images, names: list[str] | None) -> None:
-    """Every class of the reference must be among the images, where both say what their classes are."""
+    """Raise ``UserError`` unless every class of the reference has images (if both have classes)."""
     if options.labels == "ignore" or names is None or len(names) == 1:
         return
-    advice = "or pass over classes with --labels ignore"
+    advice = "or ignore classes with --labels ignore"
     if isinstance(given, FileImages) and given.class_names is not None:
         if unknown := [name for name in given.class_names if name not in names]:
             raise UserError(
-                f"{options.subject}: {unknown[0]} is no class of the reference; rename it, {advice}"
+                f"{options.subject}: {unknown[0]} is not a class of the reference; rename it, {advice}"
             )
         given.labels = np.array([names.index(name) for name in given.class_names])[given.labels]
     if given.labels is None:
         return
     if given.labels.min() < 0 or given.labels.max() >= len(names):
         raise UserError(
-            f"{options.subject}: labels are not all from 0 to {len(names) - 1}; mend them, {advice}"
+            f"{options.subject}: some labels are out of range; expected 0 to {len(names) - 1}; correct "
+            f"them, {advice}"
         )
     missing = np.flatnonzero(np.bincount(given.labels, minlength=len(names)) == 0)
     if len(missing):
-        more = f" nor of {len(missing) - 1} others" if len(missing) > 1 else ""
+        more = f" and of {len(missing) - 1} other classes" if len(missing) > 1 else ""
         raise UserError(
-            f"{options.subject}: has no image of class {names[missing[0]]}{more}; add them, {advice}"
+            f"{options.subject}: no image of class {names[missing[0]]}{more}; add images, {advice}"
         )
 
 
 def _reference_of(options: Options, source: str, dataset: DataSet, extractor: Extractor) -> Reference:
     images = DataSetImages(dataset, options.split)
     if not images.count:
-        raise UserError(f"{source}: its {options.split} split is empty")
+        raise UserError(f"{source}: the {options.split} split is empty; choose another --split")
     if "frechet" in options.metrics or options.save_reference is not None:
         require_enough(images.count, extractor, f"{source}: the {options.split} split")
     with ImageProgress(images.count, "reference") as progress:
@@ -285,7 +288,7 @@ def _generated(options: Options, sampler: Sampler, reference: Reference) -> list
     if classes == 1 or options.labels != "proportional":
         labels = np.arange(options.count) % classes
     elif reference.class_counts is None:
-        raise UserError("the reference does not say how frequent its classes are; choose --labels uniform")
+        raise UserError("--labels: the reference has no class frequencies; use --labels uniform")
     else:
         of_reference = torch.repeat_interleave(
             torch.arange(classes), torch.from_numpy(reference.class_counts)

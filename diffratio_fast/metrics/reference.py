@@ -1,4 +1,4 @@
-"""What generated images are compared with: statistics of a data set's split, computed, saved or published."""
+"""Reference statistics of a split of a data set: computed, saved or published."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from diffratio_fast.storage.reading import (
 from diffratio_fast.storage.writing import replacing, sha256_of_file
 
 KEEP = 50_000
-"""Features that are kept, at most, of any set of images; its moments are of all of them."""
-QUANTISATION = "uint8, rounded to nearest"
+"""Maximum number of features kept for a set of images; the moments are of all images."""
+QUANTIZATION = "uint8, rounded to nearest"
 FORMAT = "diffratio_fast.reference.1"
 PUBLISHED_KEYS = {"inception": "fid", "dinov2": "fd_dinov2"}
-"""What EDM2's pickles call the statistics of an extractor."""
+"""Keys of the statistics of an extractor in EDM2's pickles."""
 
 
 @dataclass
 class Measured:
-    """Images and their features; ``labels`` int64 are those of the features that were kept."""
+    """Images and their features; ``labels`` int64 are those of the kept features."""
 
     about: dict[str, Any]
     set: FeatureSet
@@ -48,7 +48,7 @@ class Measured:
 
 
 def kept_numbers(count: int, keep: int = KEEP) -> npt.NDArray[np.int64]:
-    """A random choice of ``keep`` of ``count`` numbers (all, if there are fewer), always the same; sorted."""
+    """A fixed random choice of ``keep`` of ``count`` numbers (all, if there are fewer), sorted."""
     return np.sort(permutation(0, 0, count)[:keep])
 
 
@@ -59,7 +59,7 @@ def measure(
     watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = lambda batches: batches,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Measured:
-    """Features of all images, and the sha256 of their pixels; ``watch`` may look at batches in passing."""
+    """Extract the features of all images and the sha256 of their pixels; ``watch`` receives the batches."""
     digest = hashlib.sha256(repr(images.shape).encode())
 
     def hashed() -> Iterator[Tensor]:
@@ -70,7 +70,7 @@ def measure(
     keep = kept_numbers(images.count)
     features = extract(extractor, watch(hashed()), keep, progress)
     about = images.about | {"count": images.count, "shape": list(images.shape)}
-    about |= {"sha256": digest.hexdigest(), "quantisation": QUANTISATION}
+    about |= {"sha256": digest.hexdigest(), "quantisation": QUANTIZATION}  # words: ok
     labels = images.labels
     counts = None if labels is None else np.bincount(labels)
     return Measured(about, features, None if labels is None else labels[keep], counts)
@@ -78,10 +78,10 @@ def measure(
 
 @dataclass
 class Reference:
-    """Moments of ``count`` images; what else is known of them may be None, as with published statistics.
+    """Moments of ``count`` images; other fields are None if unknown, as for published statistics.
 
-    ``features`` float32 [kept, D] and ``labels`` int64 [kept] are of a random choice of at most ``KEEP``;
-    ``held_out`` are features of real images of another split, for the floors.
+    ``features`` float32 [kept, D] and ``labels`` int64 [kept] belong to a random choice of at most ``KEEP``
+    images. ``held_out`` are features of real images of another split, for the floors.
     """
 
     about: dict[str, Any]
@@ -103,7 +103,7 @@ class Reference:
 def reference_of(
     images: DataSetImages, extractor: Extractor, progress: Callable[[int], None] = lambda n: None
 ) -> Reference:
-    """The statistics of a split of a data set, of at least two images."""
+    """Compute the statistics of a split of at least two images."""
     measured = measure(images, extractor, progress=progress)
     names = list(images.data.class_names)
     assert measured.class_counts is not None
@@ -115,16 +115,17 @@ def reference_of(
 
 
 def require_enough(count: int, extractor: Extractor, what: str) -> None:
-    """Refuse fewer images than a covariance of full rank takes."""
+    """Raise ``UserError`` for fewer images than a covariance of full rank needs."""
     if count <= extractor.dimension:
         raise UserError(
-            f"{what}: {count} images are too few for the covariance of {extractor.dimension} features of "
-            f"{extractor.name}; it takes {extractor.dimension + 1} (--metrics can leave frechet out)"
+            f"{what}: {count} images; the covariance of the {extractor.dimension} features of "
+            f"{extractor.name} "
+            f"needs at least {extractor.dimension + 1}; add images, or omit frechet from --metrics"
         )
 
 
 def save_reference(path: Path, reference: Reference, extractor: Extractor) -> None:
-    """An npz that ``load_reference`` reads; ``mu`` and ``sigma`` have the names and types of EDM's."""
+    """Write an npz for ``load_reference``; ``mu`` and ``sigma`` have the names and dtypes of EDM."""
     about = {
         "format": FORMAT,
         "about": reference.about,
@@ -142,7 +143,7 @@ def save_reference(path: Path, reference: Reference, extractor: Extractor) -> No
 
 
 def saved_shape(path: Path, limit: int = UNPACKED_LIMIT) -> tuple[int, int, int] | None:
-    """(C, H, W) of the images behind saved statistics, where they say it."""
+    """Shape (C, H, W) of the images of saved statistics; None if not stored."""
     try:
         about = read_npz(path, {"about"}, limit=limit)["about"]
         channels, height, width = parse_json(str(about))["about"]["shape"]
@@ -179,15 +180,15 @@ def load_reference(path: Path, extractor: Extractor, limit: int = UNPACKED_LIMIT
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged, or no reference statistics ({one_line(error)})") from None
+        raise UserError(f"{path}: damaged, or not reference statistics ({one_line(error)})") from None
     if not about and extractor.name not in PUBLISHED_KEYS:
         raise UserError(
-            f"{path}: says nothing of its features, which are then those of the FID network; "
-            "choose --features inception, or save the reference with these features"
+            f"{path}: no feature name, so its features are those of the FID network; "
+            "use --features inception, or save the reference with these features"
         )
     if about and about["extractor"] != extractor.identity:
         raise UserError(
-            f"{path}: statistics of {_described(about['extractor'])}, but the features are those of "
+            f"{path}: statistics of {_described(about['extractor'])}; expected statistics of "
             f"{_described(extractor.identity)}"
         )
     return reference
@@ -201,7 +202,7 @@ def _described(identity: dict[str, Any]) -> str:
 def _read_npz(path: Path, limit: int) -> dict[str, Any]:
     arrays = read_npz(path, limit=limit)
     if not {"mu", "sigma"} <= set(arrays):
-        raise ValueError("it has no mu and sigma")
+        raise ValueError("no mu and sigma")
     return arrays
 
 
@@ -211,9 +212,7 @@ def _read_pickle(path: Path, extractor: Extractor) -> dict[str, Any]:
     key = PUBLISHED_KEYS.get(extractor.name)
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise UserError(
-            f"{path}: holds no statistics for {extractor.name}; it holds {ascii(held)[1:-1][:200]}"
-        )
+        raise UserError(f"{path}: no statistics for {extractor.name}; it contains {ascii(held)[1:-1][:200]}")
     return {name: pickles.array(content[key][name]) for name in ("mu", "sigma")}
 
 

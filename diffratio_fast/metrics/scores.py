@@ -1,4 +1,4 @@
-"""Figures of a classifier's outputs: the Inception Score and its kin."""
+"""Metrics of a classifier's outputs, such as the Inception Score."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Score(NamedTuple):
 def classifier_score(logits: npt.ArrayLike) -> Score:
     """exp of the mean divergence KL(p(y|x) || p(y)) in each of ``SPLITS`` parts (Salimans et al. 2016).
 
-    ``logits`` [N >= SPLITS, K] are split in their order, which should be random: with the Inception network
-    it is the Inception Score.
+    ``logits`` [N, K] with N >= ``SPLITS`` are split in their order, which should be random. With
+    the Inception network this is the Inception Score.
     """
     log_p = torch.as_tensor(np.asarray(logits, np.float64)).log_softmax(1).numpy()
     if len(log_p) < SPLITS:

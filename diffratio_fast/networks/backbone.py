@@ -1,4 +1,4 @@
-"""One-step generators and ratio networks made of the published U-Nets, and how they take their weights."""
+"""One-step generators and ratio networks built from the published U-Nets, and copying their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffratio_fast.networks.edm2 import Block, EDM2Denoiser, MPConv, MPUNet, force_normalisation
+from diffratio_fast.networks.edm2 import Block, EDM2Denoiser, MPConv, MPUNet, force_normalization
 from diffratio_fast.networks.edm_layers import GroupNorm
 from diffratio_fast.networks.layers import Dropout, Linear, Weight
 from diffratio_fast.networks.magnitude import operations
@@ -27,29 +27,29 @@ def build_denoiser(
 ) -> Denoiser:
     """The denoiser of a published architecture for images [C, R, R]; ``classes=1`` means unconditional.
 
-    ``options`` are the published constructor's, without those that shape and classes decide. ``ValueError``
-    where they do not fit.
+    ``options`` are the published constructor's, without those that follow from shape and classes. Raises
+    ``ValueError`` for invalid options.
     """
     channels, height, width = shape
     if height != width:
-        raise ValueError(f"the published networks take square images, not {height} x {width}")
+        raise ValueError(f"image size {height} x {width}; the published networks need square images")
     size = {
         "img_resolution": height, "img_channels": channels, "label_dim": classes if classes > 1 else 0
     }  # fmt: skip
     if given := sorted(set(size) & set(options)):
-        raise ValueError(f"{given[0]} follows from the data and is no option of the backbone")
+        raise ValueError(f"{given[0]} follows from the data; remove it from --backbone-options")
     return from_published(backbone, {**options, **size})
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Let every dropout of a network have this probability."""
+    """Set the probability of every dropout layer of a network."""
     for module in network.modules():
         if isinstance(module, Dropout):
             module.probability = probability
 
 
 def set_checkpointing(network: nn.Module, on: bool) -> None:
-    """Let every residual block of a network keep its activations, or compute them again."""
+    """Enable or disable activation checkpointing in every residual block of a network."""
     for module in network.modules():
         if isinstance(module, ResidualBlock):
             module.checkpointed = on
@@ -66,7 +66,7 @@ class BackboneGenerator(nn.Module):
     """One-step generator G(z, c) = D(sigma_init z; sigma_init, c) from a denoiser D.
 
     Latents [N, C, R, R] and labels int64 [N] to images x0 of the same shape, clamped to ``bounds`` as in
-    ``MLPGenerator``. It has no dropout: an image is a function of its latent and class.
+    ``MLPGenerator``. Dropout is disabled: an image is a function of its latent and class.
     """
 
     low: Tensor
@@ -126,7 +126,7 @@ class EncoderRatio(nn.Module):
         self.denoiser = build_denoiser(shape, classes, backbone, options)
         drop_uncertainty(self.denoiser)
         if not isinstance(self.denoiser.backbone, UNet):
-            raise ValueError(f"the backbone {backbone} has no encoder half")
+            raise ValueError(f"the backbone {backbone} has no encoder; use an edm or edm2 backbone")
         self.denoiser.backbone.remove_decoder(keep_middle=middle)
         set_dropout(self.denoiser, dropout)
         channels, side, embedding = self.denoiser.backbone.deepest
@@ -172,7 +172,7 @@ class EncoderEnergy(nn.Module):
 
 
 class EncoderHead(nn.Module):
-    """Features [N, C, h, w] and an embedding [N, D] to a log ratio [N], which starts at zero.
+    """Map features [N, C, h, w] and an embedding [N, D] to a log ratio [N]; the initial output is zero.
 
     SiLU of the normalized features is pooled to a vector [N, C]: by the mean, or by attention (``HEADS``
     queries, with a bias per position). The result is a linear map of the features at each position (pool
@@ -199,13 +199,13 @@ class EncoderHead(nn.Module):
             pooled = _attention_pool(h, scores)
         else:
             pooled = h.mean(2)
-        # over sqrt(P), so that a step of Adam moves the result alike whatever the number of positions
+        # over sqrt(P): the effect of an Adam step is independent of the number of positions
         read = self.read(h.flatten(1) / math.sqrt(h.shape[2]) if self.pool == "linear" else pooled)
         return read.squeeze(1) + (self.project(embedding) * pooled).sum(1)
 
 
 class MPHead(nn.Module):
-    """``EncoderHead`` of magnitude-preserving layers: it starts at zero through learned gains.
+    """``EncoderHead`` of magnitude-preserving layers: learned gains of zero make the initial output zero.
 
     Zero weights would be degenerate here, as normalization divides by their length.
     """
@@ -227,7 +227,7 @@ class MPHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros([]))
 
     def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
-        force_normalisation(self)
+        force_normalization(self)
         h = operations(self.fused, features).pixel_norm_silu(features)[1].flatten(2)
         if self.pool == "attention":
             pooled = _attention_pool(h, self.query(h.mT).mT + self.position)
@@ -239,7 +239,7 @@ class MPHead(nn.Module):
 
 
 def _attention_pool(h: Tensor, scores: Tensor) -> Tensor:
-    """Features [N, C, P] averaged with softmax of scores [N, heads, P], a share of channels each: [N, C]."""
+    """Average features [N, C, P] with softmax of scores [N, heads, P], one channel group per head: [N, C]."""
     count, channels, positions = h.shape
     weights = at_least_float32(scores).softmax(2).to(h.dtype)
     shares = h.reshape(count, weights.shape[1], channels // weights.shape[1], positions)
@@ -247,18 +247,18 @@ def _attention_pool(h: Tensor, scores: Tensor) -> Tensor:
 
 
 def drop_uncertainty(denoiser: Denoiser) -> None:
-    """Remove what only a denoiser's loss uses (EDM2's log variance)."""
+    """Remove the modules that only the denoising loss uses (EDM2's log variance)."""
     for name in ("logvar_fourier", "logvar_linear"):
         if hasattr(denoiser, name):
             delattr(denoiser, name)
 
 
 def copy_weights(target: Denoiser, source: Denoiser) -> None:
-    """Copy a denoiser's weights, or the part of them that ``target`` kept; else a ``ValueError``."""
+    """Copy a denoiser's weights, or the part that ``target`` has; raises ``ValueError`` if they differ."""
     ours, theirs = (resolved(network.architecture, network.config) for network in (target, source))
     if differing := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         name = differing[0]
-        raise ValueError(f"it has {name} {theirs.get(name)}, this run {ours.get(name)}")
+        raise ValueError(f"its {name} is {theirs.get(name)}; this run needs {ours.get(name)}")
     state = source.state_dict()
-    # augment labels enter through a map without bias: a network that is never given any can go without
+    # augment labels enter through a map without bias, which a network without augmentation does not need
     target.load_state_dict({name: state[name] for name in target.state_dict()})

@@ -32,7 +32,7 @@ _RESAMPLE: dict[str, Resample] = {"down": "down", "up": "up"}
 
 
 def _drop_labels(labels: Tensor, dropout: Dropout) -> Tensor:
-    """Labels [N, classes] with whole rows zeroed by that dropout's probability, in training mode."""
+    """Labels [N, classes]; in training mode, rows are zeroed with the probability of ``dropout``."""
     if not dropout.training or not dropout.probability:
         return labels
     return labels * dropout.kept(1, labels).to(labels.dtype)
@@ -46,9 +46,9 @@ def _one_of(name: str, value: str, *choices: str) -> None:
 class SongUNet(UNet):
     """DDPM++ (``embedding_type`` positional, ``encoder_type`` standard) and NCSN++ (fourier, residual).
 
-    Images [N, in_channels, R, R] to [N, out_channels, R, R]. An encoder or decoder of type "skip" also
-    carries an image pyramid beside the features, an encoder of type "residual" adds one to them. Class
-    vectors are scaled by sqrt(classes); augment labels [N, augment_dim] are optional.
+    Images [N, in_channels, R, R] to [N, out_channels, R, R]. An encoder or decoder of type "skip" has an
+    image pyramid in parallel with the features; an encoder of type "residual" adds one to the features.
+    Class vectors are scaled by sqrt(classes). Augment labels [N, augment_dim] are optional.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SongUNet(UNet):
             img_resolution, (in_channels, model_channels), channels, num_blocks, attn_resolutions
         )
         self.enc = nn.ModuleDict()
-        pyramid = in_channels  # channels of the image beside the features
+        pyramid = in_channels  # channels of the image pyramid
         for entry in encoder:
             if entry.kind == "stem":
                 self.enc[entry.name] = Conv2d(entry.channels_in, entry.channels_out, 3, initial)
@@ -128,7 +128,7 @@ class SongUNet(UNet):
 
         self.dec = nn.ModuleDict()
         for number, entry in enumerate(decoder):
-            # Of a level's decoder blocks only the last attends; the middle's first always does.
+            # In a decoder level only the last block has attention; the first middle block always has it.
             level_ends = number + 1 == len(decoder) or decoder[number + 1].level != entry.level
             attention = entry.attention and (entry.kind == "in" or level_ends)
             self.dec[entry.name] = _block(entry, style, heads=int(attention))
@@ -189,8 +189,8 @@ class SongUNet(UNet):
 class DhariwalUNet(UNet):
     """ADM: images [N, in_channels, R, R] to [N, out_channels, R, R].
 
-    Heads of 64 channels, embeddings that scale and shift; class vectors enter unscaled, after the noise
-    level's layers.
+    Attention heads of 64 channels; embeddings scale and shift. Class vectors are not scaled and are added
+    after the layers of the noise level.
     """
 
     def __init__(
@@ -285,9 +285,9 @@ def _block(entry: Entry, style: BlockStyle, *, heads: int) -> UNetBlock:
 class EDMDenoiser(Denoiser):
     """A denoiser with EDM preconditioning around ``model``, a ``SongUNet`` or ``DhariwalUNet``.
 
-    The constructor's options are the published ones: those named here, and the network's by keyword.
-    ``use_fp16``, ``sigma_min`` and ``sigma_max`` are accepted and have no effect: precision is chosen by
-    autocast or by the weights' dtype, and the noise levels by whoever calls.
+    The constructor has the published options: those named here, and those of the network by keyword.
+    ``use_fp16``, ``sigma_min`` and ``sigma_max`` are accepted and ignored: autocast or the dtype of the
+    weights sets the precision, and the caller sets the noise levels.
     """
 
     backbone_name = "model"

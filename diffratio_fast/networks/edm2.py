@@ -2,8 +2,8 @@
 the Training Dynamics of Diffusion Models"; equation numbers below are that paper's). Options keep their
 published names.
 
-Every learned layer keeps the expected magnitude of its input: weights are normalised whenever they are used,
-and in training mode they are also stored normalised ("forced weight normalisation", Section 2.3).
+Every learned layer preserves the expected magnitude of its input. Weights are normalized in each use; in
+training mode the stored weights are normalized too ("forced weight normalization", Section 2.3).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EDM2_CHANNELS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, 
 
 
 class MPFourier(KeepsPrecision, Drawn):
-    """sqrt(2) cos(freqs c_noise + phases): ``size`` random features (Eq. 75), kept with the weights."""
+    """sqrt(2) cos(freqs c_noise + phases): ``size`` random features (Eq. 75), stored with the weights."""
 
     freqs: Tensor
     phases: Tensor
@@ -65,8 +65,8 @@ class MPFourier(KeepsPrecision, Drawn):
 class MPConv(Drawn):
     """Linear map ([N, in], ``kernel`` 0) or convolution of same size ([N, in, H, W], ``kernel`` odd).
 
-    Each output's weights are normalised to unit length in use (Eq. 47), and by ``force_normalisation`` also
-    in store. ``gain`` multiplies the output.
+    The weights of each output are normalized to unit length in use (Eq. 47); ``force_normalization`` also
+    normalizes the stored weights. ``gain`` multiplies the output.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
@@ -81,7 +81,7 @@ class MPConv(Drawn):
         self.weight.copy_(draws.normal(*self.weight.shape))
 
     def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The weights in use."""
+        """The normalized weights, multiplied by ``gain``."""
         weight = at_least_float32(self.weight)
         scaled = normalize(weight, range(1, weight.ndim)) * (gain / math.sqrt(weight[0].numel()))
         return scaled.to(self.weight.dtype)
@@ -92,22 +92,22 @@ class MPConv(Drawn):
 
 
 @torch.compiler.disable
-def force_normalisation(network: nn.Module) -> None:
-    """Normalise the stored weights of every ``MPConv`` of a network that is in training mode (Eq. 66).
+def force_normalization(network: nn.Module) -> None:
+    """Normalize the stored weights of every ``MPConv`` of a network in training mode (Eq. 66).
 
-    Unseen by autograd, so that graphs of earlier forward passes stay valid: after the first time this changes
-    the weights by rounding only. Not for a compiler either: a compiled backward pass may compute parts of its
-    forward pass again, and would do so from weights that have been normalised since.
+    Not recorded by autograd, so graphs of earlier forward passes stay valid: after the first call the
+    weights change by rounding only. Excluded from compilation: a compiled backward pass may recompute
+    parts of the forward pass, and would use the weights normalized in between.
     """
     for module in network.modules():
         if isinstance(module, MPConv) and module.training:
             stored = module.weight.data
-            if hasattr(stored, "to_local"):  # sharded: each process has some of the rows
+            if hasattr(stored, "to_local"):  # sharded: each process has a part of the rows
                 stored = stored.to_local()
             if not stored.numel():
                 continue
-            # The length that ``normalize`` leaves as it is: a second pass before the next update, as of
-            # another part of the batch, finds the same weights.
+            # ``normalize`` does not change vectors of this length, so a second forward pass before the
+            # next update (gradient accumulation) uses the same weights.
             rms = root_mean_square(stored, list(range(1, stored.ndim))).clamp(min=EPS)
             stored.mul_((1 - EPS) / rms)
 
@@ -115,9 +115,9 @@ def force_normalisation(network: nn.Module) -> None:
 class Block(ResidualBlock):
     """Residual block [N, in, H, W] to [N, out, H', W'] given an embedding [N, D].
 
-    Encoder blocks normalise each pixel's feature vector and their skip convolution comes before the residual
-    branch; decoder blocks do neither, and may be given a skip that joins their input. ``fused``: by the
-    operations of ``ops.edm2`` where they exist, else in plain PyTorch.
+    Encoder blocks normalize each pixel's feature vector, and their skip convolution precedes the residual
+    branch. Decoder blocks do neither, and can have a skip as a second input. ``fused``: use the operations
+    of ``ops.edm2`` if available, otherwise plain PyTorch.
     """
 
     fused = True
@@ -143,7 +143,7 @@ class Block(ResidualBlock):
         self.resample: Literal["down", "up"] | None = (
             "down" if entry.kind == "down" else "up" if entry.kind == "up" else None
         )
-        # A constant of the architecture: on the device with the weights, but not among them.
+        # A constant of the architecture: a buffer moves with the weights but is not saved.
         kernel = separable_filter(resample_filter)
         self.register_buffer("resample_kernel", None if is_box(resample_filter) else kernel, persistent=False)
         self.dropout = Dropout(dropout)
@@ -189,8 +189,8 @@ class Block(ResidualBlock):
 class MPUNet(UNet):
     """EDM2's U-Net: images [N, img_channels, R, R] to the same shape.
 
-    A channel of ones joins the input in the place of biases; class vectors are scaled by sqrt(classes); the
-    output starts at zero through ``out_gain``.
+    A channel of ones is appended to the input and replaces biases. Class vectors are scaled by
+    sqrt(classes). ``out_gain`` of zero makes the initial output zero.
     """
 
     fused = True
@@ -257,7 +257,7 @@ class MPUNet(UNet):
 
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         if augment_labels is not None:
-            raise ValueError("EDM2 networks take no augment labels")
+            raise ValueError("EDM2 networks have no augment labels; omit them")
         h = self.emb_noise(self.emb_fourier(c_noise).to(self.emb_noise.weight.dtype))
         if self.emb_label is not None and labels is not None:
             h = mp_sum(h, self.emb_label(labels * math.sqrt(labels.shape[1])), self.label_balance)
@@ -285,8 +285,8 @@ class MPUNet(UNet):
 class EDM2Denoiser(Denoiser):
     """A denoiser with EDM preconditioning around ``unet``, and the learned uncertainty of its loss.
 
-    The constructor's options are the published ones: those named here, and the U-Net's by keyword.
-    ``use_fp16`` is accepted and has no effect: precision is chosen by autocast or by the weights' dtype.
+    The constructor has the published options: those named here, and those of the U-Net by keyword.
+    ``use_fp16`` is accepted and ignored: autocast or the dtype of the weights sets the precision.
     """
 
     backbone_name = "unet"
@@ -307,10 +307,10 @@ class EDM2Denoiser(Denoiser):
         self.logvar_linear = MPConv(logvar_channels, 1, 0)
 
     def prepare_pass(self) -> None:
-        force_normalisation(self)
+        force_normalization(self)
 
     def log_variance(self, sigma: Tensor) -> Tensor:
         """u(sigma) [N], the learned log variance of the denoising error at sigma [N]."""
-        force_normalisation(self.logvar_linear)
+        force_normalization(self.logvar_linear)
         features = self.logvar_fourier(at_least_float32(sigma).reshape(-1).log() / 4)
         return self.logvar_linear(features.to(self.logvar_linear.weight.dtype)).squeeze(1)

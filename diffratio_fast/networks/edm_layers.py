@@ -27,8 +27,11 @@ Resample = Literal["keep", "down", "up"]
 
 
 class Initial(NamedTuple):
-    """How a layer's weights start: uniform, of variance ``weight``^2 * 2 / (fan_in + fan_out) ("xavier") or
-    ``weight``^2 / fan_in ("kaiming"), biases likewise with ``bias``; or standard normal ("normal")."""
+    """Initial distribution of a layer's weights.
+
+    "xavier": uniform with variance ``weight``^2 * 2 / (fan_in + fan_out). "kaiming": uniform with variance
+    ``weight``^2 / fan_in. Biases use ``bias`` in the same formula. "normal": standard normal.
+    """
 
     law: Literal["xavier", "kaiming", "normal"] = "xavier"
     weight: float = 1.0
@@ -48,7 +51,7 @@ class Initial(NamedTuple):
 
 
 class Linear(Drawn):
-    """x [N, in] to [N, out]."""
+    """Linear map of x [N, in] to [N, out]."""
 
     bias: nn.Parameter | None
 
@@ -69,10 +72,10 @@ class Linear(Drawn):
 
 
 class Conv2d(Drawn):
-    """Convolution of same size by an odd ``kernel``, after halving or doubling of the image's sides.
+    """Convolution of the same size with an odd ``kernel``, after down- or upsampling by 2.
 
-    ``kernel`` 0 only resamples. ``fused`` (with "down") convolves first, over a margin as wide as the filter
-    needs, so that nothing is padded between the two.
+    ``kernel`` 0 only resamples. ``fused`` (with "down") convolves first and pads by the margin that the
+    filter needs, so that no padding is between the two.
     """
 
     weight: nn.Parameter | None
@@ -122,14 +125,14 @@ class Conv2d(Drawn):
 
 
 class GroupNorm(nn.Module):
-    """Normalisation in float32 over groups of at least four channels, at most 32 groups."""
+    """Group normalization in float32: at most 32 groups of at least four channels."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.groups = min(32, channels // 4)
         if not self.groups or channels % self.groups:
             raise ValueError(
-                f"{channels} channels do not divide into {max(self.groups, 1)} groups of four or more"
+                f"{channels} channels cannot be divided into {max(self.groups, 1)} groups of four or more"
             )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
@@ -144,7 +147,7 @@ class GroupNorm(nn.Module):
 class PositionalEmbedding(nn.Module):
     """[cos, sin] of c_noise [N] at ``size`` / 2 frequencies from 1 down to 1/10000: [N, size] in float32.
 
-    With ``endpoint`` the last frequency is 1/10000 itself, else it would be the next one.
+    With ``endpoint`` the last frequency is 1/10000; without it, 1/10000 is the next one.
     """
 
     def __init__(self, size: int, *, endpoint: bool) -> None:
@@ -160,7 +163,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(KeepsPrecision, Drawn):
-    """[cos, sin] of c_noise [N] at ``size`` / 2 random frequencies of std ``scale``, kept in the weights."""
+    """[cos, sin] of c_noise [N] at ``size`` / 2 random frequencies of std ``scale``, a stored buffer."""
 
     freqs: Tensor
 
@@ -180,7 +183,7 @@ class FourierEmbedding(KeepsPrecision, Drawn):
 
 
 class BlockStyle(NamedTuple):
-    """What tells Song's residual blocks from Dhariwal's: the published networks' two sets of choices."""
+    """The options that differ between Song's and Dhariwal's residual blocks."""
 
     embedding: int
     dropout: float
@@ -188,8 +191,10 @@ class BlockStyle(NamedTuple):
     initial: Initial
     initial_last: Initial
     initial_qkv: Initial
-    scale_shift: bool  # the embedding scales and shifts the second norm's output, or is added before it
-    project_resampled: bool  # a resampled skip goes through a 1x1 convolution even where channels agree
+    scale_shift: (
+        bool  # the embedding scales and shifts the output of the second norm; otherwise it is added before it
+    )
+    project_resampled: bool  # a resampled skip has a 1x1 convolution even if the channels are equal
     skip_scale: float
     resample_filter: Sequence[float]
 

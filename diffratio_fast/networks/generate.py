@@ -7,24 +7,24 @@ from torch import Tensor, nn
 
 from diffratio_fast import ops
 
-BLOCK = 256
+BATCH = 256
 
 
 @torch.no_grad()
 def generate(generator: nn.Module, labels: Tensor, seed: int, start: int = 0) -> Tensor:
-    """Samples number ``start`` to ``start + N - 1`` of a seed, with labels int64 [N]: x0 [N, C, H, W].
+    """Generate samples ``start`` to ``start + N - 1`` of a seed, with labels int64 [N]: x0 [N, C, H, W].
 
-    A sample is a function of (seed, number, label) to the last bit, however many are asked for: images are
-    made in whole blocks of ``BLOCK`` numbers, because a matrix product's rounding depends on its size.
+    Every bit of a sample is a function of (seed, number, label), independent of ``N``: samples are always
+    generated in batches of ``BATCH``, because the rounding of a matrix product depends on its size.
     """
     device = next(generator.parameters()).device
     rng = ops.make_rng(seed, 0, device)
     images: list[Tensor] = []
-    for block in range(start // BLOCK, -(-(start + len(labels)) // BLOCK)):
-        index = torch.arange(block * BLOCK, (block + 1) * BLOCK, device=device)
+    for block in range(start // BATCH, -(-(start + len(labels)) // BATCH)):
+        index = torch.arange(block * BATCH, (block + 1) * BATCH, device=device)
         place = index - start
         inside = (place >= 0) & (place < len(labels))
-        block_labels = torch.zeros(BLOCK, dtype=torch.int64, device=device)
+        block_labels = torch.zeros(BATCH, dtype=torch.int64, device=device)
         block_labels[inside] = labels.to(device)[place[inside]]
         latents = latents_for(generator, rng, index, ops.Purpose.SAMPLE_LATENT)
         images.append(generator(latents, block_labels)[inside])

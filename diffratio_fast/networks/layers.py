@@ -1,4 +1,4 @@
-"""Small pieces that the networks share."""
+"""Layers and initialization shared by the networks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from diffratio_fast import ops
 
 
 class Draws:
-    """Random numbers for one layer's weights: from torch's generator here, from a seed in ``initialise``."""
+    """Random numbers for the weights of one layer, from torch's generator; ``initialize`` uses a seed."""
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Between 0 and 1."""
+        """Uniform numbers in [0, 1)."""
         return torch.rand(shape)
 
 
 class _SeededDraws(Draws):
-    """Draws of the noise contract for layer number ``ordinal`` of network number ``stream``."""
+    """Philox draws for layer number ``ordinal`` of network number ``stream``."""
 
     def __init__(self, rng: Tensor, ordinal: int, stream: int) -> None:
         self.rng, self.index, self.stream = rng, torch.tensor([ordinal]), stream
@@ -45,21 +45,21 @@ class _SeededDraws(Draws):
 
 
 class Drawn(nn.Module):
-    """A layer whose weights (or buffers) start at random: ``draw`` sets all of them."""
+    """A layer with random initial weights or buffers; ``draw`` sets all of them."""
 
     def draw(self, draws: Draws) -> None:
         raise NotImplementedError
 
 
 class Linear(nn.Linear, Drawn):
-    """A linear layer that states its initial scale: weights of std gain / sqrt(fan_in), bias zero."""
+    """A linear layer with initial weights of std gain / sqrt(fan_in) and zero bias."""
 
     def __init__(self, features_in: int, features_out: int, *, gain: float = 1.0, bias: bool = True) -> None:
         self.gain = gain
         super().__init__(features_in, features_out, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Left to ``initialise``: the draws come from the noise contract, not from torch's generator."""
+        """Do nothing: ``initialize`` draws the weights with Philox, not with torch's generator."""
 
     def draw(self, draws: Draws) -> None:
         std = self.gain / math.sqrt(self.in_features)
@@ -69,21 +69,21 @@ class Linear(nn.Linear, Drawn):
 
 
 class Embedding(nn.Embedding, Drawn):
-    """A table of class vectors whose entries start normal with std ``gain``."""
+    """A table of class vectors; initial entries are normal with std ``gain``."""
 
     def __init__(self, count: int, features: int, *, gain: float = 1.0) -> None:
         self.gain = gain
         super().__init__(count, features)
 
     def reset_parameters(self) -> None:
-        """Left to ``initialise``."""
+        """Do nothing: ``initialize`` draws the weights."""
 
     def draw(self, draws: Draws) -> None:
         self.weight.copy_(draws.normal(*self.weight.shape).double() * self.gain)
 
 
 class Weight(Drawn):
-    """A bare tensor (a stack of matrices, say) whose entries start normal with std gain / sqrt(fan_in)."""
+    """A weight tensor, such as a stack of matrices; initial entries are normal, std gain / sqrt(fan_in)."""
 
     def __init__(self, shape: Sequence[int], *, fan_in: int, gain: float = 1.0) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class Weight(Drawn):
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, seed: int, stream: int) -> None:
-    """Draw the weights of every ``Drawn`` layer; all else starts as a constant.
+def initialize(network: nn.Module, seed: int, stream: int) -> None:
+    """Draw the weights of every ``Drawn`` layer; all other weights are constants.
 
-    The numbers are those of the noise contract (purpose ``INITIALISATION``; the layer's ordinal in the place
-    of the sample index, ``stream`` in that of the draw: one for each network of a run), so that a seed gives
-    the same network on every device and torch version.
+    The numbers are Philox draws of purpose ``INITIALISATION``, with the layer's ordinal as the sample index
+    and ``stream`` as the draw (one per network of a run). A seed gives the same network on every device and
+    torch version.
     """
     rng = ops.make_rng(seed, 0)
     for ordinal, layer in enumerate(module for module in network.modules() if isinstance(module, Drawn)):
@@ -115,9 +115,9 @@ class _Stream(NamedTuple):
 
 
 class Dropout(nn.Module):
-    """Zeroes elements of x [N, ...] with ``probability`` in training mode, and scales up the others.
+    """Zeroes elements of x [N, ...] with ``probability`` in training mode and scales the others up.
 
-    Inside ``dropout_stream`` the masks are those of the noise contract; outside they are torch's.
+    Inside ``dropout_stream`` the masks are Philox draws; outside they come from torch's generator.
     """
 
     stream: _Stream | None = None
@@ -139,11 +139,11 @@ class Dropout(nn.Module):
         return {"dropout": self.probability, "rng": rng, "index": index, "substep": substep, "layer": layer}
 
     def kept(self, count: int, x: Tensor) -> Tensor:
-        """bool [N, count]: what stays of ``count`` elements of each sample of x [N, ...]."""
+        """Mask bool [N, count] of the elements to keep among ``count`` per sample of x [N, ...]."""
         if self.stream is None:
             return torch.rand(len(x), count, device=x.device) >= self.probability
         rng, index, substep, layer = self.stream
-        # sixteen bits decide an element: half the words, and enough for any rate of dropout
+        # 16 bits per element: half the random words, and enough resolution for a dropout probability
         words = ops.random_words(
             rng, index, ops.Purpose.DROPOUT, (count + 1) // 2, substep=substep, draw=layer
         )
@@ -156,9 +156,9 @@ class Dropout(nn.Module):
 
 @contextlib.contextmanager
 def dropout_stream(network: nn.Module, rng: Tensor, index: Tensor, *, substep: int = 0) -> Iterator[None]:
-    """Let dropout of ``network`` be a function of (seed, step, sample index, layer, substep) alone.
+    """Make dropout of ``network`` a function of (seed, step, sample index, layer, substep) only.
 
-    ``index`` int64 [N] are the indices of the samples in the passes made inside; equal ones share masks.
+    ``index`` int64 [N] are the sample indices of the forward passes inside; equal indices share masks.
     """
     layers = [module for module in network.modules() if isinstance(module, Dropout) and module.probability]
     for number, layer in enumerate(layers):
@@ -171,7 +171,7 @@ def dropout_stream(network: nn.Module, rng: Tensor, index: Tensor, *, substep: i
 
 
 class FourierFeatures(nn.Module):
-    """[cos, sin] of log sigma [N] at ``count`` log-spaced frequencies: [N, size], entries of unit variance.
+    """[cos, sin] of log sigma [N] at ``count`` log-spaced frequencies: [N, size] with unit variance.
 
     ``low`` and ``high`` are frequencies in cycles per four nats of log sigma.
     """

@@ -1,4 +1,4 @@
-"""Networks for small images, made of dense layers: generator, ratio network, denoiser."""
+"""Networks of dense layers for small images: generator, ratio network, denoiser."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HEADS = ("scalar", "energy")
 class MLPGenerator(nn.Module):
     """One-step generator: latents [N, latent_size] and labels int64 [N] to images x0 [N, C, H, W].
 
-    ``bounds`` (low, high; a number per channel, in x0's units) is the data's range, to which images are
-    clamped wherever they go: to the ratio network, to evaluation, to the user. None for unbounded data.
+    ``bounds`` (low, high; one number per channel, in units of x0) is the range of the data. All images are
+    clamped to it, for training, evaluation and output. None means unbounded data.
     """
 
     low: Tensor
@@ -127,7 +127,7 @@ class DenseNet(nn.Module):
         self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         if augment is not None:
-            raise ValueError("the dense denoiser takes no augment labels")
+            raise ValueError("the dense denoiser has no augment labels; omit them")
         condition = self.noise(self.fourier(4 * c_noise))  # c_noise is log sigma / 4
         if self.embed is not None and classes is not None:
             condition = condition + self.embed(classes)
@@ -139,7 +139,7 @@ class DenseNet(nn.Module):
 
 
 class MLPDenoiser(Denoiser):
-    """A denoiser of dense layers with EDM's preconditioning, built as ``MLPRatio`` is."""
+    """A denoiser of dense layers with EDM preconditioning, built like ``MLPRatio``."""
 
     backbone_name = "model"
 

@@ -1,10 +1,10 @@
-"""Networks by the architecture and configuration of a published checkpoint, and the files they are kept in.
+"""Networks by the architecture and configuration of a published checkpoint, and their files.
 
 An architecture is "family:variant". Families: "edm" (variants ddpmpp, ncsnpp, adm) and "edm2" (xxs, xs, s, m,
-l, xl, xxl). A configuration holds the published constructor's options, by their names. A variant supplies the
-options that define it where the configuration leaves them out; everything else takes the published default.
-Any other variant is a mere label, and the configuration must then say "model_type" (edm) or "model_channels"
-(edm2) itself. Beside the published ones there is "mlp", the house's own denoiser for small images.
+l, xl, xxl). A configuration contains options of the published constructor. A variant sets the defaults of the
+options that define it; all other options have the published defaults. Any other variant name is a label, and
+the configuration must then contain "model_type" (edm) or "model_channels" (edm2). The family "mlp" is this
+package's denoiser for small images.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ EDM_VARIANTS: dict[str, Config] = {
 }
 EDM2_VARIANTS: dict[str, Config] = {name: {"model_channels": width} for name, width in EDM2_CHANNELS.items()}
 
-_LEAST = {  # whole numbers, and the least of each
+_MINIMUM = {  # integer options and their minimum values
     "img_resolution": 1, "img_channels": 1, "label_dim": 0, "augment_dim": 0, "model_channels": 1,
     "channel_mult_emb": 1, "channel_mult_noise": 1, "num_blocks": 1, "channels_per_head": 1,
     "logvar_channels": 1, "width": 1, "depth": 1,
@@ -60,11 +60,12 @@ _FRACTIONS = {"dropout", "label_dropout", "label_balance", "concat_balance", "re
 
 
 def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denoiser:
-    """The denoiser of a published architecture, whose state dict has the published names and shapes.
+    """Build the denoiser of a published architecture; its state dict has the published names and shapes.
 
-    ``config``: the published constructor's options, as a mapping or its JSON. Weights start by the published
-    laws (drawn by torch's generator), in float32, in training mode. The network keeps both arguments, as
-    ``architecture`` and ``config``. What is not known or cannot be built is a ``ValueError`` that names it.
+    ``config``: options of the published constructor, as a mapping or as JSON. The weights are float32 and
+    have the published initial distributions, drawn by torch's generator; the network is in training mode.
+    It stores both arguments as ``architecture`` and ``config``. Raises ``ValueError`` for unknown or invalid
+    options.
     """
     family, _, variant = architecture.partition(":")
     options = _as_mapping(config)
@@ -87,7 +88,7 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
     elif architecture == "mlp":
         defaults, network_class, backbone = {}, MLPDenoiser, MLPDenoiser
     else:
-        raise ValueError(f"unknown architecture {architecture!r}: the families are edm and edm2, and mlp")
+        raise ValueError(f"unknown architecture {architecture!r}; expected family edm, edm2 or mlp")
     known = _parameters(network_class) | _parameters(backbone)
     known -= {"in_channels", "out_channels", "model_kwargs", "unet_kwargs"}
     if unknown := sorted(set(options) - known):
@@ -95,7 +96,7 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
             f"unknown option {unknown[0]!r} for {architecture}; known: {', '.join(sorted(known))}"
         )
     if missing := [name for name in ("img_resolution", "img_channels") if name not in options]:
-        raise ValueError(f"the configuration of {architecture} lacks {missing[0]!r}")
+        raise ValueError(f"the configuration of {architecture} has no {missing[0]!r}; add it")
     arguments = {**defaults, **options}
     for name, value in arguments.items():
         _check(name, value, optional=family == "edm2" and name in _OPTIONAL)
@@ -105,7 +106,7 @@ def from_published(architecture: str, config: str | Mapping[str, Any]) -> Denois
 
 
 def resolved(architecture: str, config: str | Mapping[str, Any]) -> Config:
-    """All options, defaults included, that decide a network in eval mode without augment labels."""
+    """All options, including defaults, that determine a network in eval mode without augment labels."""
     family, _, variant = architecture.partition(":")
     variants = {"edm": EDM_VARIANTS, "edm2": EDM2_VARIANTS}.get(family, {})
     given = {**variants.get(variant, {}), **_as_mapping(config)}
@@ -128,10 +129,10 @@ def resolved(architecture: str, config: str | Mapping[str, Any]) -> Config:
 
 
 def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
-    """The denoiser kept in a file that ``diffratio_fast.convert`` wrote: (network, the file's metadata).
+    """Load the denoiser in a file of ``diffratio_fast.convert``: (network, metadata of the file).
 
-    The network is on the CPU, in float32 and eval mode. A file whose tensors are named ``state.*`` is read
-    too (its other tensors are left alone). Whatever is wrong with the file is a ``UserError``.
+    The network is on the CPU, in float32 and eval mode. A file with tensors named ``state.*`` is accepted
+    too (its other tensors are ignored). Raises ``UserError`` for an invalid file.
     """
     try:
         require_regular(path)
@@ -148,7 +149,8 @@ def load_published(path: Path | str) -> tuple[Denoiser, dict[str, str]]:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
     if missing := [key for key in ("architecture", "config") if key not in metadata]:
         raise UserError(
-            f"{path}: its metadata lacks {missing[0]!r}; make it with python -m diffratio_fast.convert"
+            f"{path}: no {missing[0]!r} in its metadata; create the file with python -m "
+            "diffratio_fast.convert"
         )
     try:
         network = with_state(metadata["architecture"], metadata["config"], state)
@@ -173,15 +175,15 @@ def save_published(
 def with_state(
     architecture: str, config: str | Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> Denoiser:
-    """``from_published`` holding the tensors of ``state`` themselves; names and shapes must all agree."""
+    """``from_published`` with the tensors of ``state``, not copied; all names and shapes must match."""
     check_ambition(_as_mapping(config), sum(tensor.numel() for tensor in state.values()))
-    with torch.device("meta"):  # no weights are drawn only to be replaced
+    with torch.device("meta"):  # skips drawing weights that are replaced
         network = from_published(architecture, config)
     try:
         network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise ValueError(f"weights do not fit {architecture}: {reasons[0][:300]}") from None
+        raise ValueError(f"the weights do not match {architecture}: {reasons[0][:300]}") from None
     return network
 
 
@@ -192,13 +194,14 @@ def _as_mapping(config: str | Mapping[str, Any]) -> Config:
         except ValueError as error:
             raise ValueError(f"the configuration is not JSON: {error}") from None
     if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
-        raise ValueError(f"the configuration must map options' names to values, not {config!r}")
+        raise ValueError(f"the configuration must map option names to values, not {config!r}")
     return dict(config)
 
 
 def _unknown(architecture: str, variants: Mapping[str, Config], option: str) -> ValueError:
     return ValueError(
-        f"unknown architecture {architecture!r}: the variants are {', '.join(variants)} (another name needs "
+        f"unknown architecture {architecture!r}; expected a variant of {', '.join(variants)} (another name "
+        "needs "
         f"{option!r} in the configuration)"
     )
 
@@ -208,16 +211,16 @@ def _parameters(network: type) -> set[str]:
 
 
 def _check(name: str, value: Any, *, optional: bool) -> None:
-    """Raise ``ValueError`` unless ``value`` is of the kind that the option ``name`` takes."""
+    """Raise ``ValueError`` unless ``value`` is valid for the option ``name``."""
     if optional and value is None:
         return
-    if name in _LEAST:
-        kind, right = f"a whole number of at least {_LEAST[name]}", _whole(value, _LEAST[name])
+    if name in _MINIMUM:
+        kind, right = f"an integer of at least {_MINIMUM[name]}", _integer(value, _MINIMUM[name])
     elif name in ("channel_mult", "attn_resolutions"):
-        kind = "a list of whole numbers above 0"
-        right = isinstance(value, (list, tuple)) and all(_whole(item, 1) for item in value)
+        kind = "a list of integers above 0"
+        right = isinstance(value, (list, tuple)) and all(_integer(item, 1) for item in value)
         if name == "channel_mult" and right and not value:
-            kind, right = "a list of at least one whole number above 0", False
+            kind, right = "a list of at least one integer above 0", False
     elif name == "resample_filter":
         kind = "a list of numbers"
         right = isinstance(value, (list, tuple)) and all(_number(item) for item in value)
@@ -231,7 +234,7 @@ def _check(name: str, value: Any, *, optional: bool) -> None:
         raise ValueError(f"{name} must be {kind}, not {value!r}")
 
 
-def _whole(value: Any, least: int) -> bool:
+def _integer(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -1,9 +1,8 @@
-"""Published EDM and EDM2 snapshots: what their pickles hold, as architecture, configuration and weights.
+"""Read published EDM and EDM2 snapshots (pickles) as architecture, configuration and weights.
 
-A snapshot is a pickled dictionary: the network's moving average under "ema", and other things beside it. An
-object of the published code is pickled as a call that carries the class's name, its source and its state; the
-source is passed over here, and the state is a module's: parameters, buffers and modules, and the arguments
-that its constructor was given.
+A snapshot is a pickled dictionary with the moving average of the network under "ema". An object of the
+published code is pickled as a call with the class name, its source code and its state. The source code is
+ignored. The state is that of a module: parameters, buffers, modules, and the constructor arguments.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from diffratio_fast.storage import pickles
 from diffratio_fast.storage.pickles import Record
 from diffratio_fast.storage.reading import one_line
 
-DEEPEST = 16  # modules within modules; the published networks have five
+MAX_DEPTH = 16  # nesting of modules; the published networks have five levels
 
 
 @dataclass(frozen=True)
 class PublishedNetwork:
-    """A network as ``networks.from_published`` and ``load_state_dict`` take it."""
+    """A network as arguments of ``networks.from_published`` and ``load_state_dict``."""
 
     architecture: str
     config: Config
@@ -38,14 +37,14 @@ class PublishedNetwork:
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:
-    """The snapshot's dictionary, of plain data and records; nothing in the file is run.
+    """Read the dictionary of a snapshot as plain data and records, without running code from the file.
 
-    A file that is damaged, no snapshot, or asks for what no snapshot needs is a ``UserError``.
+    Raises ``UserError`` if the file is damaged, is not a snapshot, or refers to a disallowed global.
     """
     try:
         with open(path, "rb") as file:
             if file.read(2) == b"PK":
-                raise ValueError("a zip archive, as torch.save writes them, not a published snapshot")
+                raise ValueError("a zip archive written by torch.save, not a published snapshot")
             file.seek(0)
             content = pickles.read(file)
     except OSError as error:
@@ -53,12 +52,12 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a snapshot's dictionary")
+        raise UserError(f"{path}: contains a {type(content).__name__}; expected the dictionary of a snapshot")
     return {str(key): value for key, value in content.items()}
 
 
 def class_of(value: Any) -> str:
-    """The name of a value's class in the published code, or in Python for plain data."""
+    """Class name of a value in the published code, or the Python type of plain data."""
     if not isinstance(value, Record):
         return type(value).__name__
     if value.name == pickles.PERSISTENT:
@@ -67,25 +66,27 @@ def class_of(value: Any) -> str:
 
 
 def constructor_arguments(value: Any, names: list[str]) -> dict[str, Any]:
-    """The arguments that a published object was made with; ``names`` are those of the positional ones."""
+    """Constructor arguments of a published object; ``names`` are the names of the positional arguments."""
     state = _state(value)
     positional = state.get("_init_args") or ()
     keywords = state.get("_init_kwargs") or {}
     if not isinstance(positional, (tuple, list)) or not isinstance(keywords, dict):
         raise ValueError(f"the arguments of {class_of(value)} are not a tuple and a dictionary")
     if len(positional) > len(names):
-        raise ValueError(f"{class_of(value)} was made with {len(positional)} positional arguments")
+        raise ValueError(
+            f"{class_of(value)} has {len(positional)} positional arguments; expected at most {len(names)}"
+        )
     return {**dict(zip(names, positional, strict=False)), **keywords}
 
 
 def tensors(module: Any) -> dict[str, Tensor]:
-    """A recorded module's state dict: its parameters and persistent buffers, and its modules' in turn."""
+    """State dict of a recorded module: parameters and persistent buffers, recursively."""
     return _tensors(module, "", set(), 0)
 
 
 def _tensors(module: Any, prefix: str, seen: set[int], depth: int) -> dict[str, Tensor]:
-    if id(module) in seen or depth > DEEPEST:
-        raise ValueError(f"modules occur twice or more than {DEEPEST} deep: {ascii(prefix)[:100]}")
+    if id(module) in seen or depth > MAX_DEPTH:
+        raise ValueError(f"a module occurs twice or is nested deeper than {MAX_DEPTH}: {ascii(prefix)[:100]}")
     seen.add(id(module))
     state = _state(module)
     passing = state.get("_non_persistent_buffers_set") or ()
@@ -101,7 +102,7 @@ def _tensors(module: Any, prefix: str, seen: set[int], depth: int) -> dict[str, 
 
 
 def published_network(value: Any) -> PublishedNetwork:
-    """Architecture, configuration and weights of a recorded network; ``ValueError`` if it is no known one."""
+    """Architecture, configuration and weights of a recorded network; raises ``ValueError`` if unknown."""
     name = class_of(value)
     if name == "EDMPrecond":
         architecture, config = _edm(value)
@@ -111,7 +112,7 @@ def published_network(value: Any) -> PublishedNetwork:
         architecture = f"edm2:{sizes.get(config.setdefault('model_channels', 192), 'other')}"
     else:
         raise ValueError(
-            f"the network is of class {ascii(name)[1:-1][:100]}; known: EDMPrecond (EDM), Precond (EDM2)"
+            f"the network has class {ascii(name)[1:-1][:100]}; expected EDMPrecond (EDM) or Precond (EDM2)"
         )
     try:
         config = json.loads(json.dumps(pickles.plain(config), allow_nan=False))
@@ -122,15 +123,17 @@ def published_network(value: Any) -> PublishedNetwork:
 
 def _edm(value: Any) -> tuple[str, Config]:
     config = constructor_arguments(value, _names(EDMDenoiser))
-    if config.get("sigma_max") == math.inf:  # the default, which JSON cannot say
+    if config.get("sigma_max") == math.inf:  # the default, which JSON cannot represent
         del config["sigma_max"]
     model = class_of(_dictionary(_state(value), "_modules").get("model"))
     if model not in EDM_MODELS:
-        raise ValueError(f"its U-Net is of class {ascii(model)[1:-1][:100]}; known: {', '.join(EDM_MODELS)}")
+        raise ValueError(
+            f"its U-Net has class {ascii(model)[1:-1][:100]}; expected {' or '.join(EDM_MODELS)}"
+        )
     config["model_type"] = model
     if model == "DhariwalUNet":
         return "edm:adm", config
-    published = inspect.signature(SongUNet).parameters  # its defaults, where a variant has others
+    published = inspect.signature(SongUNet).parameters  # defaults of the class; a variant may have others
     for option in EDM_VARIANTS["ncsnpp"]:
         if option != "model_type":
             config.setdefault(option, published[option].default)
@@ -147,13 +150,13 @@ def _names(network: type) -> list[str]:
 
 def _description(value: Record) -> dict[str, Any]:
     if len(value.arguments) != 1 or not isinstance(value.arguments[0], dict):
-        raise ValueError("an object of the published code is not described by a dictionary")
+        raise ValueError("an object of the published code has no dictionary as description")
     return value.arguments[0]
 
 
 def _state(value: Any) -> dict[str, Any]:
     if not isinstance(value, Record):
-        raise ValueError(f"a {type(value).__name__} where an object of the published code is needed")
+        raise ValueError(f"{type(value).__name__}; expected an object of the published code")
     state = _description(value).get("state") if value.name == pickles.PERSISTENT else value.state
     if not isinstance(state, dict):
         raise ValueError(f"the state of {class_of(value)[:100]} is not a dictionary")

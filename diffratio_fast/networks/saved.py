@@ -38,9 +38,9 @@ READABLE = tuple(f"diffratio_fast.network.{version}" for version in (1, 2))
 
 
 def build(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module:
-    """The ``role`` ("generator" or "ratio") network of that architecture; weights are not yet drawn.
+    """Build the ``role`` ("generator" or "ratio") network of an architecture, without drawing weights.
 
-    Of ``arguments`` those that the architecture does not know are left out.
+    Arguments that the architecture does not have are ignored.
     """
     network = _ROLES[role][architecture]
     known = inspect.signature(network).parameters
@@ -49,7 +49,7 @@ def build(role: str, architecture: str, arguments: dict[str, Any]) -> nn.Module:
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """What a network's file says beside its weights; ``data`` describes the data set it was trained on."""
+    """Metadata of a network's file; ``data`` describes the training data set."""
 
     role: str
     architecture: str
@@ -63,7 +63,7 @@ class SavedNetwork:
         about = cls(**(parse_json(content) if isinstance(content, str) else content))
         for name, kind in cls.__annotations__.items():
             if not isinstance(getattr(about, name), str if kind == "str" else dict):
-                raise ValueError(f"{name} is not what it should be")
+                raise ValueError(f"{name} has the wrong type")
         return about
 
 
@@ -78,13 +78,13 @@ def save(path: Path, network: nn.Module, about: SavedNetwork, *, root: Path | No
 
 
 def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
-    """The network kept in a file, on the CPU, in eval mode; a file that is not one is a ``UserError``."""
+    """Load a network from a file, on the CPU, in eval mode; raises ``UserError`` for an invalid file."""
     try:
         require_regular(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") not in READABLE:
-                raise UserError(f"{path}: not a network that this version of diffratio_fast reads")
+                raise UserError(f"{path}: not a network file of this version of diffratio_fast; save the network again")
             about = SavedNetwork.parse(metadata["about"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -92,13 +92,13 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
     except (SafetensorError, *DAMAGE) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({one_line(error)})") from None
     if about.role != role:
-        raise UserError(f"{path}: holds a {about.role} network where a {role} network is needed")
+        raise UserError(f"{path}: contains a {about.role} network; expected a {role} network")
     if about.architecture not in _ROLES[role]:
         raise UserError(f"{path}: unknown architecture {about.architecture!r}")
     try:
         return built(about, state), about
     except (RuntimeError, *DAMAGE) as error:
-        raise UserError(f"{path}: weights do not fit the network ({one_line(error)})") from None
+        raise UserError(f"{path}: the weights do not match the network ({one_line(error)})") from None
 
 
 def built(about: SavedNetwork, state: Mapping[str, Tensor]) -> nn.Module:

@@ -1,9 +1,9 @@
-"""What the published U-Nets have in common: plan, resampling, attention, labels and preconditioning.
+"""Common parts of the published U-Nets: plan, resampling, attention, labels and preconditioning.
 
 The U-Nets of Karras et al. 2022 ("EDM": Song's DDPM++ and NCSN++, Dhariwal's ADM) and Karras et al. 2024
-("EDM2") are one skeleton: an encoder whose every output is kept as a skip, two blocks in the middle, and a
-decoder that takes the skips from last to first. Module names follow the published checkpoints: ``enc`` and
-``dec`` are dictionaries with keys such as ``32x32_block0``; the two middle blocks are ``dec``'s first.
+("EDM2") have one structure: an encoder with a skip connection from every output, two middle blocks, and a
+decoder that uses the skips in reverse order. Module names follow the published checkpoints: ``enc`` and
+``dec`` are dictionaries with keys such as ``32x32_block0``; the first two blocks of ``dec`` are the middle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHANNELS_PER_HEAD = 64
 
 
 class Entry(NamedTuple):
-    """One entry of a U-Net's plan; ``channels_in`` counts the concatenated skip where ``kind`` is "join"."""
+    """One entry of a U-Net's plan; for ``kind`` "join", ``channels_in`` includes the concatenated skip."""
 
     name: str
     kind: Literal["stem", "down", "block", "in", "up", "join"]
@@ -41,8 +41,8 @@ def plan(
 ) -> tuple[list[Entry], list[Entry]]:
     """The entries of encoder and decoder, in order of execution, for ``channels`` at each level.
 
-    ``stem`` is the first convolution's (in, out) channels. Level i works at ``resolution`` / 2^i, which must
-    be whole.
+    ``stem`` is (in, out) channels of the first convolution. Level i has resolution ``resolution`` / 2^i,
+    which must be an integer.
     """
     last = len(channels) - 1
     if last < 0 or resolution % 2**last:
@@ -80,10 +80,10 @@ def plan(
 
 
 class ResidualBlock(nn.Module):
-    """A block, ``body``, whose activations are kept for the backward pass, or computed again.
+    """A block ``body(x, embedding)`` with optional activation checkpointing.
 
-    With ``checkpointed`` only the block's inputs are kept (Chen et al. 2016): a second forward pass for less
-    memory.
+    With ``checkpointed`` only the inputs of the block are stored (Chen et al. 2016): a second forward pass
+    in exchange for less memory.
     """
 
     checkpointed = False
@@ -92,14 +92,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, *more: Tensor) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
-            # masks of the noise contract need no generator's state to be drawn again
+            # Philox dropout masks are recomputed without the state of torch's generator
             state = self.training and self.dropout.stream is None
             return checkpoint(self.body, x, embedding, *more, use_reentrant=False, preserve_rng_state=state)
         return self.body(x, embedding, *more)
 
 
 class UNet(nn.Module):
-    """Embedding, encoder, middle and decoder as four functions; the published networks fill them in."""
+    """Base class: embedding, encoder, middle and decoder; the published networks implement them."""
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
@@ -107,11 +107,11 @@ class UNet(nn.Module):
     deepest: tuple[int, int, int]  # channels and side of the deepest features, numbers of the embedding
 
     def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
-        """What ``encode`` takes: c_in x, of images x [N, C, H, W] and c_in [N], in the network's dtype."""
+        """Input of ``encode``: c_in x, for images x [N, C, H, W] and c_in [N], in the network's dtype."""
         return (c_in[:, None, None, None] * x).to(dtype)
 
     def embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """The vectors [N, D] that tell every block the noise level c_noise [N] and the class [N, classes]."""
+        """Embedding [N, D] of noise level c_noise [N] and class [N, classes], an input of every block."""
         raise NotImplementedError
 
     def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
@@ -119,14 +119,14 @@ class UNet(nn.Module):
         raise NotImplementedError
 
     def middle(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """The deepest features [N, C, h, w] through the two middle blocks; same shape."""
+        """Apply the two middle blocks to the deepest features [N, C, h, w]; same shape."""
         for name, block in self.dec.items():
             if name.endswith(("_in0", "_in1")):
                 h = block(h, embedding)
         return h
 
     def decode(self, h: Tensor, features: list[Tensor], embedding: Tensor) -> Tensor:
-        """The image [N, C, H, W] from the middle's output and what ``encode`` returned."""
+        """Decode the output of the middle and the features of ``encode`` to an image [N, C, H, W]."""
         skips = list(features)
         for name, layer in self.dec.items():
             if name.endswith("_up"):
@@ -136,11 +136,11 @@ class UNet(nn.Module):
         return self.read(h)
 
     def joined(self, block: nn.Module, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
-        """A decoder block's output for its features and the encoder's, side by side."""
+        """Output of a decoder block for the concatenated features of decoder and encoder."""
         return block(torch.cat((h, skip), dim=1), embedding)
 
     def read(self, h: Tensor) -> Tensor:
-        """The image from the decoder's last features."""
+        """Map the last features of the decoder to the image."""
         raise NotImplementedError
 
     def forward(
@@ -151,9 +151,9 @@ class UNet(nn.Module):
         return self.decode(self.middle(features[-1], embedding), features, embedding)
 
     def remove_decoder(self, *, keep_middle: bool) -> None:
-        """Keep the encoder half, with or without the two middle blocks, for a ratio network; in place.
+        """Remove the decoder in place, for a ratio network; ``keep_middle`` keeps the two middle blocks.
 
-        What is left keeps its names, and ``embed``, ``encode`` and (if kept) ``middle`` work as before.
+        The remaining modules keep their names; ``embed``, ``encode`` and (if kept) ``middle`` still work.
         """
         for name in list(self.dec):
             if not (keep_middle and name.endswith(("_in0", "_in1"))):
@@ -164,7 +164,7 @@ class UNet(nn.Module):
 
 
 class Features(NamedTuple):
-    """What ``Denoiser.encode`` returns: the encoder's outputs, finest first, and the embedding [N, D]."""
+    """Result of ``Denoiser.encode``: the encoder outputs, finest first, and the embedding [N, D]."""
 
     maps: list[Tensor]
     embedding: Tensor
@@ -181,11 +181,11 @@ class Denoiser(nn.Module):
     in x's units, and labels int64 [N], or float [N, label_dim] (one-hot, or weights of classes), or None
     (no class); a network without classes ignores them. It returns the denoised images, in float32 or, if x
     is float64, in float64: F runs in the dtype of the weights or under autocast, the rest outside it. A label
-    out of range is a ``ValueError`` on the CPU and NaN for that image elsewhere.
+    out of range raises ``ValueError`` on the CPU and gives NaN for that image on other devices.
     """
 
-    backbone_name: str  # of the attribute under which published checkpoints keep F
-    architecture: str = ""  # both as given to ``from_published``
+    backbone_name: str  # attribute name of F in published checkpoints
+    architecture: str = ""  # both: the arguments of ``from_published``
     config: dict[str, Any]
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int, sigma_data: float) -> None:
@@ -202,7 +202,7 @@ class Denoiser(nn.Module):
         return getattr(self, self.backbone_name)
 
     def prepare_pass(self) -> None:
-        """What a network does to its weights in training mode before it uses them, if anything."""
+        """Hook before a forward pass in training mode; EDM2 normalizes its weights here."""
 
     def forward(
         self,
@@ -229,7 +229,7 @@ class Denoiser(nn.Module):
         *,
         middle: bool = False,
     ) -> Features:
-        """The encoder half's features of c_in x, given c_noise and the labels as ``forward`` takes them.
+        """Encoder features of c_in x, for c_noise and labels as in ``forward``.
 
         With ``middle`` the two middle blocks' output is appended to the maps.
         """
@@ -245,7 +245,7 @@ class Denoiser(nn.Module):
     def _sigma(self, x: Tensor, sigma: Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, device=x.device).to(x.dtype).reshape(-1)
         if len(sigma) not in (1, len(x)):
-            raise ValueError(f"sigma holds {len(sigma)} noise levels for {len(x)} images")
+            raise ValueError(f"sigma has {len(sigma)} noise levels for {len(x)} images")
         return sigma.expand(len(x))
 
     def _inputs(
@@ -265,7 +265,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def class_vectors(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
-    """Labels as ``Denoiser.forward`` takes them to vectors [N, classes] of ``like``'s dtype and device."""
+    """Convert labels of ``Denoiser.forward`` to vectors [N, classes] of ``like``'s dtype and device."""
     count = len(like)
     if labels is None:
         return like.new_zeros(count, classes)
@@ -280,13 +280,13 @@ def class_vectors(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
         raise ValueError(f"{len(labels)} labels for {count} images")
     outside = (labels < 0) | (labels >= classes)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
-        raise ValueError(f"label {int(labels[outside][0])} is not among the classes 0 to {classes - 1}")
+        raise ValueError(f"label {int(labels[outside][0])} is out of range; expected 0 to {classes - 1}")
     one_hot = (labels[:, None] == torch.arange(classes, device=like.device)).to(like.dtype)
     return one_hot.masked_fill(outside[:, None], torch.nan).expand(count, classes)
 
 
 def separable_filter(taps: Sequence[float]) -> Tensor:
-    """The two-dimensional resampling filter [1, 1, n, n] of n (even) taps, of unit sum."""
+    """Two-dimensional resampling filter [1, 1, n, n] of unit sum from n (even) taps."""
     if len(taps) < 2 or len(taps) % 2 or not sum(taps):
         raise ValueError(f"resample_filter needs an even number of taps of non-zero sum, not {list(taps)}")
     line = torch.tensor(list(taps), dtype=torch.float32)
@@ -294,12 +294,12 @@ def separable_filter(taps: Sequence[float]) -> Tensor:
 
 
 def is_box(taps: Sequence[float]) -> bool:
-    """Whether a resampling filter is the mean of two pixels, for which there are faster operations."""
+    """Whether a resampling filter is the mean of two pixels, which has faster operations."""
     return len(taps) == 2 and taps[0] == taps[1]
 
 
 def downsample(x: Tensor, kernel: Tensor | None, *, pad: bool = True) -> Tensor:
-    """Filter x [N, C, H, W] by kernel [1, 1, n, n], keep every second pixel: [N, C, H/2, W/2].
+    """Filter x [N, C, H, W] with kernel [1, 1, n, n] and keep every second pixel: [N, C, H/2, W/2].
 
     None is the box kernel of 2 by 2 pixels.
     """
@@ -311,7 +311,7 @@ def downsample(x: Tensor, kernel: Tensor | None, *, pad: bool = True) -> Tensor:
 
 
 def upsample(x: Tensor, kernel: Tensor | None) -> Tensor:
-    """Put zeros between the pixels of x [N, C, H, W] and filter by 4 kernel: [N, C, 2H, 2W]. None: box."""
+    """Insert zeros between pixels of x [N, C, H, W], filter with 4 kernel: [N, C, 2H, 2W]. None: box."""
     if kernel is None:
         return F.interpolate(x, scale_factor=2, mode="nearest")
     taps = kernel.shape[-1]
@@ -320,10 +320,10 @@ def upsample(x: Tensor, kernel: Tensor | None) -> Tensor:
 
 
 def heads_for(channels: int, channels_per_head: int = CHANNELS_PER_HEAD) -> int:
-    """Heads of an attention block, none (and no attention) below ``channels_per_head`` channels."""
+    """Number of attention heads: 0 (no attention) below ``channels_per_head`` channels."""
     heads = channels // channels_per_head
     if heads and channels % heads:
-        raise ValueError(f"{channels} channels cannot be shared by {heads} attention heads")
+        raise ValueError(f"{channels} channels cannot be divided by {heads} attention heads")
     return heads
 
 
@@ -336,10 +336,10 @@ def attend(
 ) -> Tensor:
     """Self-attention among the pixels of x [N, C, H, W]; ``qkv`` and ``proj`` are (weight, bias) of 1x1 maps.
 
-    The published order of the 3C rows of ``qkv`` is [head][channel][q, k, v]. They are brought into
-    [q, k, v][head][channel] here: a small copy of the weights in place of a large one of the activations,
-    and the attention kernels get contiguous vectors. ``split`` makes [N, heads, tokens, C / heads] of each
-    from [N, tokens, 3, heads, C / heads].
+    The published order of the 3C rows of ``qkv`` is [head][channel][q, k, v]. They are reordered to
+    [q, k, v][head][channel]: a small copy of the weights instead of a large copy of the activations, with
+    contiguous vectors for the attention kernels. ``split`` maps [N, tokens, 3, heads, C / heads] to q, k and
+    v [N, heads, tokens, C / heads].
     """
     count, channels, height, width = x.shape
     tokens = x.flatten(2).transpose(1, 2)
@@ -354,14 +354,14 @@ def attend(
 
 
 def _by_role(rows: Tensor, heads: int) -> Tensor:
-    """Rows in order [head][channel][q, k, v] to [q, k, v][head][channel]."""
+    """Reorder rows from [head][channel][q, k, v] to [q, k, v][head][channel]."""
     return rows.reshape(heads, -1, 3, *rows.shape[1:]).movedim(2, 0).reshape(rows.shape)
 
 
 class KeepsPrecision(nn.Module):
-    """A module whose buffers stay in float32 when the network is cast to a shorter type.
+    """A module that keeps its buffers in float32 when the network is cast to a shorter dtype.
 
-    Frequencies of a noise level's Fourier features lose all meaning when rounded to eight bits.
+    Fourier frequencies rounded to the 8 significand bits of bfloat16 are useless.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsPrecision:

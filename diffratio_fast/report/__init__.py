@@ -1,4 +1,4 @@
-"""report.html: a run on one page that opens offline, made from the files of its directory alone."""
+"""report.html: one page about a run, usable offline, written from the files of the run directory."""
 
 from diffratio_fast.report.page import write
 

@@ -1,4 +1,4 @@
-"""python -m diffratio_fast.report RUN: write a run's report.html anew, from what its directory holds."""
+"""python -m diffratio_fast.report RUN: rewrite report.html from the files of the run directory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from diffratio_fast.runs.paths import DEFAULT_RUN, RunPaths
 def main(argv: list[str]) -> int:
     parser = command.Parser(
         prog="python -m diffratio_fast.report",
-        description="Write a run's report.html anew, from the files of its directory.",
+        description="Rewrite report.html of a run from the files of its directory.",
     )
     parser.add_argument("run", type=Path, nargs="?", default=DEFAULT_RUN, metavar="RUN", help="run directory")
     run: Path = parser.parse_args(argv).run
     if not RunPaths(run).config.exists():
-        raise UserError(f"{run}: not a run directory (it holds no config.yaml)")
+        raise UserError(f"{run}: not a run directory (no config.yaml); expected the directory of a run")
     print(f"{report.write(run)}: written")
     return 0
 

@@ -1,4 +1,4 @@
-"""Line and bar charts as inline SVG: no script, no fonts, colours from the page's style sheet."""
+"""Line and bar charts as inline SVG: no script, no fonts, colors from the style sheet of the page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
-MOST_POINTS = 400
-"""Points of a series that are drawn; of more, every n-th."""
+MAX_POINTS = 400
+"""Maximum points drawn per series; longer series are subsampled."""
 MARKED = 40
-"""Series of at most this many points get dots that tell their values."""
+"""Series of at most this many points have dots with values as tooltips."""
 
 Point = tuple[float, float]
 
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """Its label, and whether it is logarithmic; the range is that of the data unless given."""
+    """An axis: its label and scale; the range is that of the data unless given."""
 
     label: str
     log: bool = False
@@ -37,53 +37,53 @@ class Axis:
 
 
 def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, note: str = "") -> str:
-    """A figure of polylines; points that are not finite (or not positive on a log axis) are left out."""
+    """Draw polylines; points that are not finite (or not positive on a log axis) are skipped."""
     shown = []
     for line in series:
         points = [p for p in line.points if _drawable(p[0], x) and _drawable(p[1], y)]
-        stride = -(-len(points) // MOST_POINTS) if points else 1
+        stride = -(-len(points) // MAX_POINTS) if points else 1
         last = points[-1:] if (len(points) - 1) % stride else []
         if points:
             shown.append(Series(line.name, [*points[::stride], *last], line.style))
     if not shown:
         return ""
-    across = _Scale(x, [p[0] for line in shown for p in line.points], LEFT, WIDTH - RIGHT)
-    up = _Scale(y, [p[1] for line in shown for p in line.points], HEIGHT - BOTTOM, TOP)
-    parts = [_axes(across, up)]
+    horizontal = _Scale(x, [p[0] for line in shown for p in line.points], LEFT, WIDTH - RIGHT)
+    vertical = _Scale(y, [p[1] for line in shown for p in line.points], HEIGHT - BOTTOM, TOP)
+    parts = [_axes(horizontal, vertical)]
     for line in shown:
-        places = [(across(a), up(b)) for a, b in line.points]
+        places = [(horizontal(a), vertical(b)) for a, b in line.points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
         if len(places) <= MARKED and line.style != "ideal":
             for (a, b), (value_x, value_y) in zip(places, line.points, strict=True):
-                told = escape(f"{line.name}: {number(value_y)} at {number(value_x)}")
+                tooltip = escape(f"{line.name}: {number(value_y)} at {number(value_x)}")
                 parts.append(
                     f'<circle class="dot {line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3">'
-                    f"<title>{told}</title></circle>"
+                    f"<title>{tooltip}</title></circle>"
                 )
     return _figure(title, parts, shown, note)
 
 
 def bar_chart(title: str, edges: Sequence[float], series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Histograms over shared ``edges`` [n + 1]; the points of each series give only the heights [n]."""
+    """Draw histograms over shared ``edges`` [n + 1]; the points of a series are its heights [n]."""
     heights = [value for line in series for _, value in line.points]
     if not heights:
         return ""
-    across = _Scale(x, edges, LEFT, WIDTH - RIGHT, margin=0.0)
-    up = _Scale(Axis(y.label, low=0.0), heights, HEIGHT - BOTTOM, TOP)
-    parts = [_axes(across, up)]
+    horizontal = _Scale(x, edges, LEFT, WIDTH - RIGHT, margin=0.0)
+    vertical = _Scale(Axis(y.label, low=0.0), heights, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(horizontal, vertical)]
     for line in series:
-        outline = [(across(edges[0]), up(0.0))]
+        outline = [(horizontal(edges[0]), vertical(0.0))]
         for i, (_, value) in enumerate(line.points):
-            outline += [(across(edges[i]), up(value)), (across(edges[i + 1]), up(value))]
-        outline.append((across(edges[-1]), up(0.0)))
+            outline += [(horizontal(edges[i]), vertical(value)), (horizontal(edges[i + 1]), vertical(value))]
+        outline.append((horizontal(edges[-1]), vertical(0.0)))
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in outline)
         parts.append(f'<polygon class="area {line.style}" points="{path}"/>')
     return _figure(title, parts, series, "")
 
 
 def number(value: float) -> str:
-    """A number in few characters."""
+    """Format a number with few characters."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
@@ -96,7 +96,7 @@ def _drawable(value: float | None, axis: Axis) -> bool:
 
 
 class _Scale:
-    """Data to pixels along one axis, and the ticks of it."""
+    """Map of one axis from data to pixels, and its ticks."""
 
     def __init__(
         self, axis: Axis, values: Sequence[float], start: float, end: float, margin: float = 0.04
@@ -132,37 +132,38 @@ class _Scale:
 
 
 def _even(low: float, high: float) -> list[float]:
-    """Round numbers at equal distances, some five of them."""
+    """About five round numbers at equal distances."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _axes(across: _Scale, up: _Scale) -> str:
+def _axes(horizontal: _Scale, vertical: _Scale) -> str:
     parts = []
-    for value in up.ticks():
-        y = up(value)
+    for value in vertical.ticks():
+        y = vertical(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(
             f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
         )
     bottom = HEIGHT - BOTTOM
-    for value in across.ticks():
-        x = across(value)
+    for value in horizontal.ticks():
+        x = horizontal(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number(value)}</text>'
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
-        f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across.axis.label)}'
+        f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f"{escape(horizontal.axis.label)}"
         "</text>"
     )
     height = (TOP + bottom) / 2
     parts.append(
         f'<text class="label" x="13" y="{height}" text-anchor="middle" '
-        f'transform="rotate(-90 13 {height})">{escape(up.axis.label)}</text>'
+        f'transform="rotate(-90 13 {height})">{escape(vertical.axis.label)}</text>'
     )
     return "".join(parts)
 

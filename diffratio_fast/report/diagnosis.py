@@ -1,4 +1,4 @@
-"""What a run's figures say in plain words when something is going wrong."""
+"""Warnings about a run from its metrics."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Sequence
 from typing import Any
 
 SMALLEST_GAP = 0.03
-"""Nats below which a gap or a rise is not worth a word, however sure."""
+"""Minimum gap or rise in nats for a warning."""
 SURE = 3.0
 """Standard errors that a difference must exceed."""
 SATURATED = 0.99
-"""Accuracy of the ratio network at which its log ratio says little more than real or not."""
+"""Accuracy of a saturated ratio network: its log ratio contains little more than real or fake."""
 HUGE = 15.0
-"""A mean log ratio of reals, and minus that of fakes, at which it says no more either."""
+"""Mean log ratio of reals (and minus that of fakes) of a saturated ratio network."""
 LINES = 5
-"""Log lines in a row in which something must hold to be more than chance."""
+"""Number of consecutive log lines in which a condition must hold."""
 SECONDS = 10.0
-"""Seconds that those lines must cover: shorter measurements of time are not worth a word."""
+"""Minimum duration of those lines in seconds, for conditions on time."""
 WAITING = 0.3
-"""Share of the time that a run may spend waiting for batches."""
+"""Maximum fraction of the time spent waiting for batches."""
 SLOW = 0.6
-"""Share of its earlier throughput below which a run has become slow."""
+"""Fraction of the earlier throughput below which a run is slow."""
 
 
 def warnings(history: Sequence[dict[str, Any]], *, after: int = 0) -> list[tuple[str, str]]:
-    """(kind, sentence) for everything that the newest lines in ``history`` give reason to say.
+    """Return (kind, sentence) for every warning that applies to the newest lines of ``history``.
 
-    ``history`` are the lines of metrics.jsonl in order, ``after`` the step at which warm-up and ramp of the
-    generator ended. A value that is None (not finite) is passed over.
+    ``history`` are the lines of metrics.jsonl in order, ``after`` is the step at which warm-up and ramp of
+    the generator end. Values that are None (not finite) are skipped.
     """
     evaluations = [line for line in history if "divergence_by_sigma" in line and "sigma" in line]
     logged = [line for line in history if "images_per_second" in line]
@@ -58,16 +58,18 @@ def _gap(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
     if not (gaps[-1] > max(SMALLEST_GAP, SURE * error) and gaps[-1] > earlier):
         return None
     return "overfitting", (
-        f"the ratio network is learning its training set by heart: its bound is "
+        f"the ratio network overfits its training set: its bound is "
         f"{_number(last, 'divergence_train'):.3f} nats on training data and "
-        f"{_number(last, 'divergence'):.3f} on validation data, and the gap has grown from {earlier:.3f}. "
-        "What it then teaches the generator is to copy. A larger --ratio-weight-decay, "
-        "--ratio-roll-probability or more data hold that back."
+        f"{_number(last, 'divergence'):.3f} on validation data, and the gap has increased from "
+        f"{earlier:.3f}. "
+        "The generator may memorize training images. Use more data, a larger --ratio-weight-decay or a "
+        "larger "
+        "--ratio-roll-probability."
     )
 
 
 def _rise(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
-    # the refitted bound where there is one: the online network's also rises when it catches up
+    # prefer the refitted bound: the online bound also rises when the ratio network improves
     name = "divergence_refit" if any("divergence_refit" in line for line in evaluations) else "divergence"
     series = [line for line in evaluations if not math.isnan(_number(line, name))]
     if len(series) < 2:
@@ -76,12 +78,12 @@ def _rise(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
     rise = _number(last, name) - _number(lowest, name)
     error = math.sqrt(2) * _number(last, "divergence_error")
     nearer = _number(last, "frechet_distance_validation") < _number(lowest, "frechet_distance_validation")
-    if not rise > max(SMALLEST_GAP, SURE * error) or nearer:  # the images may say otherwise
+    if not rise > max(SMALLEST_GAP, SURE * error) or nearer:  # the Fréchet distance may still improve
         return None
     return "rising", (
         f"the divergence has risen from {_number(lowest, name):.3f} nats at step {lowest['step']} to "
-        f"{_number(last, name):.3f}: the generator is moving away from the data. A lower --generator-lr, or "
-        "more --ratio-steps, lets the ratio network keep up; snapshots/ keeps earlier generators."
+        f"{_number(last, name):.3f}: the generator is moving away from the data. Use a lower --generator-lr "
+        "or more --ratio-steps; snapshots/ contains earlier generators."
     )
 
 
@@ -95,10 +97,10 @@ def _saturation(evaluations: Sequence[dict[str, Any]]) -> tuple[str, str] | None
     if 2 * len(levels) < len(last["sigma"]):
         return None
     return "saturated", (
-        f"the ratio network tells real from generated almost without error at {len(levels)} of "
-        f"{len(last['sigma'])} noise levels (up to sigma {max(levels)[0]:.2g}): a saturated ratio gives the "
-        "generator little direction. Larger noise levels (--ratio-noise), a lower --ratio-lr or a larger "
-        "--ratio-weight-decay help; early in a run it passes by itself."
+        f"the ratio network classifies real and generated images almost without error at {len(levels)} of "
+        f"{len(last['sigma'])} noise levels (up to sigma {max(levels)[0]:.2g}): a saturated ratio is a weak "
+        "training signal. Use larger noise levels (--ratio-noise), a lower --ratio-lr or a larger "
+        "--ratio-weight-decay. Early in a run this is normal and temporary."
     )
 
 
@@ -108,9 +110,9 @@ def _bad_steps(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
         return None
     steps = logged[-1]["step"] - (logged[-2]["step"] if len(logged) > 1 else 0)
     return "spike", (
-        f"{count} of the {steps} steps up to step {logged[-1]['step']} were bad: the loss or a gradient "
-        "jumped far above its running mean. If it comes back, lower the learning rates; "
-        "--stop-after-bad-steps ends a run that does not recover."
+        f"{count} of the {steps} steps up to step {logged[-1]['step']} were bad: the loss or a gradient norm "
+        "was far above its running mean. If this happens again, use lower learning rates; "
+        "--stop-after-bad-steps stops a run that does not recover."
     )
 
 
@@ -123,11 +125,12 @@ def _saturated_for_long(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | N
     if not sure and not all(gap > HUGE for gap in gaps):
         return None
     return "saturated", (
-        f"since step {last[0]['step']} the ratio network tells real from generated almost without error "
+        f"since step {last[0]['step']} the ratio network classifies real and generated images almost "
+        "without error "
         f"(accuracy {_number(last[-1], 'ratio_accuracy'):.3f}, mean log ratio of reals "
         f"{_number(last[-1], 'log_ratio_real'):.1f}, of fakes {_number(last[-1], 'log_ratio_fake'):.1f}): a "
-        "saturated ratio gives the generator little direction. Larger noise levels (--ratio-noise), a lower "
-        "--ratio-lr or a larger --ratio-weight-decay help."
+        "saturated ratio is a weak training signal. Use larger noise levels (--ratio-noise), a lower "
+        "--ratio-lr or a larger --ratio-weight-decay."
     )
 
 
@@ -141,8 +144,8 @@ def _waiting(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
     if len(last) < LINES or not _seconds(last) >= SECONDS or not all(share > WAITING for share in shares):
         return None
     return "loader", (
-        f"the loader cannot keep up: since step {last[0]['step']} {sum(shares) / len(shares):.0%} of the "
-        "time went by waiting for batches. A faster or a local disk, or --verify never, helps."
+        f"the data loader is too slow: since step {last[0]['step']} {sum(shares) / len(shares):.0%} of the "
+        "time was spent waiting for batches. Use a faster or local disk, or --verify never."
     )
 
 
@@ -156,5 +159,5 @@ def _slower(logged: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
         return None
     return "slower", (
         f"training has become slower: at most {fastest:,.0f} images a second since step {last[0]['step']}, "
-        f"{usual:,.0f} before. Something else may be using the machine, or the device is throttled by heat."
+        f"{usual:,.0f} before. Other programs may use the machine, or the device reduces its clock when hot."
     )

@@ -1,4 +1,4 @@
-"""The page: its sections in order, each empty where the run has nothing for it."""
+"""The page: its sections in order; a section without data is empty."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ def write(root: Path, summary: dict[str, Any] | None = None) -> Path:
         run = read(root)
         content = page(run if summary is None else replace(run, summary=summary))
     except DAMAGE as error:
-        raise UserError(f"{root}: its figures are damaged ({one_line(error)}): no report") from error
+        raise UserError(
+            f"{root}: damaged metrics ({one_line(error)}); no report was written; restore the files"
+        ) from error
     replace_file(path, content)
     return path
 
 
 def page(run: RunFiles) -> str:
-    """The whole page as HTML."""
+    """The page as HTML."""
     title = f"{run.config.get('preset', 'run')}: {run.root.resolve().name}"
     sections = [
-        _overview(run), _evaluations(run), _samples(run), _neighbours(run), _divergence(run), _by_sigma(run),
+        _overview(run), _evaluations(run), _samples(run), _neighbors(run), _divergence(run), _by_sigma(run),
         _training(run), _calibration(run), _noise(run), _cost(run), _configuration(run),
     ]  # fmt: skip
     return (
@@ -64,8 +66,8 @@ def page(run: RunFiles) -> str:
 def _section(title: str, content: str, text: str = "") -> str:
     if not content:
         return ""
-    said = f'<p class="soft">{escape(text)}</p>' if text else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{content}</section>"
+    message = f'<p class="soft">{escape(text)}</p>' if text else ""
+    return f"<section><h2>{escape(title)}</h2>{message}{content}</section>"
 
 
 def _charts(*charts: str) -> str:
@@ -104,7 +106,7 @@ def _overview(run: RunFiles) -> str:
         tiles.append(("divergence after a refit", last.get("divergence_refit"), "the convergence signal"))
     if run.logged:
         last = run.logged[-1]
-        tiles.append(("images a second", last.get("images_per_second"), ""))
+        tiles.append(("images per second", last.get("images_per_second"), ""))
         tiles.append(("minutes", (last.get("seconds") or 0) / 60, ""))
         tiles.append(("peak memory, MiB", (last.get("memory_bytes") or 0) / 2**20, ""))
     cells = "".join(
@@ -114,11 +116,11 @@ def _overview(run: RunFiles) -> str:
         if value is not None
     )
     after = int(run.config.get("ratio_warmup_steps") or 0) + int(run.config.get("generator_ramp_steps") or 0)
-    said = "".join(
+    message = "".join(
         f'<p class="warning">Warning: {escape(text)}</p>'
         for _, text in warnings([*run.logged, *run.measured], after=after)
     )
-    return f'<p class="soft">{escape(state)}</p><div class="tiles">{cells}</div>{said}'
+    return f'<p class="soft">{escape(state)}</p><div class="tiles">{cells}</div>{message}'
 
 
 def _evaluations(run: RunFiles) -> str:
@@ -152,14 +154,14 @@ def _samples(run: RunFiles) -> str:
     )
 
 
-def _neighbours(run: RunFiles) -> str:
-    if run.neighbours is None:
+def _neighbors(run: RunFiles) -> str:
+    if run.neighbors is None:
         return ""
     return _section(
         "Nearest training images",
-        _picture(run.neighbours, "samples and their nearest training images"),
-        "First in each row a generated image, then the training images nearest to it on pixels. Copies would "
-        "show here.",
+        _picture(run.neighbors, "samples and their nearest training images"),
+        "Each row begins with a generated image, followed by its nearest training images in pixel space. "
+        "Memorized training images would be visible here.",
     )
 
 
@@ -189,10 +191,11 @@ def _divergence(run: RunFiles) -> str:
             line_chart("By noise level, validation data", by_level("divergence_by_sigma"), STEP, nats),
             line_chart("By noise level, after a refit", by_level("divergence_refit_by_sigma"), STEP, nats),
         ),
-        "A lower bound for the ratio network at hand: at most 0 where real and generated images are "
-        "alike, at most 0.69 where they never are; below 0 the network does worse than knowing nothing. "
-        "Training above validation is overfitting. After a refit against the averaged generator the bound "
-        "is tighter, and says how far the generator has come.",
+        "A lower bound that depends on the ratio network: at most 0 for equal distributions, at most 0.69 "
+        "for "
+        "disjoint ones; below 0 the network is worse than a constant. A training bound above the validation "
+        "bound means overfitting. After a refit against the averaged generator the bound is tighter and "
+        "measures the convergence of the generator.",
     )
 
 
@@ -223,7 +226,7 @@ def _by_sigma(run: RunFiles) -> str:
                 [of("ratio_accuracy_by_sigma", "validation data", "s0")],
                 SIGMA,
                 Axis("accuracy", high=1.0),
-                "Near 1 it is saturated: its gradient says little.",
+                "Near 1 the network is saturated: its gradient is a weak signal.",
             ),
             line_chart(
                 "Weighted error of the student at generated images",
@@ -284,7 +287,7 @@ def _training(run: RunFiles) -> str:
                 [_over_time(logged, "ratio_loss", "training batches", "s1")],
                 STEP,
                 Axis("loss, nats"),
-                "2 log 2 = 1.386 is knowing nothing.",
+                "2 log 2 = 1.386 is the loss of a constant log ratio of 0.",
             ),
             line_chart(
                 "Accuracy of the ratio network",
@@ -373,8 +376,8 @@ def _calibration(run: RunFiles) -> str:
         )
         + f'<p><select id="level" aria-label="noise level" hidden>{"".join(options)}</select></p>'
         + f'<div class="charts" id="diagrams">{"".join(diagrams)}</div><p></p>{table}',
-        "On validation data. Of an exact log ratio the three identities hold within their errors, and "
-        "predicted probabilities are observed ones.",
+        "On validation data. For an exact log ratio the three identities hold within their errors, and "
+        "predicted probabilities match observed ones.",
     )  # fmt: skip
 
 
@@ -402,12 +405,12 @@ def _cost(run: RunFiles) -> str:
     )
     spent = sum(line.get("evaluation_seconds") or 0 for line in run.measured)
     total = run.logged[-1].get("seconds") or 0 if run.logged else 0
-    text = f"{total:,.0f} s in all, {spent:,.0f} s of them in evaluations." if total else ""
+    text = f"{total:,.0f} s in total, including {spent:,.0f} s in evaluations." if total else ""
     return _section(
         "Time and memory",
         _charts(
             line_chart(
-                "Images a second",
+                "Images per second",
                 [_over_time(run.logged, "images_per_second", "with logging and evaluation", "s0")],
                 STEP,
                 Axis("images / s", low=0.0),

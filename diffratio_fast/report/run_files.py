@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from its directory; whatever is not there yet is empty."""
+"""The content of a report, read from a run directory; missing files give empty values."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from diffratio_fast.runs.measurements import read_measurements
 from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import parse_json, read_bytes, read_text, read_yaml
 
-MOST_GRIDS = 12
-MOST_BYTES = 8 * 2**20
-"""Sample grids on the page: the newest, and of the others as many as fit, evenly over the run."""
+MAX_GRIDS = 12
+MAX_BYTES = 8 * 2**20
+"""Limits of the sample grids on the page: the newest, and evenly spaced earlier ones."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
     """``logged`` and ``evaluated`` are the two kinds of lines of metrics.jsonl; ``grids`` are (step, PNG).
 
-    ``measured`` are the evaluations that tell the divergence: those of a generator, not of a denoiser.
+    ``measured`` are the evaluations with a divergence: those of a generator, not of a denoiser.
     """
 
     root: Path
@@ -30,7 +30,7 @@ class RunFiles:
     summary: dict[str, Any]
     measurements: dict[str, Any]
     grids: list[tuple[int, bytes]]
-    neighbours: bytes | None
+    neighbors: bytes | None
 
     @property
     def step(self) -> int:
@@ -38,12 +38,12 @@ class RunFiles:
 
 
 def read(root: Path) -> RunFiles:
-    """The files of a run directory; damaged ones count as not there."""
+    """Read the files of a run directory; damaged files count as missing."""
     paths, lines = RunPaths(root), []
     for text in _text(paths.metrics).splitlines():
         try:
             line = parse_json(text)
-        except ValueError:  # cut off by a kill
+        except ValueError:  # truncated by a kill
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -60,7 +60,7 @@ def read(root: Path) -> RunFiles:
         summary=_json(paths.summary),
         measurements=read_measurements(root),
         grids=_grids(paths.sample_grids()),
-        neighbours=read_bytes(paths.neighbours) if paths.neighbours.exists() else None,
+        neighbors=read_bytes(paths.neighbors) if paths.neighbors.exists() else None,
     )
 
 
@@ -80,6 +80,6 @@ def _grids(found: list[tuple[int, Path]]) -> list[tuple[int, bytes]]:
     if not found:
         return []
     largest = max(path.stat().st_size for _, path in found)
-    count = max(1, min(MOST_GRIDS, len(found), MOST_BYTES // max(largest, 1)))
+    count = max(1, min(MAX_GRIDS, len(found), MAX_BYTES // max(largest, 1)))
     chosen = {len(found) - 1 - i * len(found) // count for i in range(count)}
     return [(found[i][0], read_bytes(found[i][1])) for i in sorted(chosen)]

@@ -1,4 +1,4 @@
-"""The page's style sheet and its few lines of script."""
+"""Style sheet and script of the page."""
 
 STYLE = """
 :root { --paper: #fff; --ink: #1c2733; --soft: #5c6b7a; --rule: #dde3e9; --card: #f5f7f9; --warn: #8a4b00;
@@ -70,4 +70,4 @@ if (level) {
 }
 document.documentElement.dataset.ready = "yes";
 """
-"""Without it every picture and diagram is simply there, one below the other."""
+"""Without the script all pictures and diagrams are visible, one below the other."""

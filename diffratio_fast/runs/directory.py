@@ -55,7 +55,9 @@ class RunDirectory(RunPaths):
         except OSError as error:
             raise UserError(f"cannot write {self.lock}: {error.strerror or error}") from None
         if not mine:
-            raise UserError(f"{self.root}: another process is training there")
+            raise UserError(
+                f"{self.root}: another process is training here; wait for it, or choose another --run-dir"
+            )
         self.taken = True
         for path in (self.root, self.samples, self.snapshots):
             remove_abandoned(path)
@@ -74,7 +76,7 @@ class RunDirectory(RunPaths):
         """Remove a run's files, and no others, for a fresh start; a ``UserError`` where that fails."""
         for path in (
             self.summary, self.generator, self.denoiser, self.ratio, self.ratio_average, self.refitted,
-            self.metrics, self.history, self.config, self.measurements, self.neighbours, self.report,
+            self.metrics, self.history, self.config, self.measurements, self.neighbors, self.report,
             *self.events(),
         ):  # fmt: skip
             remove_file(path)
@@ -97,7 +99,8 @@ class RunDirectory(RunPaths):
         """
         if not self.config.exists():
             raise UserError(
-                f"{self.root}: has a checkpoint but no config.yaml; restore it, or start over with --fresh"
+                f"{self.root}: a checkpoint without config.yaml; restore config.yaml, or start again with "
+                "--fresh"
             )
         recorded = read_yaml(type(config), self.config)
         values = unrecorded(type(config), reading.read_yaml(self.config))
@@ -115,7 +118,7 @@ class RunDirectory(RunPaths):
         return values
 
     def write_config(self, preset: str, config: RunConfig, device: torch.device, processes: int = 1) -> None:
-        """config.yaml: the resolved configuration and what it runs on."""
+        """Write config.yaml: the resolved configuration and the environment."""
         about = environment(device) | {"processes": processes}
         content = {"preset": preset, **dataclasses.asdict(config), "environment": about}
         replace_file(self.config, yaml.safe_dump(content, sort_keys=False))

@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The revision of the source tree this package is run from; None outside a git checkout."""
+    """The git revision of the package's source tree; None outside a git checkout."""
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None

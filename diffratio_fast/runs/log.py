@@ -27,13 +27,13 @@ EVENTS_LIMIT = 1 << 26
 
 
 class MetricsLog:
-    """metrics.jsonl: a JSON object per line, never a line of a step that was undone."""
+    """metrics.jsonl: one JSON object per line, without lines of steps after the resumed checkpoint."""
 
     def __init__(self, path: Path, step: int, say: Callable[[str], None] = print) -> None:
-        """Open for appending after ``step``; later lines, of work that a kill undid, are removed."""
+        """Open for appending after ``step``; later lines, of lost steps, are removed."""
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        """Everything logged so far, as it would be read back."""
+        """All lines so far, as read back from the file."""
         self._derived = Derived(say)
         self._file: int | None = None
         self._complete = True  # whether the file, if any, holds ``lines``: else it is written anew
@@ -56,7 +56,7 @@ class MetricsLog:
         self._complete = True
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null, as JSON has no others."""
+        """Append one line; numbers that are not finite become null, as JSON requires."""
         clean = {key: _finite(value) for key, value in values.items()}
         self.lines.append(clean)
         if not self._derived.attempt("metrics.jsonl", lambda: self._append(clean)):
@@ -104,7 +104,7 @@ class Events:
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
-            print("no events for TensorBoard: it is not installed (pip install tensorboard)", flush=True)
+            print("TensorBoard is not installed: no events are written (pip install tensorboard)", flush=True)
             self._event = None
             return
         self._event, self._summary, self._derived = Event, Summary, Derived(say)
@@ -114,12 +114,12 @@ class Events:
         self._pending = bytearray()
         self._records = RecordWriter(self)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # purging starts at the step itself, so the next one is named
+        # TensorBoard purges from the named step on, so name the next one
         start = SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def scalars(self, values: dict[str, Any]) -> None:
-        """A log line's finite numbers; those of a list by their place in it."""
+        """Write the finite numbers of a log line; list elements are named by index."""
         if self._event is None:
             return
         flat: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class Events:
     def picture(self, name: str, png: bytes, step: int) -> None:
         if self._event is None:
             return
-        width, height = struct.unpack(">II", png[16:24])  # of the PNG's header
+        width, height = struct.unpack(">II", png[16:24])  # in the PNG header
         image = self._summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
         self._add_summary(self._summary(value=[self._summary.Value(tag=name, image=image)]), step)
 
@@ -171,4 +171,4 @@ def _step_of(line: str) -> float:
     try:
         return float(parse_json(line)["step"])
     except DAMAGE:
-        return math.inf  # a line cut off by a kill
+        return math.inf  # a line truncated by a kill

@@ -1,4 +1,4 @@
-"""measurements.json of a run: what its report shows beside the log."""
+"""measurements.json of a run: report data that is not in the log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffratio_fast.storage.writing import replace_file
 
 
 def read_measurements(root: Path) -> dict[str, Any]:
-    """What is kept there; nothing where there is none, or it is damaged."""
+    """Read the measurements; an empty dictionary if the file is missing or damaged."""
     path = RunPaths(root).measurements
     try:
         found = parse_json(path.read_text()) if path.exists() else {}
@@ -22,12 +22,12 @@ def read_measurements(root: Path) -> dict[str, Any]:
 
 
 def keep_measurements(root: Path, **values: Any) -> None:
-    """Put ``values`` beside what is kept there, in place of those of the same name."""
+    """Add ``values`` to the measurements; existing entries with the same name are replaced."""
     replace_file(RunPaths(root).measurements, json.dumps(read_measurements(root) | values, indent=1) + "\n")
 
 
 def keep_evaluation(root: Path, result: dict[str, Any]) -> None:
-    """Put the result of ``evaluate`` there, in place of one of the same protocol."""
+    """Add a result of ``evaluate``; an existing result of the same protocol is replaced."""
     reference = result["reference"]
     row = {
         "features": result["extractor"]["name"],

@@ -1,4 +1,4 @@
-"""What a run directory contains: the one place that knows its file names."""
+"""Paths in a run directory: the only module with its file names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ DEFAULT_RUN = Path("runs/digits")
 
 
 def default_root(preset: str, *, denoiser: bool = False) -> Path:
-    """Where a run of ``preset`` is kept without ``--run-dir``."""
+    """Default run directory of ``preset``, without ``--run-dir``."""
     return Path("runs") / (f"{preset}-denoiser" if denoiser else preset)
 
 
 class RunPaths:
-    """Paths of the files in the run directory ``root``; none of them need exist."""
+    """Paths of the files in the run directory ``root``; the files may not exist."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -26,12 +26,12 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """Locked while a process trains there."""
+        """Lock file, locked by the training process."""
         return self.root / ".lock"
 
     @property
     def metrics(self) -> Path:
-        """A JSON object per log line and per evaluation."""
+        """Log: one JSON object per log line and evaluation."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -41,12 +41,12 @@ class RunPaths:
 
     @property
     def measurements(self) -> Path:
-        """What the report shows beside the log, as JSON."""
+        """Report data that is not in the log, as JSON."""
         return self.root / "measurements.json"
 
     @property
     def summary(self) -> Path:
-        """The final metrics, as JSON; it marks the run as finished."""
+        """Final metrics, as JSON; its existence marks the run as finished."""
         return self.root / "summary.json"
 
     @property
@@ -65,9 +65,9 @@ class RunPaths:
         return self.root / "samples"
 
     @property
-    def neighbours(self) -> Path:
-        """Samples beside their nearest training images."""
-        return self.root / "neighbours.png"
+    def neighbors(self) -> Path:
+        """Samples and their nearest training images."""
+        return self.root / "neighbours.png"  # words: ok (a file name)
 
     @property
     def generator(self) -> Path:
@@ -96,7 +96,7 @@ class RunPaths:
 
     @property
     def snapshots(self) -> Path:
-        """Directory of networks saved along the way."""
+        """Directory of networks saved during training."""
         return self.root / "snapshots"
 
     @property
@@ -119,7 +119,7 @@ class RunPaths:
         return self.snapshots / f"{role}-{step:08d}.safetensors"
 
     def kept_average(self, width: float, step: int) -> Path:
-        """A snapshot of the average of that relative width (``average`` combines them)."""
+        """A snapshot of the average of that relative width (input of ``average``)."""
         return self.snapshots / f"ema-{width:g}-{step:08d}.safetensors"
 
     def kept_averages(self) -> list[Path]:
@@ -127,11 +127,11 @@ class RunPaths:
         return sorted(self.snapshots.glob("ema-*.safetensors"))
 
     def events(self) -> list[Path]:
-        """TensorBoard's files that exist."""
+        """TensorBoard event files that exist."""
         return sorted(self.root.glob("events.out.tfevents.*"))
 
     def is_run(self) -> bool:
-        """Whether ``root`` looks like the directory of a run, finished or not."""
+        """Whether ``root`` is the directory of a run, finished or not."""
         return any(path.exists() for path in (self.generator, self.config, self.snapshots))
 
     def finished(self) -> bool:

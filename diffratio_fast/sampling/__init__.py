@@ -1,1 +1,1 @@
-"""Images of a trained generator, and the files that hold them."""
+"""Images of a trained generator, and their output files."""

@@ -1,8 +1,8 @@
-"""Where samples go: a grid, an npz or a folder, made in chunks by any number of processes, resumable.
+"""Outputs of samples: a grid, an npz or a folder, written in chunks by any number of processes, resumable.
 
-A chunk is a fixed range of sample numbers. A process takes the chunks that nobody holds (a file lock, which
-dies with its process) and makes those that are not there yet; whoever finds all of them there finishes the
-output. What is under way lies in a hidden directory: beside a grid or an npz, inside a folder.
+A chunk is a fixed range of sample numbers. A process generates the missing chunks that no other process has
+locked (a file lock ends with its process). The process that finds all chunks complete writes the output.
+Chunks in progress are in a hidden directory: next to a grid or an npz, inside a folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json, read_np
 from diffratio_fast.storage.writing import lock, make_directory, replace_file, replacing
 
 CHUNK = 256
-"""Images to a chunk: what a kill may cost, and what is held in memory."""
+"""Images per chunk: the maximum loss of a kill, and the images in memory."""
 ABOUT = "samples.json"
 PARTIAL = "partial"
 
@@ -33,10 +33,10 @@ Images = np.ndarray
 
 
 class Job(NamedTuple):
-    """What is to be made: ``make(start, n)`` gives images ``start`` to ``start + n - 1``.
+    """The samples to generate: ``make(start, n)`` returns images ``start`` to ``start + n - 1``.
 
-    ``identity`` says, as JSON, what the image and the label of a number are functions of; ``labels`` is
-    int64 [count]; ``columns`` is the width of a grid.
+    ``identity`` (JSON data) determines the image and the label of each number. ``labels`` is int64 [count].
+    ``columns`` is the number of columns of a grid.
     """
 
     make: Callable[[int, int], Images]
@@ -60,8 +60,8 @@ def write_samples(
 ) -> bool:
     """Write ``job`` to ``out``: .png is a grid, .npz an npz, anything else a folder.
 
-    False where other processes are still at work on the rest. An output begun with another ``identity``,
-    or a folder that holds anything else, is a ``UserError``.
+    Returns False if other processes still generate chunks. Raises ``UserError`` for an output in progress
+    with another ``identity``, or a folder with other content.
     """
     kinds: dict[str, type[_Output]] = {".png": _Grid, ".npz": _Npz}
     output = kinds.get(out.suffix, _Folder)(out, job)
@@ -75,18 +75,18 @@ def write_samples(
     try:
         _work(output, rank / world_size, progress)
         with lock(output.partial / "finish.lock", wait=True):
-            if not all(output.whole(number) for number in range(len(job.chunks))):
+            if not all(output.is_complete(number) for number in range(len(job.chunks))):
                 return False
             output.finish(output.stored())
             shutil.rmtree(output.partial, ignore_errors=True)
-    except FileNotFoundError:  # another process has finished, and cleared the directory away
-        if not output.there():
+    except FileNotFoundError:  # another process has finished and removed the directory
+        if not output.exists():
             raise
     return True
 
 
 def _work(output: _Output, part: float, progress: Callable[[int], None]) -> None:
-    """Make the chunks that are missing and that nobody else holds, from ``part`` of them on, in [0, 1)."""
+    """Generate the missing chunks that are not locked, beginning at the fraction ``part`` in [0, 1)."""
     make_directory(output.partial)
     with lock(output.partial / "plan.lock", wait=True):
         plan = output.partial / "plan.json"
@@ -94,20 +94,21 @@ def _work(output: _Output, part: float, progress: Callable[[int], None]) -> None
             replace_file(plan, output.plan())
         elif plan.read_text() != output.plan():
             raise UserError(
-                f"{output.partial}: begun with another generator or other options; rerun as then or remove it"
+                f"{output.partial}: in progress with another generator or other options; rerun that "
+                "command, or remove the directory"
             )
     chunks = output.job.chunks
     for turn in range(len(chunks)):
         number = (int(part * len(chunks)) + turn) % len(chunks)
         with lock(output.partial / f"{number:05d}.lock") as mine:
             if mine:
-                if not output.whole(number):
+                if not output.is_complete(number):
                     output.store(number, output.job.make(chunks[number].start, len(chunks[number])))
                 progress(len(chunks[number]))
 
 
 class _Output(ABC):
-    """An output that is written from its chunks, kept as ``.npy`` files until all are there."""
+    """An output that is written from its chunks; chunks are ``.npy`` files until all are complete."""
 
     def __init__(self, out: Path, job: Job) -> None:
         self.out, self.job = out, job
@@ -118,13 +119,13 @@ class _Output(ABC):
         return _text(self.job.identity | {"count": len(self.job.labels), "columns": self.job.columns})
 
     def finished(self) -> bool:
-        """Whether the output is there and is of this very job."""
+        """Whether the output exists and belongs to this job."""
         return False
 
-    def there(self) -> bool:
+    def exists(self) -> bool:
         return self.out.exists()
 
-    def whole(self, number: int) -> bool:
+    def is_complete(self, number: int) -> bool:
         return self._chunk(number).exists()
 
     def store(self, number: int, images: Images) -> None:
@@ -180,20 +181,20 @@ class _Npz(_Output):
 
 
 class _Folder(_Output):
-    """PNGs named by number and class; a chunk is whole when all its files are there. Grows on demand."""
+    """PNGs named by number and class; a chunk is complete if all its files exist. Can be extended."""
 
     def __init__(self, out: Path, job: Job) -> None:
         super().__init__(out, job)
         self.partial = out / f".{PARTIAL}"
         self.about = out / ABOUT
         self.at_once = False
-        # In this order: whoever is at work here makes ``partial`` before all and removes it after ``about``.
+        # The order matters: another process creates ``partial`` first and removes it after ``about``.
         occupied = out.is_dir() and any(out.iterdir())
         begun = self.partial.exists()
         if self.about.exists():
             self._check_same()
         elif occupied and not begun:
-            raise UserError(f"{out}: holds something else; choose an empty folder")
+            raise UserError(f"{out}: contains other files; choose an empty folder")
         make_directory(out)
         self._there = {path.name for path in out.glob("*.png") if _has_content(path)}
 
@@ -202,23 +203,23 @@ class _Folder(_Output):
             about = parse_json(self.about.read_text())
             count = int(about.pop("count"))
         except DAMAGE:
-            raise UserError(f"{self.about}: damaged; choose an empty folder") from None
+            raise UserError(f"{self.about}: damaged; expected JSON; choose an empty folder") from None
         if about != self.job.identity:
             raise UserError(
-                f"{self.out}: holds samples of another generator or other options; choose another folder"
+                f"{self.out}: contains samples of another generator or other options; choose another folder"
             )
         if count > len(self.job.labels):
             raise UserError(
-                f"{self.out}: holds {count} of these samples already; choose another folder for fewer"
+                f"{self.out}: already contains {count} of these samples; choose another folder for fewer"
             )
 
     def plan(self) -> str:
         return _text(self.job.identity)
 
-    def there(self) -> bool:
+    def exists(self) -> bool:
         return self.about.exists()
 
-    def whole(self, number: int) -> bool:
+    def is_complete(self, number: int) -> bool:
         paths = [self._file(i) for i in self.job.chunks[number]]
         return all(path.name in self._there or _has_content(path) for path in paths)
 
@@ -226,7 +227,7 @@ class _Folder(_Output):
         for i, image in zip(self.job.chunks[number], images, strict=True):
             with replacing(
                 self._file(i), durable=False
-            ) as file:  # a flush of each would take most of the time
+            ) as file:  # flushing each file would take most of the time
                 file.write(png(image.squeeze(2) if image.shape[2] == 1 else image, quick=True))
 
     def stored(self) -> Iterator[Images]:

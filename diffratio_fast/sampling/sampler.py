@@ -24,10 +24,10 @@ from diffratio_fast.verifier.selection import LOWEST_SHARE, Verifier, effective_
 
 
 class Sampler:
-    """The generator of a run directory or of a ``.safetensors`` file, with what its images need.
+    """The generator of a run directory or of a ``.safetensors`` file, and the decoding of its images.
 
-    ``class_names``, ``scaling`` and ``about`` are the file's own description; ``vae`` is the directory of
-    the VAE that decodes latents, and None for pixels.
+    ``class_names``, ``scaling`` and ``about`` come from the metadata of the file. ``vae`` is the directory of
+    the VAE that decodes latents; None for pixels.
     """
 
     def __init__(self, run: Path, *, device: torch.device, vae: Path | None = None) -> None:
@@ -49,31 +49,38 @@ class Sampler:
             self.scaling = Scaling.parse(self.about.data["scaling"])
             self.class_names = [str(name) for name in self.about.data["class_names"]]
         except DAMAGE as error:
-            raise UserError(f"{path}: damaged: its description of the data ({one_line(error)})") from None
+            raise UserError(
+                f"{path}: damaged metadata of the data set ({one_line(error)}); restore the file"
+            ) from None
         self._decoder = None
         if self.scaling.low is not None:
             if vae is not None:
-                raise UserError(f"{path}: makes pixels, not latents; leave --vae out")
+                raise UserError(
+                    f"--vae: {path} generates pixels; --vae needs a generator of latents; omit it"
+                )
         elif vae is None:
-            raise UserError(f"{path}: makes latents; name the VAE that decodes them with --vae DIR")
+            raise UserError(
+                f"{path}: generates latents; set --vae to the directory of the VAE that decodes them"
+            )
         else:
             self._decoder = _decoder(path, vae, self.about.data.get("vae"), device)
 
     def x0(self, seed: int, start: int, labels: Tensor) -> Tensor:
         """Samples ``start`` to ``start + N - 1`` of ``seed`` with labels int64 [N]: x0 [N, C, H, W].
 
-        What a sample is depends on (seed, number, label) alone. Another way to come by samples (the best
-        of several candidates, say) takes this function's place, and all commands follow.
+        A sample is a function of (seed, number, label). Subclasses override this method to change the
+        sampling (such as a choice among candidates) in all commands.
         """
         return networks.generate(self.generator, labels, seed, start)
 
     def images(self, seed: int, start: int, labels: Tensor) -> Tensor:
-        """The samples as uint8 [N, C, H, W] on the CPU, rounded to nearest; latents are decoded."""
+        """Return the samples as uint8 [N, C, H, W] on the CPU, rounded to nearest; latents are decoded."""
         x0 = self.x0(seed, start, labels)
         if not (finite := torch.isfinite(x0).flatten(1).all(1)).all():
             number = start + int((~finite).nonzero()[0])
             raise UserError(
-                f"{self.path}: image {number} of seed {seed} is not finite; the generator diverged"
+                f"{self.path}: image {number} of seed {seed} is not finite; the training diverged; use an "
+                "earlier snapshot"
             )
         if self._decoder is None:
             return to_uint8(x0, self.scaling)
@@ -86,13 +93,13 @@ class Sampler:
         return first.shape[1], first.shape[2], first.shape[3]
 
     def identity(self) -> dict[str, Any]:
-        """What the images are a function of beside seed, number and label."""
+        """Everything that determines the images, except seed, number and label."""
         vae = None if self._decoder is None else self._decoder.vae.sha256
         return {"generator": self.sha256, "vae": vae}
 
 
 class VerifiedSampler(Sampler):
-    """Samples that are each one of ``candidates``, chosen by the ratio network of ``refit``."""
+    """Chooses each sample among ``candidates`` with the ratio network of ``refit``."""
 
     def __init__(
         self, run: Path, *, device: torch.device, vae: Path | None = None, candidates: int,
@@ -102,16 +109,17 @@ class VerifiedSampler(Sampler):
         path = verifier or RunPaths(run if run.is_dir() else run.parent).refitted
         if not path.exists():
             raise UserError(
-                f"{path}: no such file; make the verifier with `python -m diffratio_fast.refit RUN`, or name "
-                "a ratio network with --verifier and its noise level with --sigma"
+                f"{path}: no such file; create the verifier with `python -m diffratio_fast.refit RUN`, or "
+                "set "
+                "--verifier to a ratio network and --sigma to its noise level"
             )
         ratio, about = networks.load(path, "ratio")
         if about.arguments.get("shape") != self.about.arguments.get("shape"):
-            raise UserError(f"{path}: is for images of another shape than those of {run}")
+            raise UserError(f"{path}: image shape does not match {run}; use the verifier of the same run")
         fitted, made = (found.training.get("step") for found in (about, self.about))
         if verifier is None and fitted != made:
             raise UserError(
-                f"{path}: fitted to the generator of step {fitted}, but this one is of step {made}; run "
+                f"{path}: fitted to the generator of step {fitted}; this one is of step {made}; run "
                 "`python -m diffratio_fast.refit` again"
             )
         if sigma is None:
@@ -119,7 +127,8 @@ class VerifiedSampler(Sampler):
             sigma = found.get("sigma") if isinstance(found, dict) else None
         if not (isinstance(sigma, float) and 0 < sigma < math.inf):
             raise UserError(
-                f"{path}: no noise level was found at which it helps; --sigma names one all the same"
+                f"{path}: refit found no noise level at which the verifier helps; set --sigma to use it "
+                "anyway"
             )
         self.verifier = Verifier(ratio.to(device), sigma, how, draws)
         self.candidates = candidates
@@ -138,8 +147,8 @@ class VerifiedSampler(Sampler):
             "sigma": tool.sigma, "draws": tool.draws,
         }  # fmt: skip
 
-    def say_effective_sample_size(self) -> None:
-        """Print it for what this process has made by ``resample``, with a warning where it is too small."""
+    def print_effective_sample_size(self) -> None:
+        """Print the effective sample size of this process for ``resample``; warn if it is too small."""
         if self.verifier.how != "resample" or not self._log_weights:
             return
         share = effective_share(torch.cat(self._log_weights))
@@ -149,8 +158,9 @@ class VerifiedSampler(Sampler):
         )
         if share < LOWEST_SHARE:
             print(
-                f"warning: that is below {LOWEST_SHARE:g} N: a few candidates take all the weight, and what "
-                "is drawn follows the errors of the ratio network; a larger --sigma evens the weights out"
+                f"warning: the effective sample size is below {LOWEST_SHARE:g} N: a few candidates have all "
+                "the weight, "
+                "and the result depends on errors of the ratio network; use a larger --sigma"
             )
 
 
@@ -159,5 +169,7 @@ def _decoder(path: Path, vae: Path, trained_on: dict[str, str] | None, device: t
 
     decoder = LatentDecoder(vae, device=device)
     if trained_on and trained_on.get("sha256") and trained_on["sha256"] != decoder.vae.sha256:
-        raise UserError(f"{vae}: not the VAE of the latents that {path} was trained on: {trained_on['name']}")
+        raise UserError(
+            f"--vae {vae}: not the VAE of the training data of {path}; expected {trained_on['name']}"
+        )
     return decoder

@@ -18,7 +18,7 @@ from diffratio_fast.data.pictures import grid, png, viewable
 from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.objectives.denoising import heun
-from diffratio_fast.progress import figure
+from diffratio_fast.progress import format_metric
 from diffratio_fast.training.beginning import ORDINARY, Beginning
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.run import Run, run
@@ -69,7 +69,7 @@ class Pretrainer(Run):
         }
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
-        return {name: figure(values[name]) for name in ("loss", "error")}
+        return {name: format_metric(values[name]) for name in ("loss", "error")}
 
     @cached_property
     def _held_out(self) -> Batch:
@@ -80,7 +80,7 @@ class Pretrainer(Run):
         state = self.state
         error = self.measured.validation_error(self._held_out)
         self.record({"step": state.step, "validation_error": error})
-        self.progress.say(f"step {state.step:>6}: weighted error on the validation split {error:.4f}")
+        self.progress.print(f"step {state.step:>6}: weighted error on the validation split {error:.4f}")
         if not state.best or error < state.best["validation_error"]:
             state.best = {"step": state.step, "validation_error": error}
         self.picture(self._grid_png())

@@ -89,7 +89,7 @@ class Trainer(Run):
         if "divergence_refit" in fields:
             said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
         if said:
-            self.progress.say(f"step {state.step:>6}: {', '.join(said)}")
+            self.progress.print(f"step {state.step:>6}: {', '.join(said)}")
         best = state.best
         # a distance of other many images has another bias: there is no comparing them
         if distance is not None and (
@@ -148,9 +148,9 @@ class Trainer(Run):
         }
         root = self.directory.root
         self.derived.attempt("measurements.json", lambda: keep_measurements(root, **found))
-        picture = self.evaluation.neighbours_png()
+        picture = self.evaluation.neighbors_png()
         if picture is not None:
-            self.derived.attempt("neighbours.png", lambda: replace_file(self.directory.neighbours, picture))
+            self.derived.attempt("neighbours.png", lambda: replace_file(self.directory.neighbors, picture))
 
     def results(self) -> dict[str, Any]:
         networks, directory = self.measured.state, self.directory

@@ -34,7 +34,7 @@ from diffratio_fast.objectives.refit import (
     refit,
 )
 from diffratio_fast.ops.divergences import DIVERGENCES
-from diffratio_fast.progress import figure
+from diffratio_fast.progress import format_metric
 from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.verifier.calibration import calibrate
 
@@ -128,8 +128,9 @@ class Evaluation:
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
         """What the progress display shows of a log line, by a short name."""
         return {
-            "JS": f"{figure(values['divergence'])} (train {figure(values['divergence_train'])})",
-            "acc": figure(values["ratio_accuracy"]),
+            "JS": f"{format_metric(values['divergence'])} "
+            f"(train {format_metric(values['divergence_train'])})",
+            "acc": format_metric(values["ratio_accuracy"]),
         }
 
     def _random(self, count: int) -> tuple[Tensor, Tensor]:
@@ -335,7 +336,7 @@ class Evaluation:
         images = networks.generate(self.iteration.state.average, self._grid_labels(), GRID_SEED)
         return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS))
 
-    def neighbours_png(self) -> bytes | None:
+    def neighbors_png(self) -> bytes | None:
         """A row per sample: itself, then its nearest training images on pixels; None without pixels."""
         if self.pixels is None:
             return None

@@ -13,7 +13,7 @@ from diffratio_fast.objectives import vsd
 from diffratio_fast.objectives.denoising import denoising_errors
 from diffratio_fast.objectives.held_out import in_chunks
 from diffratio_fast.objectives.refit import Refitted
-from diffratio_fast.progress import figure
+from diffratio_fast.progress import format_metric
 from diffratio_fast.training.monitor import Evaluation
 from diffratio_fast.training.step.vsd import VSDIteration
 
@@ -25,7 +25,7 @@ class VSDEvaluation(Evaluation):
         return {"student_loss": mean["ratio_loss"]}
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
-        return {"student": figure(values["student_loss"])}
+        return {"student": format_metric(values["student_loss"])}
 
     def refitted(self, steps: int) -> Refitted | None:
         return None

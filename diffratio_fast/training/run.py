@@ -202,16 +202,16 @@ class Run:
         config, state, world = self.config, self.state, self.world
         self.progress = Progress(config.steps, state.step, config.batch_size, quiet=not world.main)
         if world.main:
-            self.derived = Derived(self.progress.say)
-            self.log = MetricsLog(self.directory.metrics, state.step, self.progress.say)
-            self.events = Events(self.directory.root, state.step, self.progress.say)
+            self.derived = Derived(self.progress.print)
+            self.log = MetricsLog(self.directory.metrics, state.step, self.progress.print)
+            self.events = Events(self.directory.root, state.step, self.progress.print)
         for check in self.iteration.checks.values():
-            check.say = self.progress.say
+            check.warn = self.progress.print
         self.clock = time.monotonic()
         self.logged = (state.step, state.seconds)
         agreed = Agreement(world)
         pulse = self.pulse = Pulse(
-            self.progress.say, limit=config.hang_timeout, rank=world.rank, size=world.size,
+            self.progress.print, limit=config.hang_timeout, rank=world.rank, size=world.size,
             store=common_store(world),
         )  # fmt: skip
         stop = 0  # the signal that all processes know of
@@ -301,7 +301,7 @@ class Run:
         """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
         found = dict(warnings(self.log.lines, after=self.config.settled_step))
         for kind in found.keys() - self.warned:
-            self.progress.say(f"warning: {found[kind]}")
+            self.progress.print(f"warning: {found[kind]}")
         self.warned = set(found)
 
     def _say_save_failed(self, *, stopping: bool = False) -> None:
@@ -314,7 +314,7 @@ class Run:
         line = f"the checkpoint of step {self.checkpoints.step} could not be saved ({message}); {kept}"
         if stopping or self.config.on_save_failure == "stop":
             raise self._failure(line)
-        self.progress.say(f"warning: {line}")
+        self.progress.print(f"warning: {line}")
 
     def _tick(self) -> None:
         now = time.monotonic()

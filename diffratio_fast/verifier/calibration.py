@@ -1,8 +1,8 @@
-"""Whether a log ratio is calibrated: three identities of the exact one, its reliability and its AUC.
+"""Calibration of a log ratio: three identities of the exact log ratio, reliability and AUC.
 
-For the exact l = log p_data - log p_gen, E_gen[e^l] = 1, E_data[e^-l] = 1, and with as many reals as fakes
-the probability of being real is sigmoid(l), whence the bounded identity E_data[sigmoid(-l)] =
-E_gen[sigmoid(l)]. The first two feel the tails; the third holds its error for any l.
+For the exact l = log p_data - log p_gen: E_gen[e^l] = 1 and E_data[e^-l] = 1. With equal numbers of reals and
+fakes the probability of real is sigmoid(l), so E_data[sigmoid(-l)] = E_gen[sigmoid(l)]. The first two depend
+on the tails; the third has a bounded error for any l.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Of a reliability diagram: mean predicted probability, observed share of reals, noised images."""
+    """One bin of a reliability diagram: mean predicted probability, observed fraction of reals, images."""
 
     predicted: float
     observed: float
@@ -45,10 +45,10 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """At one noise level: ``generated_mean`` and ``data_mean`` should be 1, ``balance`` 0.
+    """Calibration at one noise level; ideal: ``generated_mean`` 1, ``data_mean`` 1, ``balance`` 0.
 
-    ``effective_sample_size`` is that of the candidates' weights as a share of their number: (mean w)^2 /
-    mean w^2, where w is an image's mean of e^l over its noise draws.
+    ``effective_sample_size`` is relative to the number of candidates: (mean w)^2 / mean w^2, where the
+    weight w of an image is the mean of e^l over its noise draws.
     """
 
     sigma: float
@@ -60,19 +60,21 @@ class Calibration:
     reliability: tuple[Bin, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; a number that is not finite is None."""
+        """JSON data; a number that is not finite becomes None."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
 def calibration(log_ratio_real: Array, log_ratio_fake: Array, sigma: float) -> Calibration:
     """Calibration at ``sigma`` from log ratios [N, K] of reals and [M, K] of fakes, K noise draws an image.
 
-    The labels of the fakes must be distributed as those of the reals.
+    Reals and fakes must have the same label distribution.
     """
     real, fake = np.asarray(log_ratio_real, np.float64), np.asarray(log_ratio_fake, np.float64)
     if min(len(real), len(fake)) < 2:
         raise ValueError("calibration needs at least two images of each half")
-    with np.errstate(over="ignore", invalid="ignore"):  # a hopeless ratio has infinite means: let it show
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # a bad ratio network has infinite means, which are reported
         weights = np.exp(fake).mean(1)
         inverse = np.exp(-real).mean(1)
         generated_mean, data_mean = _estimate(weights), _estimate(inverse)
@@ -103,7 +105,7 @@ def _estimate(values: Array) -> Estimate:
 
 
 def auc(real: Array, fake: Array) -> float:
-    """Probability that a random real has the higher log ratio than a random fake; ties count half."""
+    """Probability that a random real has a higher log ratio than a random fake; ties count half."""
     ordered = np.sort(fake, None)
     below = np.searchsorted(ordered, real, "left") + np.searchsorted(ordered, real, "right")
     return float(below.mean() / 2 / fake.size)
@@ -116,7 +118,7 @@ def effective_sample_size(log_weights: Array) -> float:
 
 
 def _reliability(real: Array, fake: Array) -> tuple[Bin, ...]:
-    """Equal bins of sigmoid(l); each half weighs the same, however many images it has."""
+    """Bins of equal width in sigmoid(l); reals and fakes have the same total weight."""
     predicted = np.concatenate((_sigmoid(real).reshape(-1), _sigmoid(fake).reshape(-1)))
     is_real = np.concatenate((np.ones(real.size), np.zeros(fake.size)))
     weight = np.concatenate((np.full(real.size, 1 / real.size), np.full(fake.size, 1 / fake.size)))
@@ -141,8 +143,8 @@ def calibrate(
 ) -> list[Calibration]:
     """Calibration of ``ratio`` for ``generator`` at each of ``sigmas``, from reals x0 [B, C, H, W].
 
-    At least ``fakes`` images are generated, with the reals' labels over and over. The reals should be none
-    that the network was fitted to.
+    At least ``fakes`` images are generated; the labels of the reals are repeated. The reals should not be
+    training data of the network.
     """
     device = real.device
     repeats = max(1, math.ceil(fakes / len(labels)))
@@ -157,7 +159,7 @@ def calibrate(
         ratio, again, made, levels.expand(len(many), -1), many, rng, index, shared_noise=False
     )
     fake_half = halves[1].reshape(len(many), len(sigmas), draws).cpu().numpy()
-    # the draws of a real lie in all its repeats: one image, however often it was noised
+    # the noise draws of a real are spread over its repeats; together they count as one image
     real_half = halves[0].reshape(repeats, len(labels), len(sigmas), draws).permute(1, 2, 0, 3).flatten(2)
     return [
         calibration(real_half[:, k].cpu().numpy(), fake_half[:, k], sigma) for k, sigma in enumerate(sigmas)

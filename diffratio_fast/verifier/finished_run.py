@@ -1,4 +1,4 @@
-"""A run directory read back: its networks, its data, and what is measured of them afterwards."""
+"""A finished run: its networks, its data, and measurements after training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffratio_fast.verifier.calibration import Calibration, calibrate
 
 CALIBRATION_SEED = 20_240_217
 HELD_OUT = 4096
-"""Validation images that are looked at, at most."""
+"""Maximum number of validation images to use."""
 
 
 class FinishedRun:
@@ -31,13 +31,16 @@ class FinishedRun:
     def __init__(self, root: Path, device: torch.device) -> None:
         self.directory, self.device = RunDirectory(root), device
         if not root.is_dir():
-            raise UserError(f"{root}: no such run directory")
+            raise UserError(f"{root}: no such run directory; expected the directory of a finished run")
         if not self.directory.config.exists():
-            raise UserError(f"{root}: holds no config.yaml; finish its training first")
+            raise UserError(
+                f"{root}: no config.yaml; expected the directory of a finished run; finish the training first"
+            )
         self.config = TrainConfig(**read_yaml(TrainConfig, self.directory.config))
         if not self.config.row.has_ratio:
             raise UserError(
-                f"{root}: is a run of --objective {self.config.objective}, without a ratio network"
+                f"{root}: --objective {self.config.objective} has no ratio network; use a run of another "
+                "objective"
             )
         for path in (self.directory.generator, self.directory.ratio):
             if not path.exists():
@@ -60,7 +63,7 @@ class FinishedRun:
     def _to_device(
         self, batch: tuple[Tensor, Tensor], seed: int = CALIBRATION_SEED, number: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """(x0, labels) on the device; latents are drawn under (seed, number)."""
+        """(x0, labels) on the device; latents are drawn with (seed, number)."""
         records, labels = (tensor.to(self.device) for tensor in batch)
         rng = ops.make_rng(seed, number, self.device)
         index = torch.arange(len(labels), device=self.device)
@@ -68,16 +71,18 @@ class FinishedRun:
         return x0.to(next(self.ratio.parameters()).dtype), labels
 
     def split(self, name: str) -> tuple[Tensor, Tensor]:
-        """(x0, labels) of a split's first ``HELD_OUT`` records, on the device."""
+        """(x0, labels) of the first ``HELD_OUT`` records of a split, on the device."""
         return self._to_device(self.dataset.first(name, HELD_OUT))
 
     def require_validation(self) -> None:
-        """A ``UserError`` where there is nothing to stop and choose on."""
+        """Raise ``UserError`` if the data set has no validation split."""
         if self.dataset.count("validation") < 2:
-            raise UserError(f"{self.config.data}: has no validation split; prepare it with --validation")
+            raise UserError(
+                f"--data {self.config.data}: no validation split; prepare the data set with --validation"
+            )
 
     def batches(self, batch_size: int, seed: int) -> Generator[tuple[Tensor, Tensor]]:
-        """Endless (x0, labels) of the training split, flipped as in training; close it when done."""
+        """Infinite (x0, labels) of the training split, flipped as in training; close it after use."""
         source = self.dataset.batches("train", batch_size, seed=seed)
         try:
             for number, batch in enumerate(source):
@@ -94,7 +99,7 @@ class FinishedRun:
     ) -> dict[str, list[Calibration]]:
         """Calibration on the validation split of the run's ratio networks: online, average, refitted.
 
-        Those are there that the run directory holds; ``refitted`` goes before what is there.
+        Networks that the run directory does not have are skipped; ``refitted`` overrides the stored one.
         """
         real, labels = self.split("validation")
         found = {"online": self.ratio}

@@ -14,12 +14,12 @@ from diffratio_fast.verifier.calibration import Calibration
 from diffratio_fast.verifier.selection import LOWEST_SHARE
 
 LARGEST_LOG_MEAN = 0.1
-"""|log E_gen e^l| up to which a noise level counts as calibrated."""
+"""Maximum |log E_gen e^l| of a calibrated noise level."""
 
 
 @dataclass(frozen=True)
 class SigmaCheck:
-    """A noise level against the rule of ``choose_sigma``; ``distances`` are over seeds."""
+    """The conditions of ``choose_sigma`` at one noise level; ``distances`` are over seeds."""
 
     calibration: Calibration
     distances: tuple[float, ...]
@@ -39,7 +39,7 @@ class SigmaCheck:
 
     @property
     def no_worse(self) -> bool:
-        """Mean distance not above that of one candidate by more than the standard error of the difference."""
+        """Whether the mean distance exceeds that of one candidate by at most the standard error."""
         if not self.distances:
             return False
         differences = torch.tensor(self.distances).double() - torch.tensor(self.plain).double()
@@ -47,7 +47,7 @@ class SigmaCheck:
         return float(differences.mean()) <= error
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """JSON data."""
         return {
             "sigma": self.calibration.sigma,
             "log_mean": self.log_mean,
@@ -59,7 +59,7 @@ class SigmaCheck:
 
 
 def candidate_sigmas(law: NoiseLaw, count: int = 10) -> list[float]:
-    """Noise levels inside a law at which a verifier may look: even in log sigma over its middle 96%."""
+    """Candidate noise levels of a verifier: uniform in log sigma over the central 96% of a noise law."""
     low, high = law.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64)).log().tolist()
     return torch.linspace(low, high, count, dtype=torch.float64).exp().tolist()
 
@@ -67,12 +67,12 @@ def candidate_sigmas(law: NoiseLaw, count: int = 10) -> list[float]:
 def choose_sigma(
     calibrations: Sequence[Calibration], distances: Callable[[float | None], Sequence[float]]
 ) -> tuple[float | None, list[SigmaCheck]]:
-    """The smallest noise level that a verifier may use, or None, and the levels that were looked at.
+    """The smallest valid noise level of a verifier, or None, and the levels that were checked.
 
-    A level passes with |log E_gen e^l| < 0.1, an effective sample size of at least a tenth, and a distance to
-    held-out data no worse than without selection. ``distances(sigma)`` gives the distances of several seeds
-    after ``resample``; ``distances(None)`` those of the same seeds with one candidate. It is asked in rising
-    order, only where the first two conditions hold, and not beyond the first level that passes.
+    A level is valid if |log E_gen e^l| < 0.1, the effective sample size is at least a tenth, and the distance
+    to held-out data is no worse than without selection. ``distances(sigma)`` returns the distances of several
+    seeds after ``resample``; ``distances(None)`` those of the same seeds with one candidate. It is called in
+    increasing order, only if the first two conditions hold, and not after the first valid level.
     """
     plain = tuple(distances(None))
     checks = []

@@ -1,13 +1,13 @@
-"""The ratio network as a verifier: of several candidates of one class, the one to keep.
+"""The ratio network as a verifier: choose one of several candidates of one class.
 
 ``resample`` is sampling-importance-resampling (Rubin 1988): it draws a candidate with probability
-proportional to the mean of e^l over noise draws of its own. As the number of candidates grows, what it draws
-tends to q(x) E[p_data,sigma(x_sigma) / q_sigma(x_sigma) | x], q being the generator's law, and that tends to
-the data's as sigma falls. ``best`` takes the largest mean l over noise that the candidates share: precision
-for recall.
+proportional to the mean of e^l over independent noise draws. As the number of candidates grows, the law of
+the result tends to q(x) E[p_data,sigma(x_sigma) / q_sigma(x_sigma) | x], where q is the law of the generator;
+as sigma decreases, this tends to the law of the data. ``best`` takes the largest mean l over noise that the
+candidates share: more precision, less recall.
 
-Either is worth something only where e^l is the density ratio for the very generator that is sampled, the
-averaged one: hence ``calibrate``, ``objectives.refit``, and ``choose_sigma``.
+Both require that e^l is the density ratio of the sampled, averaged generator: see ``calibrate``,
+``objectives.refit``, and ``choose_sigma``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from diffratio_fast.networks.generate import generate
 from diffratio_fast.objectives.diffratio import RatioNetwork
 
 SELECTIONS = ("resample", "best")
-BLOCK = 256
-"""Candidates that go through the ratio network at a time: with it, results depend on no other batch size."""
+BATCH = 256
+"""Candidates per batch of the ratio network; fixed, so that results do not depend on a batch size."""
 LOWEST_SHARE = 0.1
-"""An effective sample size below this share of the candidates is warned about, and refused in a verifier."""
+"""Minimum effective sample size over candidates; below it sampling warns and a refit rejects the level."""
 
 
 @dataclass(frozen=True)
 class Verifier:
-    """Selects by ``how`` with ``ratio`` at noise level ``sigma``, from ``draws`` noise draws a candidate."""
+    """Selects by ``how`` with ``ratio`` at noise level ``sigma`` and ``draws`` noise draws per candidate."""
 
     ratio: RatioNetwork
     sigma: float
@@ -40,28 +40,28 @@ class Verifier:
 
     def __post_init__(self) -> None:
         if self.how not in SELECTIONS:
-            raise ValueError(f"selection {self.how!r} is none of {', '.join(SELECTIONS)}")
+            raise ValueError(f"--select {self.how}: unknown; expected one of {', '.join(SELECTIONS)}")
         if not (0 < self.sigma < math.inf and 1 <= self.draws < 2**16):
             raise ValueError("sigma must be positive and finite, draws from 1 to 65535")
 
     @torch.no_grad()
     def log_weights(self, images: Tensor, labels: Tensor, seed: int, number: Tensor, index: Tensor) -> Tensor:
-        """float32 [B, N] of candidates ``images`` [B, N, C, H, W] for ``labels`` [B].
+        """Log weights float32 [B, N] of candidates ``images`` [B, N, C, H, W] for ``labels`` [B].
 
-        ``number`` int64 [B] are the samples' numbers, ``index`` int64 [B, N] the candidates'. ``resample``:
-        log of the mean of e^l over the draws; ``best``: the mean of l.
+        ``number`` int64 [B] are the numbers of the samples, ``index`` int64 [B, N] those of the candidates.
+        ``resample``: log of the mean of e^l over the draws. ``best``: mean of l.
         """
         outputs, candidates = images.shape[:2]
         count = outputs * candidates
         if self.how == "best":
             index = number[:, None].expand(outputs, candidates)
         rng = ops.make_rng(seed, 0, images.device)
-        # whole blocks only: a matrix product's rounding depends on its size
-        padded = torch.arange(-(-count // BLOCK) * BLOCK, device=images.device).clamp(max=count - 1)
+        # full batches only: the rounding of a matrix product depends on its size
+        padded = torch.arange(-(-count // BATCH) * BATCH, device=images.device).clamp(max=count - 1)
         rows = []
-        for chosen in padded.split(BLOCK):
+        for chosen in padded.split(BATCH):
             clean, own = images.flatten(0, 1)[chosen], index.reshape(-1)[chosen]
-            sigma = torch.full((BLOCK,), self.sigma, dtype=clean.dtype, device=clean.device)
+            sigma = torch.full((BATCH,), self.sigma, dtype=clean.dtype, device=clean.device)
             classes = labels[chosen // candidates]
             total: Tensor | None = None
             for draw in range(self.draws):
@@ -76,7 +76,7 @@ class Verifier:
         return torch.cat(rows)[:count].reshape(outputs, candidates)
 
     def choose(self, log_weights: Tensor, seed: int, number: Tensor) -> Tensor:
-        """The chosen candidate int64 [B] of each row of ``log_weights`` [B, N]."""
+        """Choose a candidate int64 [B] for each row of ``log_weights`` [B, N]."""
         if self.how == "best":
             return log_weights.argmax(1)
         rng = ops.make_rng(seed, 0, log_weights.device)
@@ -94,7 +94,7 @@ class Selection:
 
     @property
     def effective_share(self) -> float:
-        """Effective sample size of all candidates' weights over their number (Kish 1965), at most 1."""
+        """Effective sample size of all candidates over their number (Kish 1965), at most 1."""
         return effective_share(self.log_weights)
 
 
@@ -108,15 +108,15 @@ def effective_share(log_weights: Tensor) -> float:
 def select(
     verifier: Verifier, generator: nn.Module, labels: Tensor, seed: int, candidates: int, start: int = 0
 ) -> Selection:
-    """Samples ``start`` to ``start + B - 1`` of a seed for ``labels`` int64 [B], each one of N candidates.
+    """Select samples ``start`` to ``start + B - 1`` for ``labels`` int64 [B], each among N candidates.
 
     The candidates of sample i are the generator's samples i N to i N + N - 1 of the same seed. A sample is a
-    function of (seed, number, label, N, verifier), however many are asked for. Memory grows with N alone.
+    function of (seed, number, label, N, verifier), independent of B. Memory depends on N only.
     """
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, not {candidates}")
     device = next(generator.parameters()).device
-    group = max(1, BLOCK // candidates)  # samples whose candidates are made and weighed together
+    group = max(1, BATCH // candidates)  # samples per batch of candidates
     images, weights = [], []
     for first in range(start // group * group, start + len(labels), group):
         number = torch.arange(first, first + group, device=device)

@@ -1,4 +1,4 @@
-"""``evaluate --calibration``: whether a finished run's ratio networks are calibrated for its generator."""
+"""``evaluate --calibration``: calibration of the ratio networks of a finished run for its generator."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def calibrate_run(root: Path, device: torch.device) -> dict[str, list[Calibration]]:
-    """Calibration of the run's ratio networks (online, average, refitted, where they are there) at the noise
-    levels that a verifier may use, for the averaged generator, on the validation split.
+    """Calibration of the run's ratio networks for the averaged generator, on the validation split.
 
-    It also goes into the run's measurements.json and report.html.
+    Networks: online, average and refitted, if available. Noise levels: the candidates of a verifier. The
+    result is also written to measurements.json and report.html of the run.
     """
     from diffratio_fast.verifier.finished_run import FinishedRun
     from diffratio_fast.verifier.noise_level import candidate_sigmas
@@ -32,12 +32,12 @@ def calibrate_run(root: Path, device: torch.device) -> dict[str, list[Calibratio
 
 
 def plain(found: dict[str, list[Calibration]]) -> dict[str, list[dict[str, Any]]]:
-    """As data for JSON."""
+    """Convert to JSON data."""
     return {name: [row.as_dict() for row in rows] for name, rows in found.items()}
 
 
 def text(found: dict[str, list[Calibration]]) -> str:
-    """For a person: each network's table and, at the middle noise level, its reliability diagram."""
+    """Format as text: a table per network, and its reliability diagram at the middle noise level."""
     parts = []
     for name, rows in found.items():
         parts.append(f"{name} ratio network\n{table(rows)}\n{diagram(rows[len(rows) // 2])}")
@@ -45,7 +45,7 @@ def text(found: dict[str, list[Calibration]]) -> str:
 
 
 def table(rows: list[Calibration]) -> str:
-    """A line per noise level: the three identities with their errors, AUC and effective sample size."""
+    """Format one line per noise level: three identities with errors, AUC, effective sample size."""
     lines = ["  sigma   E_gen e^l = 1     E_data e^-l = 1   balance = 0         AUC    effective sample size"]
     for row in rows:
         lines.append(
@@ -61,7 +61,7 @@ def _with_error(estimate: Any) -> str:
 
 
 def diagram(row: Calibration) -> str:
-    """The reliability diagram as lines: predicted probability of being real, observed share, images."""
+    """Format the reliability diagram: predicted probability of real, observed fraction, images."""
     lines = [f"  reliability at sigma {row.sigma:.3f}: predicted, observed (noised images)"]
     lines += [f"    {bin.predicted:.2f}  {bin.observed:.2f}  ({bin.images})" for bin in row.reliability]
     return "\n".join(lines)

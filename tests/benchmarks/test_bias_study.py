@@ -168,7 +168,7 @@ def test_noise_law_of_the_study() -> None:
 
 
 def test_study_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same rows from the same seeds; parts that are not made anew stay in the file."""
+    """The same seeds give the same rows; parts that are not recomputed stay in the file."""
     monkeypatch.setattr(bias_study, "DIMENSIONS", (2,))
     monkeypatch.setattr(bias_study, "POINTS", 64)
     monkeypatch.setattr(bias_study, "Study", lambda scale: Study(scale, seeds=3))

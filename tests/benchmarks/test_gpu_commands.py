@@ -263,7 +263,7 @@ def test_a_training_in_pieces_continues_elsewhere(tmp_path: Path, monkeypatch: A
 
 
 def test_pieces_refuse_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run with a checkpoint"):
+    with pytest.raises(UserError, match="no run with a checkpoint"):
         pieces.main(
             [
                 "--run-dir",

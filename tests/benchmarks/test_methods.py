@@ -60,7 +60,7 @@ def test_flops_of_score_distillation_are_the_passes_of_its_networks() -> None:
     assert total == pytest.approx(passes * forward, rel=0.05)  # first layers need no gradient of their input
 
 
-def test_case_says_what_each_method_costs() -> None:
+def test_case_has_the_cost_of_each_method() -> None:
     settings = harness.Settings(torch.device("cpu"), repeats=1)
     one = case(settings, "tiny", SHAPE, **SIZE)
     one.check()

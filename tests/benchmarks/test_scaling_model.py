@@ -22,7 +22,7 @@ from diffratio_fast.data import open_dataset
 from diffratio_fast.training.memory import cost
 
 MACHINE = Machine(
-    flops=1e12, utilisation=0.5, memory=10e9, per_node=8, inside=1e9, between=1e8, latency=0.0, overhead=0.1,
+    flops=1e12, utilization=0.5, memory=10e9, per_node=8, inside=1e9, between=1e8, latency=0.0, overhead=0.1,
     hidden=0.0,
 )  # fmt: skip
 WORK = Work(

@@ -1,4 +1,4 @@
-"""Building, loading, and what is said when either is impossible."""
+"""Building, loading, and the messages if either fails."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def build(folder: Path, **environment: str | None) -> subprocess.CompletedProces
 
 
 def only_line(result: subprocess.CompletedProcess[str]) -> str:
-    """The process did its work and said one line on stderr, which is returned."""
+    """Assert that the process succeeded with one line on stderr, and return the line."""
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("diffratio_fast: "), result.stderr
     assert result.stdout.split() == ["0.1.0", "False"]
@@ -79,7 +79,7 @@ def only_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @needs_compiled
-def test_a_good_module_says_nothing(tmp_path):
+def test_a_good_module_prints_nothing(tmp_path):
     copy_package(tmp_path)
     result = use(tmp_path)
     assert result.returncode == 0 and result.stderr == "" and result.stdout.split() == ["0.1.0", "True"]
@@ -167,7 +167,7 @@ def test_cuda_wished_for_but_absent_is_an_error(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(probe.find_compiler() is None, reason="there is no C++ compiler")
 def test_a_cuda_compiler_that_does_not_work(tmp_path):
-    """auto builds for the CPU and says so; 1 is an error."""
+    """auto builds for the CPU and reports it; 1 is an error."""
     copy_sources(tmp_path)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.1'\n[ $1 = --version ]\n")

@@ -1,4 +1,4 @@
-"""CUDA's compiler's report on the kernels, and what the built module says of CUDA."""
+"""The CUDA compiler's report on the kernels, and the CUDA fields of the built module."""
 
 from __future__ import annotations
 

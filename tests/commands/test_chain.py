@@ -115,7 +115,7 @@ def test_the_generator_starts_as_the_denoiser_and_moves(chain: Chain, tmp_path: 
     assert 1e-3 < change < 0.5  # in four steps: it moved, and was not destroyed
 
 
-def test_the_ratio_network_tells_held_out_images_from_generated_ones(chain: Chain) -> None:
+def test_the_ratio_network_separates_held_out_and_generated_images(chain: Chain) -> None:
     divergences = logged(chain.run, "divergence")
     assert all(map(math.isfinite, divergences))
     assert 0.005 < divergences[-1] < LOG_2

@@ -54,9 +54,9 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def colour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def color(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 prepared images, 3 x 8 x 8, three classes: CIFAR-10 in small."""
-    return data_cases.prepared(tmp_path_factory.mktemp("colour"))
+    return data_cases.prepared(tmp_path_factory.mktemp("color"))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def advance(run: Trainer | Pretrainer, steps: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("preset", ["cifar10", "fashion"])
-def test_pretrain_train_sample(colour: Path, tmp_path: Path, preset: str) -> None:
-    data = str(colour) if preset != "fashion" else "digits"  # grey, its own scaling
+def test_pretrain_train_sample(color: Path, tmp_path: Path, preset: str) -> None:
+    data = str(color) if preset != "fashion" else "digits"  # gray, its own scaling
     common = [preset, *SHORT, "--data", data, "--backbone-options", TINY, "--precision", "float32"]
     first, second = str(tmp_path / "denoiser"), str(tmp_path / "run")
     assert pretrain.main([*common, "--steps", "6", "--run-dir", first]) == 0
@@ -126,7 +126,7 @@ def test_training_starts_from_the_average_and_waits_for_the_ratio_network(tmp_pa
     assert rates == pytest.approx([0, 1 / 4, 2 / 4, 3 / 4, 1])
 
 
-def test_latents_are_drawn_anew_each_step_and_trained_on(latents: Path, tmp_path: Path) -> None:
+def test_latents_are_drawn_again_in_each_step_and_trained_on(latents: Path, tmp_path: Path) -> None:
     options = {"data": str(latents), "backbone": "edm2:xs", "backbone_options": TINY_EDM2}
     run = trainer(tmp_path, **options, steps=3)
     iteration, batch = run.iteration, next(run.batches())[0]
@@ -217,8 +217,13 @@ def test_nan_is_reported_by_step_and_name_and_stops_the_run(tmp_path: Path) -> N
     arguments = ["digits", *SHORT, "--backbone-options", TINY, "--steps", "9", "--run-dir", str(tmp_path)]
     with pytest.raises(UserError) as error:
         pretrain.main([*arguments, "--lr", "1e30"])
-    said = str(error.value)
-    assert "step 2: " in said and "NaN or infinite" in said and "--on-nonfinite" in said and "\n" not in said
+    printed = str(error.value)
+    assert (
+        "step 2: " in printed
+        and "NaN or infinite" in printed
+        and "--on-nonfinite" in printed
+        and "\n" not in printed
+    )
     assert not (tmp_path / "denoiser.safetensors").exists()
     assert not (tmp_path / "checkpoint").exists()
     run = trainer(tmp_path / "t")
@@ -251,13 +256,17 @@ def test_one_of_the_networks_starts_from_a_denoiser(tmp_path: Path, chosen: str)
 
 def test_an_update_that_is_not_finite_can_be_skipped(tmp_path: Path) -> None:
     run = pretrainer(tmp_path, on_nonfinite="skip")
-    said: list[str] = []
-    run.iteration.checks["denoiser"].say = said.append
+    printed: list[str] = []
+    run.iteration.checks["denoiser"].warn = printed.append
     before = advance(run, 1)
     good = run.iteration.denoiser
     run.iteration.denoiser = lambda *a: good(*a) * math.inf
     after = advance(run, 2)
-    assert len(said) == 2 and said[0].startswith("step 2: the loss (and ") and said[0].endswith("skipped")
+    assert (
+        len(printed) == 2
+        and printed[0].startswith("step 2: the loss (and ")
+        and printed[0].endswith("skipped")
+    )
     assert run.iteration.checks["denoiser"].skipped == 2 and run.state.step == 3
     for name, tensor in before.items():
         assert name in PretrainState.TENSORS or torch.equal(tensor, after[name])
@@ -370,9 +379,9 @@ def test_learning_rates_fall_by_the_inverse_square_root() -> None:
     assert factors == pytest.approx([0.1, 0.5, 1, 1, 1 / 2, 1 / 3])
 
 
-def test_an_unconditional_run_sees_one_class(colour: Path, tmp_path: Path) -> None:
-    run = trainer(tmp_path, data=str(colour), class_conditional=False)
+def test_an_unconditional_run_sees_one_class(color: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, data=str(color), class_conditional=False)
     assert run.dataset.class_names == ("all",) and run.state.generator.denoiser.label_dim == 0
     labels = {int(label) for _, part in next(run.batches()) for label in part}
     assert labels == {0}
-    assert set(open_dataset(str(colour)).first("train", 30)[1].tolist()) == {0, 1, 2}
+    assert set(open_dataset(str(color)).first("train", 30)[1].tolist()) == {0, 1, 2}

@@ -63,10 +63,10 @@ def test_calibration_of_what_the_run_holds(fitted: Path, tmp_path: Path) -> None
     assert kept["calibration"] == {name: before[name] for name in kept["calibration"]}
 
 
-def test_evaluate_tells_the_calibration(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_the_calibration(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(fitted), "--calibration", "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert "online ratio network" in told and "E_gen" in told and "reliability" in told
+    printed = capsys.readouterr().out
+    assert "online ratio network" in printed and "E_gen" in printed and "reliability" in printed
     assert evaluate.main([str(fitted), "--calibration", "--device", "cpu", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == json.loads((fitted / "measurements.json").read_text())["calibration"]
@@ -117,7 +117,7 @@ def test_a_small_effective_sample_size_is_warned_about(
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "says"),
+    ("command", "options", "expected"),
     [
         ("sample", ["RUN", "--candidates", "0"], "--candidates"),
         ("sample", ["RUN", "--candidates", "2", "--sigma", "-1"], "--sigma"),
@@ -125,20 +125,20 @@ def test_a_small_effective_sample_size_is_warned_about(
         ("sample", ["RUN", "--candidates", "2", "--verifier", "nowhere"], "diffratio_fast.refit"),
         ("refit", ["nowhere"], "no such run directory"),
         ("evaluate", ["nowhere", "--calibration"], "no such run directory"),
-        ("refit", ["RUN/samples"], "holds no config.yaml"),
+        ("refit", ["RUN/samples"], "no config.yaml"),
         ("refit", ["RUN", "--steps", "0"], "--steps"),
         ("refit", ["RUN", "--batch-size", "-3"], "--batch-size"),
     ],
 )
 def test_bad_input_gets_one_line(
-    fitted: Path, tmp_path: Path, command: str, options: list[str], says: str
+    fitted: Path, tmp_path: Path, command: str, options: list[str], expected: str
 ) -> None:
     options = [option.replace("RUN", str(fitted)) for option in options]
-    assert says in one_error_line(run(command, *options, cwd=tmp_path))
+    assert expected in one_error_line(run(command, *options, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_noise_level_is_said(fitted: Path, tmp_path: Path) -> None:
+def test_no_noise_level_is_reported(fitted: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(fitted, tmp_path / "run")
     network, about = networks.load(copy / "ratio_refit.safetensors", "ratio")
     about.training["verifier"]["sigma"] = None
@@ -152,7 +152,7 @@ def test_a_verifier_of_an_earlier_generator_is_refused(fitted: Path, tmp_path: P
     network, about = networks.load(copy / "ratio_refit.safetensors", "ratio")
     about.training["step"] = 8
     networks.save(copy / "ratio_refit.safetensors", network, about)
-    with pytest.raises(UserError, match="of step 8, but this one is of step 9"):
+    with pytest.raises(UserError, match="of step 8; this one is of step 9"):
         npz(copy, tmp_path / "a.npz", "--candidates", 2, "--sigma", 0.3)
 
 
@@ -175,6 +175,6 @@ def test_the_verdict_is_in_words() -> None:
 
     text = refit.verdict(None, [check(2, 1, ()), check(1, 0.01, ()), check(1, 1, (2.0, 2.1))])
     assert "is not below 0.1" in text and "below 0.1 N" in text and "2.050 is worse than 1.050" in text
-    assert "no noise level passes" in text
+    assert "no noise level is valid" in text
     assert "chosen" in refit.verdict(0.2, [check(1, 1, (1.0, 1.1))])
     assert "too large" in refit.verdict(None, [])

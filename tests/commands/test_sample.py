@@ -89,7 +89,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(
         with pytest.raises(Killed):
             sample.main([*options, str(interrupted)])
     assert interrupted.is_dir() or not interrupted.exists()
-    with pytest.raises(UserError, match="begun with another generator or other options"):
+    with pytest.raises(UserError, match="in progress with another generator or other options"):
         sample.main([*options, str(interrupted), "--seed", "5"])
     with monkeypatch.context() as patch:
         killed_after(1, patch)  # one chunk is left to make
@@ -114,9 +114,9 @@ def test_processes_share_the_work(trained: Path, tmp_path: Path, name: str) -> N
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert any("1100 images" in out for out, _ in said)
+    printed = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert any("1100 images" in out for out, _ in printed)
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
 
 
@@ -131,7 +131,7 @@ def test_a_folder_grows_and_takes_no_others(trained: Path, tmp_path: Path) -> No
     )
     assert sample.main([*options, "300"]) == 0  # nothing left to do
     assert set(before) <= set(out.glob("*.png"))
-    with pytest.raises(UserError, match="holds 300 of these samples"):
+    with pytest.raises(UserError, match="already contains 300 of these samples"):
         sample.main([*options, "30"])
     with pytest.raises(UserError, match="another generator or other options"):
         sample.main([*options, "300", "--classes", "1"])
@@ -156,7 +156,7 @@ def latent_generator(trained: Path, tmp_path: Path) -> Path:
     """A generator of latents [4, 4, 4] with small random weights."""
     arguments = {"shape": (4, 4, 4), "classes": 3, "latent_size": 8, "width": 16, "depth": 2}
     generator = networks.build("generator", "mlp", arguments)
-    networks.initialise(generator, 0, 0)
+    networks.initialize(generator, 0, 0)
     scaling = {"mean": [1.0, 0.0, 2.0, -1.0], "std": [4.0, 4.0, 3.0, 3.0], "low": None, "high": None}
     data = {"name": "latents", "class_names": ["a", "b", "c"], "scaling": scaling}
     path = tmp_path / "latents.safetensors"
@@ -188,7 +188,7 @@ def test_latents_are_decoded(latent_generator: Path, tmp_path: Path) -> None:
     assert np.array_equal(images[:5], few)
     trained_on = about.data | {"vae": {"name": "another", "sha256": "0" * 64}}
     networks.save(latent_generator, generator, dataclasses.replace(about, data=trained_on))
-    with pytest.raises(UserError, match=r"not the VAE of the latents that .* was trained on: another"):
+    with pytest.raises(UserError, match=r"not the VAE of the training data of .* expected another"):
         npz(latent_generator, tmp_path / "c.npz", "--vae", str(tmp_path / "vae"))
 
 
@@ -199,10 +199,10 @@ def test_latents_need_their_vae(tmp_path: Path) -> None:
     assert train.main([*SMALL, *options]) == 0
     _, about = networks.load(run / "generator.safetensors", "generator")
     assert about.data["vae"]["name"] == SD_VAE
-    with pytest.raises(UserError, match="name the VAE that decodes them with --vae DIR"):
+    with pytest.raises(UserError, match="set --vae to the directory"):
         sample.main([str(run), "--out", str(tmp_path / "a.npz")])
     np.savez(tmp_path / "b.npz", images=np.zeros((9, 32, 32, 3), np.uint8))
-    with pytest.raises(UserError, match="holds latents; give the data set of the images"):
+    with pytest.raises(UserError, match="contains latents; use the data set of the images"):
         evaluate.main([str(tmp_path / "b.npz"), "--reference", str(data)])
 
 
@@ -216,22 +216,22 @@ def test_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "expected"),
     [
         (["nowhere"], "no such file"),
         (["RUN", "--count", "0"], "--count"),
-        (["RUN", "--classes", "12"], "no class 12"),
+        (["RUN", "--classes", "12"], "class 12 is out of range"),
         (["RUN", "--out", "a.gif"], "--out a.gif"),
         (["RUN", "--seed", "-1"], "--seed"),
-        (["RUN/ratio.safetensors"], "holds a ratio network"),
+        (["RUN/ratio.safetensors"], "contains a ratio network"),
         (["RUN/config.yaml"], "not a safetensors file"),
         (["RUN/samples"], "no generator.safetensors"),
         (["RUN", "--columns", "0"], "--columns"),
-        (["RUN", "--vae", "RUN"], "leave --vae out"),
-        (["RUN", "--out", "RUN/run"], "holds something else"),
+        (["RUN", "--vae", "RUN"], "omit it"),
+        (["RUN", "--out", "RUN/run"], "contains other files"),
     ],
 )
-def test_bad_input_gets_one_line(trained: Path, tmp_path: Path, options: list[str], says: str) -> None:
+def test_bad_input_gets_one_line(trained: Path, tmp_path: Path, options: list[str], expected: str) -> None:
     options = [option.replace("RUN/run", str(trained)).replace("RUN", str(trained)) for option in options]
-    assert says in one_error_line(run("sample", *options, cwd=tmp_path))
+    assert expected in one_error_line(run("sample", *options, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -45,8 +45,8 @@ def test_a_signal_saves_and_the_job_is_queued_again(slurm: dict[str, str], tmp_p
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said
-    assert "SIGUSR1: saved at step" in said and "the same command continues" in said
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed
+    assert "SIGUSR1: saved at step" in printed and "the same command continues" in printed
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     assert (tmp_path / "run" / "checkpoint").exists() and not (tmp_path / "run" / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""A whole run in small: what it leaves, how it stops, how it continues, what it says of bad input."""
+"""A small complete run: its files, interruption, resuming, and error messages for bad input."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def log_lines(run_dir: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
-def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
+def test_a_run_writes_the_files_of_the_readme(finished: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["preset"] == "digits" and config["steps"] == STEPS and config["batch_size"] == 16
     assert {"torch", "python", "device", "git_commit", "diffratio_fast"} <= set(config["environment"])
@@ -107,7 +107,7 @@ def test_a_finished_run_rerun_changes_nothing(finished: Path) -> None:
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait until the log tells of ``step`` or a later one, and there is a checkpoint to continue from."""
+    """Wait until the log contains ``step`` or a later one, and a checkpoint exists."""
     log = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (
@@ -133,12 +133,12 @@ def test_interrupted_and_continued_is_bit_identical(
     )
     wait_for_step(tmp_path / "run", 8, process)
     process.send_signal(sent)
-    said, _ = process.communicate(timeout=240)
+    printed, _ = process.communicate(timeout=240)
     if sent is signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 128 + sent
-        assert sent.name in said and "continues" in said
+        assert sent.name in printed and "continues" in printed
     assert newest_checkpoint(tmp_path / "run").is_dir()
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -163,8 +163,8 @@ def test_torchrun_restarts_a_process_that_was_killed(finished: Path, tmp_path: P
     )  # fmt: skip
     wait_for_step(tmp_path / "run", 8, launcher)
     os.kill(workers(launcher)[0], signal.SIGKILL)
-    said, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == 0 and "starting" in said and "continuing at step" in said
+    printed, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0 and "starting" in printed and "continuing at step" in printed
     same_networks(finished, tmp_path / "run")
     assert log_lines(finished) == log_lines(tmp_path / "run")
 
@@ -279,7 +279,7 @@ DAMAGES = ("truncated", "flipped", "missing", "index", "text")
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     finished: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = copy_run(finished, tmp_path)
@@ -287,8 +287,10 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
     assert names == ["step-00000020", "step-00000023"]
     damage(newest_checkpoint(target), how)
     assert in_process(target, "--steps", STEPS) == 0
-    said = capsys.readouterr().out
-    assert "step-00000023: the checkpoint is damaged" in said and "continuing from step-00000020" in said
+    printed = capsys.readouterr().out
+    assert (
+        "step-00000023: the checkpoint is damaged" in printed and "continuing from step-00000020" in printed
+    )
     assert sorted(path.name for path in (target / "checkpoint").iterdir()) == names
     same_networks(finished, target)
     assert log_lines(finished) == log_lines(target)
@@ -402,7 +404,7 @@ def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "expected"),
     [
         (["--generator-noise", "loguniform(0.01, 9)"], "outside ratio_noise"),
         (["--ratio-noise", "normal(0, 1)"], "is not known"),
@@ -414,13 +416,13 @@ def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.Monk
         (["--no-such-option"], "unrecognized"),
     ],
 )
-def test_bad_input_leaves_nothing_behind(tmp_path: Path, options: list[str], says: str) -> None:
+def test_bad_input_leaves_nothing_behind(tmp_path: Path, options: list[str], expected: str) -> None:
     line = one_error_line(run("train", *SMALL, "--steps", 1, *options, cwd=tmp_path))
-    assert says in line
+    assert expected in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+def test_divergence_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     line = one_error_line(
         run("train", *SMALL, "--ratio-lr", "1e30", "--steps", 40, "--run-dir", "run", cwd=tmp_path)
     )

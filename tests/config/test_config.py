@@ -1,4 +1,4 @@
-"""The configuration: where values come from, and what is said of bad ones."""
+"""The configuration: sources of values, and errors for bad values."""
 
 import dataclasses
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_a_run_config_can_be_loaded_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         ("batch_sise: 3", "unknown key 'batch_sise'"),
         ("batch_size: many", "batch_size must be of type int"),
@@ -66,12 +66,12 @@ def test_a_run_config_can_be_loaded_again(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "not a YAML file"),
     ],
 )
-def test_bad_files_get_one_line(tmp_path: Path, content: str, says: str) -> None:
+def test_bad_files_get_one_line(tmp_path: Path, content: str, expected: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(content)
     with pytest.raises(UserError) as error:
         read_yaml(TrainConfig, file)
-    assert says in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+    assert expected in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_file() -> None:
@@ -80,7 +80,7 @@ def test_missing_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
         (["digitz"], "no such preset: digitz"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
@@ -94,10 +94,10 @@ def test_missing_file() -> None:
         (["digits", "more"], "unrecognized arguments: more"),
     ],
 )
-def test_bad_options_get_one_line(argv: list[str], says: str) -> None:
+def test_bad_options_get_one_line(argv: list[str], expected: str) -> None:
     with pytest.raises(UserError) as error:
         config_of(*argv)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_recorded_run_keeps_what_it_is_older_than(tmp_path: Path) -> None:

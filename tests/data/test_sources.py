@@ -61,7 +61,7 @@ def test_an_unreadable_image_names_its_file(tmp_path: Path) -> None:
     source = opened(folder)
     with pytest.raises(Unreadable, match=r"class0/003\.png"):
         source.read(3)
-    with pytest.raises(Unreadable, match=r"class0/005\.png: image \[3, 9, 9\] among \[3, 8, 8\]"):
+    with pytest.raises(Unreadable, match=r"class0/005\.png: image \[3, 9, 9\]; expected \[3, 8, 8\]"):
         source.read(5)
 
 
@@ -73,14 +73,14 @@ def gradient(height: int, width: int) -> bytes:
 
 @pytest.mark.parametrize("crop", ["dhariwal", "lanczos"])
 @pytest.mark.parametrize("size", [(100, 70), (70, 100), (16, 20), (257, 64)])
-def test_crops_keep_the_centre_square(crop: str, size: tuple[int, int]) -> None:
+def test_crops_keep_the_center_square(crop: str, size: tuple[int, int]) -> None:
     height, width = size
     out = decode_image(gradient(height, width), ImageOptions(16, crop), "x")
     assert out.shape == (3, 16, 16) and out.dtype == np.uint8
-    # A gradient stays a gradient: compare with its values at the centres of the output's pixels.
-    side, centres = min(size), (np.arange(16) + 0.5) / 16
-    rows = 255 * ((height - side) / 2 + centres * side) / height
-    columns = 255 * ((width - side) / 2 + centres * side) / width
+    # A gradient stays a gradient: compare with its values at the centers of the output's pixels.
+    side, centers = min(size), (np.arange(16) + 0.5) / 16
+    rows = 255 * ((height - side) / 2 + centers * side) / height
+    columns = 255 * ((width - side) / 2 + centers * side) / width
     inner = slice(1, -1)
     tolerance = 255 / 16
     assert np.abs(out[0].mean(1) - rows)[inner].max() < tolerance
@@ -96,7 +96,7 @@ def test_the_two_crops_are_different_filters() -> None:
     assert np.abs(a - b).max() > 5
 
 
-def test_grey_and_deep_images() -> None:
+def test_gray_and_deep_images() -> None:
     assert decode_image(png(picture(1)), ImageOptions(channels=1), "x").shape == (1, 8, 8)
     deep = io.BytesIO()
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep, "PNG")
@@ -117,7 +117,8 @@ def test_edm_zip_of_images(tmp_path: Path) -> None:
 
 def test_edm_zip_without_labels(tmp_path: Path) -> None:
     source = opened(edm_zip(tmp_path / "x.zip", {"a.png": png(picture(0))}))
-    assert source.class_names == ("unlabelled",) and source.labels.tolist() == [0]
+    assert source.class_names == ("unlabelled",)  # words: ok
+    assert source.labels.tolist() == [0]
 
 
 def test_edm_zip_of_moments(tmp_path: Path) -> None:
@@ -165,9 +166,9 @@ def test_moments_that_are_not_what_they_should_be(tmp_path: Path, content: bytes
 
 @pytest.mark.parametrize("name", ["../x.png", "/x.png", "a\\b.png", "a/../../x.png", "a\nb.png"])
 def test_zip_and_tar_members_with_hostile_names(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="hostile name"):
+    with pytest.raises(UserError, match="unsafe name"):
         opened(edm_zip(tmp_path / "x.zip", {"a.png": png(picture(0)), name: b""}))
-    with pytest.raises(UserError, match="hostile name"):
+    with pytest.raises(UserError, match="unsafe name"):
         opened(tar(tmp_path / "x.tar", {"a.png": png(picture(0)), name: b""}))
 
 
@@ -175,7 +176,7 @@ def test_zip_members_of_hostile_sizes(tmp_path: Path, monkeypatch: pytest.Monkey
     path = edm_zip(tmp_path / "x.zip", {"a.png": png(picture(0)), "b.png": bytes(3000)})
     assert len(opened(path)) == 2
     monkeypatch.setattr("diffratio_fast.data.sources.files.MEMBER_LIMIT", 2000)
-    with pytest.raises(UserError, match=r"'b\.png' claims 3000 bytes"):
+    with pytest.raises(UserError, match=r"'b\.png' has 3000 bytes"):
         opened(path)
 
 
@@ -240,13 +241,13 @@ def test_hostile_and_broken_tars(tmp_path: Path) -> None:
     good = tar(tmp_path / "good.tar", {"a.png": png(picture(0)), "b.png": png(picture(1, 64, 64))})
     cut = tmp_path / "cut.tar"
     cut.write_bytes(good.read_bytes()[:4000])
-    with pytest.raises(UserError, match=r"truncated within|not a readable tar"):
+    with pytest.raises(UserError, match=r"truncated in|not a readable tar"):
         opened(cut)
     packed = tmp_path / "packed.tar"
     packed.write_bytes(gzip.compress(good.read_bytes()))
     with pytest.raises(UserError, match="not a readable tar"):
         opened(packed)
-    with pytest.raises(UserError, match="holds no label"):
+    with pytest.raises(UserError, match="contains no label"):
         opened(tar(tmp_path / "label.tar", {"a.png": png(picture(0)), "a.cls": b"cat"}))
 
 
@@ -325,7 +326,7 @@ def test_cifar10_with_a_wrong_pixel_is_refused(
     tmp_path: Path, cifar: dict[str, np.ndarray], form: str
 ) -> None:
     cifar["data_batch_3"][7, 100] ^= 1
-    with pytest.raises(UserError, match=r"data_batch_3 is not that of CIFAR-10 \(md5 differs\)"):
+    with pytest.raises(UserError, match=r"data_batch_3 does not match CIFAR-10 \(wrong md5\)"):
         opened(write_cifar(tmp_path / "x", cifar, form))
 
 
@@ -391,14 +392,14 @@ def test_broken_idx_files(tmp_path: Path) -> None:
         (whole[:-1], "truncated"),
         (whole + b"x", "damaged"),
         (b"\0\0\x0d" + whole[3:], "not an IDX file"),
-        (whole[:4] + b"\xff" * 12, "claims"),
+        (whole[:4] + b"\xff" * 12, "header gives"),
         (idx_bytes(np.zeros((29, 5, 6), np.uint8)), "29 train images but 30 labels"),
     ):
         images.write_bytes(content)
         with pytest.raises(UserError, match=message):
             opened(folder)
     images.unlink()
-    with pytest.raises(UserError, match="no train images"):
+    with pytest.raises(UserError, match="no IDX file of the train images"):
         opened(folder)
     packed = idx_folder(tmp_path / "y")
     file = packed / "t10k-labels-idx1-ubyte.gz"

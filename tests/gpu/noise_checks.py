@@ -128,7 +128,7 @@ def check_graph_replay() -> None:
         _same(out, ops.add_noise(x.cpu(), sigma.cpu(), ops.make_rng(7, step), index.cpu(), 3))
 
 
-def check_no_synchronisation() -> None:
+def check_no_synchronization() -> None:
     rng, index, x = ops.make_rng(7, 8).to(DEVICE), torch.arange(8).to(DEVICE), torch.randn(8, 300).to(DEVICE)
     sigma = torch.rand(8).to(DEVICE)
     torch.cuda.set_sync_debug_mode("error")
@@ -146,5 +146,5 @@ CUDA_ONLY = (
     check_nan_sigma_stays_in_its_sample,
     check_another_stream,
     check_graph_replay,
-    check_no_synchronisation,
+    check_no_synchronization,
 )

@@ -255,7 +255,7 @@ def check_graph_replay() -> None:
             same(out, operation(p, ops))
 
 
-def check_no_synchronisation() -> None:
+def check_no_synchronization() -> None:
     p = Problem("CIFAR-10")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -274,5 +274,5 @@ def check_compiles() -> None:
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 CUDA_ONLY = (
     check_other_networks_take_the_other_way, check_graph_replay,
-    check_no_synchronisation, check_nan_sigma_stays_in_its_sample,
+    check_no_synchronization, check_nan_sigma_stays_in_its_sample,
 )  # fmt: skip

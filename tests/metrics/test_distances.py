@@ -8,12 +8,12 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from diffratio_fast.metrics import kernel, neighbours
-from diffratio_fast.metrics.figures import Sample, floors, subset, summary
+from diffratio_fast.metrics import kernel, neighbors
 from diffratio_fast.metrics.frechet import Moments, RunningMoments, frechet_distance, moments
 from diffratio_fast.metrics.kernel import kernel_distance
-from diffratio_fast.metrics.neighbours import neighbour_figures
+from diffratio_fast.metrics.neighbors import neighbor_metrics
 from diffratio_fast.metrics.reference import kept_numbers
+from diffratio_fast.metrics.results import Sample, floors, subset, summary
 from diffratio_fast.metrics.scores import classifier_score
 
 
@@ -94,8 +94,8 @@ def test_kernel_distance_of_equal_laws_is_zero_within_its_error() -> None:
 
 
 @pytest.mark.parametrize("block", [9, 1024])
-def test_neighbour_figures_are_their_definitions(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "BLOCK", block)
+def test_neighbor_metrics_are_their_definitions(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "BLOCK", block)
     fake, real = cloud(0, 40, 3, 0.4), cloud(1, 60, 3)
 
     def radius(x: np.ndarray, k: int) -> np.ndarray:
@@ -103,24 +103,24 @@ def test_neighbour_figures_are_their_definitions(block: int, monkeypatch: pytest
 
     distance = cdist(fake, real)
     narrow, wide, own = radius(real, 3), radius(real, 5), radius(fake, 3)
-    found = neighbour_figures(fake, real)
+    found = neighbor_metrics(fake, real)
     assert found.precision == pytest.approx((distance <= narrow).any(1).mean())
     assert found.recall == pytest.approx((distance <= own[:, None]).any(0).mean())
     assert found.density == pytest.approx((distance <= wide).sum() / (5 * 40))
     assert found.coverage == pytest.approx((distance.min(0) <= wide).mean())
-    assert 0 < found.recall < 1 and 0 < found.precision < 1  # the case tells something
+    assert 0 < found.recall < 1 and 0 < found.precision < 1  # the case is not trivial
 
 
-def test_neighbour_figures_of_extremes() -> None:
+def test_neighbor_metrics_of_extremes() -> None:
     x = cloud(0, 300, 4)
-    same = neighbour_figures(x, x)
+    same = neighbor_metrics(x, x)
     assert same.precision == same.recall == same.coverage == 1
-    far = neighbour_figures(x + 100, x)
+    far = neighbor_metrics(x + 100, x)
     assert far == (0, 0, 0, 0)
-    copies = neighbour_figures(np.repeat(x[:1], 300, 0), x)  # one image over and over: faithful, not diverse
+    copies = neighbor_metrics(np.repeat(x[:1], 300, 0), x)  # one image over and over: faithful, not diverse
     assert copies.precision == 1 and copies.recall < 0.02 and copies.coverage < 0.05
     with pytest.raises(ValueError, match="more than 5"):
-        neighbour_figures(x[:5], x)
+        neighbor_metrics(x[:5], x)
 
 
 def test_classifier_score_of_extremes() -> None:

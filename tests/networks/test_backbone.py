@@ -36,7 +36,7 @@ def ratio(backbone: str, **options: Any) -> EncoderRatio:
         "ratio", "encoder",
         {"shape": SHAPE, "classes": CLASSES, "backbone": backbone, "options": BACKBONES[backbone]} | options,
     )  # fmt: skip
-    networks.initialise(network, 0, stream=1)
+    networks.initialize(network, 0, stream=1)
     assert isinstance(network, EncoderRatio)
     return network
 
@@ -47,7 +47,7 @@ def generator(backbone: str, **options: Any) -> BackboneGenerator:
         "sigma_init": 2.5,
     }  # fmt: skip
     network = networks.build("generator", "backbone", arguments | options)
-    networks.initialise(network, 0, stream=0)
+    networks.initialize(network, 0, stream=0)
     assert isinstance(network, BackboneGenerator)
     return network
 
@@ -151,7 +151,7 @@ def test_weights_come_from_the_seed_alone(backbone: str) -> None:
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     torch.random.set_rng_state(state)
-    networks.initialise(second, 1, stream=0)
+    networks.initialize(second, 1, stream=0)
     changed = [not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 4
     # the published laws: the spread of a layer's weights
@@ -183,7 +183,7 @@ def test_dropout_is_a_function_of_seed_step_and_sample(backbone: str) -> None:
         with torch.no_grad(), dropout_stream(network, ops.make_rng(3, step), index[chosen], substep=substep):
             return network(x[chosen], sigma[chosen], labels[chosen])
 
-    out(0)  # stores EDM2's weights normalised
+    out(0)  # stores EDM2's weights normalized
     torch.manual_seed(1)
     first = out(5)
     torch.manual_seed(2)
@@ -220,7 +220,7 @@ def test_checkpointing_changes_memory_not_gradients(backbone: str) -> None:
             network(x, sigma, labels).square().sum().backward()
         return [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
-    gradients(False)  # stores EDM2's weights normalised
+    gradients(False)  # stores EDM2's weights normalized
     for a, b in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -235,10 +235,10 @@ def test_compiled_training_stores_the_weights_that_eager_training_stores() -> No
     stored = []
     for wrap in (lambda network: network, compiled):
         network = networks.from_published("edm2:xs", config | {"model_channels": 16}).train()
-        networks.initialise(network, 0, stream=0)
+        networks.initialize(network, 0, stream=0)
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter.mul_(0.3)  # far from normalised, where twice is not once
+                parameter.mul_(0.3)  # far from normalized, where twice is not once
             network.unet.out_gain.fill_(1)
         wrap(network)(x, sigma, labels).square().mean().backward()
         stored.append([m.weight.detach().clone() for m in network.modules() if isinstance(m, edm2.MPConv)])
@@ -284,24 +284,28 @@ def test_published_weights_give_generator_and_encoder(backbone: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("change", "data", "says"),
+    ("change", "data", "expected"),
     [
         ({"model_channels": 32}, dataset(), '--backbone-options \'{"model_channels": 32'),
-        ({"resample_filter": [1, 3, 3, 1]}, dataset(), "resample_filter [1, 3, 3, 1], this run [1, 1]"),
+        (
+            {"resample_filter": [1, 3, 3, 1]},
+            dataset(),
+            "resample_filter is [1, 3, 3, 1]; this run needs [1, 1]",
+        ),
         ({"label_dim": 4}, dataset(), "and 4 classes"),
         ({}, dataset(Scaling((10.0,), (5.0,), 0.0, 255.0)), "prepare the data with that"),
     ],
 )
 def test_published_weights_that_do_not_fit_are_refused(
-    tmp_path: Path, change: dict[str, Any], data: InMemoryDataSet, says: str
+    tmp_path: Path, change: dict[str, Any], data: InMemoryDataSet, expected: str
 ) -> None:
     file = converted(tmp_path, "edm:ddpmpp", **change)
     with pytest.raises(UserError) as error:
         load_initial(file, generator("edm:ddpmpp"), ratio("edm:ddpmpp"), data)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_backbones_are_said() -> None:
+def test_bad_backbones_raise() -> None:
     with pytest.raises(ValueError, match="follows from the data"):
         generator("edm:ddpmpp", options={"label_dim": 3})
     with pytest.raises(ValueError, match="square images"):

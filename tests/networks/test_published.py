@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.published_networks import FIXTURES, SONG, TINY, error, metadata, randomised, tiny
+from support.published_networks import FIXTURES, SONG, TINY, error, metadata, randomized, tiny
 
 from diffratio_fast import networks
 from diffratio_fast.errors import UserError
@@ -140,7 +140,7 @@ def test_every_option_builds_a_network_that_learns_everywhere(
     architecture: str, change: dict[str, Any]
 ) -> None:
     config = SONG | change
-    network = randomised(architecture, config)
+    network = randomized(architecture, config)
     size = config["img_resolution"]
     x = torch.randn(2, config["img_channels"], size, size)
     augment = torch.randn(2, config["augment_dim"]) if config.get("augment_dim") else None
@@ -158,7 +158,7 @@ def test_every_option_builds_a_network_that_learns_everywhere(
 @torch.no_grad()
 def test_skip_types_carry_an_image_pyramid() -> None:
     """With every residual block's output cut, what is left of the skip decoder is the sum of its pyramid."""
-    network = randomised("edm:ddpmpp", SONG | {"decoder_type": "skip", "encoder_type": "skip"})
+    network = randomized("edm:ddpmpp", SONG | {"decoder_type": "skip", "encoder_type": "skip"})
     names = network.state_dict()
     assert "model.enc.8x8_aux_down.resample_filter" in names and "model.enc.8x8_aux_down.weight" not in names
     assert names["model.enc.8x8_aux_skip.weight"].shape == (16, 2, 1, 1)
@@ -226,10 +226,10 @@ def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged or not a safetensors file"):
         networks.load_published(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match=r"lacks 'architecture'.*diffratio_fast\.convert"):
+    with pytest.raises(UserError, match=r"no 'architecture' in its metadata.*diffratio_fast\.convert"):
         networks.load_published(path)
     save_file({"a": torch.zeros(1)}, path, metadata("edm2_tiny"))
-    with pytest.raises(UserError, match=r"weights do not fit edm2:a: Missing key"):
+    with pytest.raises(UserError, match=r"weights do not match edm2:a: Missing key"):
         networks.load_published(path)
     save_file({"a": torch.zeros(1)}, path, {"architecture": "edm3:a", "config": "{}"})
     with pytest.raises(UserError, match=r"network\.safetensors: unknown architecture"):

@@ -144,16 +144,16 @@ def test_the_denoiser_gets_the_transformed_images_and_their_labels(tmp_path: Pat
     seen: list[tuple[Tensor, Tensor]] = []
     inner = run.iteration.denoiser
 
-    def watching(x: Tensor, sigma: Tensor, labels: Tensor, told: Tensor) -> Tensor:
-        seen.append((x, told))
-        return inner(x, sigma, labels, told)
+    def watching(x: Tensor, sigma: Tensor, labels: Tensor, given: Tensor) -> Tensor:
+        seen.append((x, given))
+        return inner(x, sigma, labels, given)
 
     run.iteration.denoiser = watching
     batch = next(run.batches())
     run.advance(batch)
-    ((noised, told),) = seen
+    ((noised, given),) = seen
     wanted = geometric.random_transform(ops.make_rng(0, 0), torch.arange(12), 0.5)
-    torch.testing.assert_close(told.double(), wanted.labels(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(given.double(), wanted.labels(), rtol=1e-6, atol=1e-6)
     x0, _, index = pretrainer(tmp_path).iteration.part(batch[0], slice(0, 12))
     noise = ops.normal(ops.make_rng(0, 0), index, (1, 8, 8), ops.Purpose.DENOISING_NOISE)
     residual = noised - geometric.apply(wanted, x0)
@@ -169,8 +169,8 @@ def test_parts_of_an_augmented_batch_add_up_to_it(tmp_path: Path) -> None:
         if not name.startswith("sums"):
             torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     assert any("map_augment" in name for name in whole)
-    told = whole["denoiser.model.map_augment.weight"]
-    assert not torch.equal(told, pretrainer(tmp_path, **options).state.denoiser.model.map_augment.weight)
+    given = whole["denoiser.model.map_augment.weight"]
+    assert not torch.equal(given, pretrainer(tmp_path, **options).state.denoiser.model.map_augment.weight)
 
 
 def test_training_starts_from_an_augmented_denoiser(tmp_path: Path) -> None:
@@ -186,13 +186,13 @@ def test_training_starts_from_an_augmented_denoiser(tmp_path: Path) -> None:
     )  # fmt: skip
     state = Trainer("digits", config, RunDirectory(tmp_path / "t")).state
     z, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
-    with torch.no_grad():  # told of nothing, which is what zeros say
+    with torch.no_grad():  # augment labels of zero mean no augmentation
         image = denoiser(2.5 * z, torch.tensor(2.5), labels, torch.zeros(4, LABELS))
         made = state.generator(z, labels)
     torch.testing.assert_close(made, torch.clamp(image, state.generator.low, state.generator.high))
 
 
-def test_networks_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
+def test_networks_without_augment_labels_are_rejected(tmp_path: Path) -> None:
     edm2 = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [2]}
     with pytest.raises(UserError, match="augment_dim"):
         pretrainer(tmp_path, augment_probability=0.1, backbone="edm2:xs", backbone_options=json.dumps(edm2))

@@ -6,7 +6,7 @@ import torch
 from support.mixture import DATA, MODEL, SHAPE, draw, log_density
 
 from diffratio_fast import ops
-from diffratio_fast.networks import initialise
+from diffratio_fast.networks import initialize
 from diffratio_fast.networks.mlp import MLPRatio
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference
 from diffratio_fast.objectives.held_out import pair_bounds
@@ -17,7 +17,7 @@ def test_learned_score_difference_is_the_analytic_one() -> None:
     """Both steps of the method on exact samples: l and -grad l against closed forms, where the two differ."""
     generator = torch.Generator().manual_seed(0)
     network = MLPRatio(SHAPE, 1, width=64, depth=3)
-    initialise(network, seed=0, stream=1)
+    initialize(network, seed=0, stream=1)
     steps = 1500
     optimizer = torch.optim.Adam(network.parameters(), 3e-3, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

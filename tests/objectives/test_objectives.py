@@ -312,9 +312,9 @@ def test_slope_penalty_is_the_squared_slope_of_a_linear_ratio() -> None:
     x = torch.zeros(count, 3, 1, 1, dtype=torch.float64)
     sigma = torch.full((count,), 0.7, dtype=torch.float64)
     labels, index = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-    plain, penalised = (
+    plain, penalized = (
         ratio_loss(ratio, x, x, sigma, labels, ops.make_rng(0, 1), index, gradient_penalty=weight).loss
         for weight in (0.0, 2.0)
     )
     expected = 2.0 * 0.49 * float(direction.square().sum())
-    assert float(penalised - plain) == pytest.approx(expected, rel=0.02)  # 80,000 squares of normals
+    assert float(penalized - plain) == pytest.approx(expected, rel=0.02)  # 80,000 squares of normals

@@ -1,4 +1,4 @@
-"""add_noise: the compiled twin against the reference, gradients, compilation, errors."""
+"""add_noise: the compiled operation against the reference, gradients, compilation, errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_equals_the_reference_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
 
 
-def test_is_what_it_says():
+def test_definition():
     x, sigma, rng, index, purpose = arguments(5, 3, 8, 8)
     eps = ops.normal(rng, index, (3, 8, 8), purpose)
     scale = torch.rand(5)
@@ -175,11 +175,11 @@ def test_compiles_without_graph_breaks():
         return (noised * 2).sum() + u.sum()
 
     # aot_eager traces everything, autograd too, and needs no compiler.
-    optimised = torch.compile(step, fullgraph=True, backend="aot_eager")
+    optimized = torch.compile(step, fullgraph=True, backend="aot_eager")
     for seed in (1, 2):  # the second call must not have the first one's noise built in
         rng = ops.make_rng(seed, 0)
         expected = step(real, fake, sigma, rng, index)
-        got = optimised(real, fake, sigma, rng, index)
+        got = optimized(real, fake, sigma, rng, index)
         torch.testing.assert_close(got, expected)
         wanted, found = torch.autograd.grad(expected, fake)[0], torch.autograd.grad(got, fake)[0]
         torch.testing.assert_close(found, wanted)

@@ -131,7 +131,7 @@ def test_moments_and_tails():
             assert abs(int(tail.sum()) - n * p) < 4.5 * math.sqrt(n * p), threshold
 
 
-def test_neighbours_and_purposes_are_independent():
+def test_neighbors_and_purposes_are_independent():
     rng, index = ops.make_rng(11, 0), torch.arange(200)
     streams = {
         "real": ops.normal(rng, index, (5000,), Purpose.NOISE_REAL),

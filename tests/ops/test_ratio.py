@@ -1,4 +1,4 @@
-"""The ratio operations: the reference twin against autograd and closed forms, errors, the composed path."""
+"""The ratio operations: the reference against autograd and closed forms, errors, the composed path."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_only_the_loss_is_differentiable(dtype):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (4, 64, 64), (1, 28, 28), (1, 6, 9)])
 def test_the_network_takes_every_shape(shape):
     network = RatioMixer(shape, 3, width=16, depth=2)
-    networks.initialise(network, 0, stream=1)
+    networks.initialize(network, 0, stream=1)
     out = network(torch.randn(2, *shape), torch.tensor([0.2, 0.9]), torch.tensor([0, 2]))
     assert out.shape == (2,) and bool((out == 0).all())  # the head starts at zero
     tokens = len(network.weights()[1])
@@ -171,7 +171,7 @@ def test_a_patch_that_does_not_divide_is_refused():
 
 def mixer(dtype: torch.dtype) -> RatioMixer:
     network = RatioMixer((2, 8, 8), 5, width=8, depth=2)
-    networks.initialise(network, 4, stream=1)
+    networks.initialize(network, 4, stream=1)
     torch.nn.init.normal_(network.parts["head"].weight, std=0.2)
     torch.nn.init.normal_(network.parts["mix_bias"].weight, std=0.2)
     return network.to(dtype)

@@ -1,4 +1,4 @@
-"""The ratio operations' CPU twin against the reference, on every SIMD level; opcheck, threads."""
+"""The CPU ratio operations against the reference, on every SIMD level; opcheck, threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEVELS = compiled.module.build_info()["simd_levels"] if compiled.module is not N
 # channels, height, across, patch, width, depth, hidden
 SIZES = {
     "digits": (1, 8, 8, 2, 64, 2, 128),
-    "colour": (3, 16, 16, 2, 64, 1, 128),
+    "color": (3, 16, 16, 2, 64, 1, 128),
     "latents": (4, 16, 16, 4, 128, 2, 256),
     "odd": (2, 6, 15, 3, 20, 3, 35),
     "one token": (3, 5, 5, 5, 3, 1, 2),
@@ -167,7 +167,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_nothing_is_mutated_and_strides_do_not_matter():
-    p = problem("colour")
+    p = problem("color")
     plain = [*score(ops, p, "reverse_kl"), *loss(ops, p)]
     strided = dict(p)
     for name in ("real", "fake", "conditioning"):
@@ -235,7 +235,7 @@ def test_the_choice_of_cuda_kernels_compiles_without_graph_breaks(monkeypatch):
         return True
 
     monkeypatch.setattr(compiled.module, "ratio_kernels_fit", fit, raising=False)
-    p = problem("colour")
+    p = problem("color")
 
     def step(x: Tensor) -> Tensor:
         sizes = ratio.checks.layout(p["weights"], x)

@@ -36,7 +36,7 @@ def test_known_answers_of_every_simd_level(level, counter, key, expected):
         assert "does not support" in str(error)  # this processor
 
 
-def test_the_counter_is_laid_out_as_the_contract_says():
+def test_the_counter_has_the_documented_layout():
     seed, step, index = 0x299F31D0A4093822, 0x785A308D3, 0x513198A2E
     rng = ops.make_rng(seed, step)
     words = ops.random_words(rng, torch.tensor([index]), 3, 12, substep=0x70, draw=0x7344)

@@ -72,7 +72,7 @@ def test_the_page_has_every_part_and_needs_nothing_else(finished: Path) -> None:
         source is not None and source.startswith("data:image/png;base64,") for source in sources
     )
     grids = [base64.b64decode(source.partition(",")[2]) for source in sources]  # type: ignore[union-attr]
-    for path in (*sorted((finished / "samples").iterdir()), finished / "neighbours.png"):
+    for path in (*sorted((finished / "samples").iterdir()), finished / "neighbours.png"):  # words: ok
         assert path.read_bytes() in grids
     assert "http" not in text.replace("http-equiv", "")
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().replace("nanmean", "")
@@ -189,9 +189,9 @@ def test_it_renders_in_a_browser_without_errors(finished: Path, tmp_path: Path, 
     assert "CONSOLE" not in result.stderr, result.stderr
     outer = re.search(r"^<!DOCTYPE html>\s*<(html[^>]*)>", result.stdout)
     assert outer is not None and 'data-ready="yes"' in outer[1]
-    said = re.search('data-probe="([^"]*)"', outer[1])
-    assert said is not None
-    probe = json.loads(html.unescape(said[1]))
+    printed = re.search('data-probe="([^"]*)"', outer[1])
+    assert printed is not None
+    probe = json.loads(html.unescape(printed[1]))
     assert probe == {"overflow": 0, "shown": 1, "broken": 0, "first": "step 4", "width": width}
 
 

@@ -1,4 +1,4 @@
-"""Every kind of file that the program loads, made by an enemy: nothing in it runs, and one line says no.
+"""Hostile versions of every kind of file that the package loads: no code runs, and the error is one line.
 
 A payload of each kind would create the file ``marker``. The table in docs/security.md is that of this file.
 """
@@ -72,7 +72,7 @@ def refused(main: Callable[[list[str]], int | None], arguments: list[object], ma
 
 
 def header(content: dict[str, Any], length: int | None = None) -> bytes:
-    """A safetensors file of a header alone, which says that it is ``length`` bytes long."""
+    """A safetensors file with only a header, of the stated ``length``."""
     text = json.dumps(content).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text
 
@@ -158,8 +158,8 @@ def test_a_generator_of_data_that_are_none(
     with safetensors.safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
     (tmp_path / "g.safetensors").write_bytes(network(about | {"data": data}, state))
-    said = refused(sample.main, [tmp_path / "g.safetensors", "--out", tmp_path / "grid.png"], marker)
-    assert "description of the data" in said
+    printed = refused(sample.main, [tmp_path / "g.safetensors", "--out", tmp_path / "grid.png"], marker)
+    assert "metadata of the data set" in printed
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_weights_of_feature_networks(name: str, tmp_path: Path, marker: Path) ->
     image_folder(tmp_path / "images", 2, 2)
     for features in ("inception", "efficientnet-lite0"):
         arguments = ["--reference", "digits", "--features", features, "--weights", tmp_path / name]
-        said = refused(evaluate.main, [tmp_path / "images", *arguments, "--metrics", "kernel"], marker)
-        assert name in said or "digits" in said
+        printed = refused(evaluate.main, [tmp_path / "images", *arguments, "--metrics", "kernel"], marker)
+        assert name in printed or "digits" in printed
 
 
 def test_a_classifier_with_a_pickle_in_it(tmp_path: Path, marker: Path) -> None:
@@ -212,11 +212,11 @@ def test_a_classifier_with_a_pickle_in_it(tmp_path: Path, marker: Path) -> None:
 def test_published_pickles(tmp_path: Path, marker: Path) -> None:
     for name, content in {"ema": {"ema": Payload(marker)}, "fid": {"fid": Payload(marker)}}.items():
         (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content))
-    said = refused(convert.main, [tmp_path / "ema.pkl", tmp_path / "out.safetensors"], marker)
-    assert "refused" in said and "system" in said and not (tmp_path / "out.safetensors").exists()
+    printed = refused(convert.main, [tmp_path / "ema.pkl", tmp_path / "out.safetensors"], marker)
+    assert "refused" in printed and "system" in printed and not (tmp_path / "out.safetensors").exists()
     np.savez(tmp_path / "few.npz", images=np.zeros((80, 8, 8, 1), np.uint8))
-    said = refused(evaluate.main, [tmp_path / "few.npz", "--reference", tmp_path / "fid.pkl"], marker)
-    assert "fid.pkl" in said
+    printed = refused(evaluate.main, [tmp_path / "few.npz", "--reference", tmp_path / "fid.pkl"], marker)
+    assert "fid.pkl" in printed
 
 
 # --------------------------------------------------------------------------------- options and records
@@ -234,7 +234,7 @@ HOSTILE_YAML = {
     "depth": DEEP,
     "a date that is none": "steps: 2001-99-99",
     "a number without end": "generator_lr: " + "9" * 5000,
-    "a large whole number": "ratio_lr: 1" + "0" * 400,
+    "a large integer": "ratio_lr: 1" + "0" * 400,
     "binary": "\x00\x01",
     "another type": "seed: {{a: [1, 2, {{b: c}}]}}",
     "a set": "? !!set {{a}}\n: 1",
@@ -287,14 +287,14 @@ def test_checkpoints(case: str, copied: Path, marker: Path) -> None:
     ids=["deep", "large", "list", "text", "binary", "digits", "evaluation", "figures"],
 )  # fmt: skip
 def test_logs_and_reports(line: str, copied: Path, marker: Path) -> None:
-    """A line that is none is passed over; figures of other types are refused, and never become markup."""
+    """An invalid line is skipped; metrics of other types are rejected, and never become markup."""
     with (copied / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
     (copied / "report.html").unlink()
     try:
         report_main([str(copied)])
     except UserError as error:
-        assert "figures" in str(error) and "\n" not in str(error)
+        assert "metrics" in str(error) and "\n" not in str(error)
     if (copied / "report.html").exists():
         assert "<script>alert" not in (copied / "report.html").read_text()
     log = MetricsLog(copied / "metrics.jsonl", 3)
@@ -357,8 +357,8 @@ def test_arrays(case: str, tmp_path: Path, marker: Path) -> None:
         assert "bad.npz" in refused(evaluate.main, [path, *digits], marker)
     for bad in ({"mu": hostile, "sigma": good}, {"mu": good, "sigma": hostile}, {"features": hostile}):
         path = npz(tmp_path / "statistics.npz", **bad)
-        said = refused(evaluate.main, [subject, "--reference", path, "--features", "pixels"], marker)
-        assert "statistics.npz" in said
+        printed = refused(evaluate.main, [subject, "--reference", path, "--features", "pixels"], marker)
+        assert "statistics.npz" in printed
 
 
 def test_an_archive_that_swells(tmp_path: Path, marker: Path) -> None:
@@ -366,8 +366,8 @@ def test_an_archive_that_swells(tmp_path: Path, marker: Path) -> None:
     path = npz(tmp_path / "bomb.npz", mu=npy_header("(64,)", "'<f8'", bytes(1 << 26)), sigma=bytes(1 << 26))
     assert path.stat().st_size < 1 << 18
     subject = npz(tmp_path / "good.npz", images=npy(np.zeros((80, 8, 8, 1), np.uint8)))
-    said = refused(evaluate.main, [subject, "--reference", path, "--features", "pixels"], marker)
-    assert "bomb.npz" in said and "size" in said
+    printed = refused(evaluate.main, [subject, "--reference", path, "--features", "pixels"], marker)
+    assert "bomb.npz" in printed and "size" in printed
 
 
 @pytest.mark.parametrize("name", ["labels.npy", "checksums.npy"])
@@ -549,7 +549,7 @@ def test_samples_in_progress(trained: Path, tmp_path: Path, marker: Path) -> Non
         (out / "samples.json").write_text(content)
         assert "samples.json" in refused(sample.main, [trained, "--count", 3, "--out", out], marker)
     hostile = npz(tmp_path / "s.npz", images=objects(marker), labels=objects(marker), about=objects(marker))
-    assert sample.main([str(trained), "--count", "3", "--out", str(hostile)]) == 0  # made anew
+    assert sample.main([str(trained), "--count", "3", "--out", str(hostile)]) == 0  # generated again
     assert not marker.exists()
 
 

@@ -1,4 +1,4 @@
-"""Published snapshots that are hostile or damaged: nothing in them runs, and one line says what is wrong."""
+"""Hostile or damaged published snapshots: no code runs, and one line reports the error."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_a_hostile_pickle_is_refused_by_name(case: str, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     path = tmp_path / "n.pkl"
     path.write_bytes(make(marker))
-    said = fails(path)
-    assert message in said and said.startswith(f"{path}: ")
+    printed = fails(path)
+    assert message in printed and printed.startswith(f"{path}: ")
     assert not marker.exists()
 
 
@@ -212,8 +212,8 @@ def test_a_hostile_storage_is_refused(wrap: Callable[[Any], bytes], tmp_path: Pa
     marker.unlink()  # raises if it had not
     path = tmp_path / "n.pkl"
     path.write_bytes(in_network("buffer", storage_call(payload)))
-    said = fails(path)
-    assert "refused: a tensor's storage" in said
+    printed = fails(path)
+    assert "refused: a tensor's storage" in printed
     assert not marker.exists()
 
 
@@ -266,11 +266,11 @@ def test_modules_in_circles_and_in_crowds_are_refused(tmp_path: Path) -> None:
     content = snapshot("edm2_tiny")
     modules = content["ema"].meta["state"]["_modules"]
     modules["again"] = modules["unet"]
-    assert "modules occur twice" in fails(write(tmp_path / "n.pkl", content))
+    assert "a module occurs twice" in fails(write(tmp_path / "n.pkl", content))
     circle = torch.nn.ModuleDict()
     circle._modules["self"] = circle
     modules["again"] = circle
-    assert "modules occur twice" in fails(write(tmp_path / "n.pkl", content))
+    assert "a module occurs twice" in fails(write(tmp_path / "n.pkl", content))
     chain: Any = torch.nn.ModuleDict()
     for _ in range(40):
         outer = torch.nn.ModuleDict()
@@ -287,22 +287,22 @@ def test_modules_in_circles_and_in_crowds_are_refused(tmp_path: Path) -> None:
         (lambda m: m["state"]["_init_kwargs"].update(depth=3), "unknown option 'depth'"),
         (
             lambda m: m["state"]["_init_kwargs"].update(channel_mult=[1, 2, 2]),
-            "weights do not fit edm2:other",
+            "weights do not match edm2:other",
         ),
         (lambda m: m["state"]["_init_kwargs"].update(dropout=Published("x", {})), "are not plain data"),
         (lambda m: m["state"]["_init_kwargs"].update(dropout=float("nan")), "are not plain data"),
         (lambda m: m["state"].update(_init_args=(16, 4, 10, True, 0.5, 128, 9)), "7 positional arguments"),
         (lambda m: m["state"].update(_init_args=3), "not a tuple and a dictionary"),
         (lambda m: m["state"].update(_modules=[1]), "_modules is a list"),
-        (lambda m: m["state"]["_modules"].pop("unet"), "weights do not fit edm2:other: Missing key"),
-        (lambda m: m["state"]["_modules"].update(unet=3), "int where an object of the published code"),
+        (lambda m: m["state"]["_modules"].pop("unet"), "weights do not match edm2:other: Missing key"),
+        (lambda m: m["state"]["_modules"].update(unet=3), "int; expected an object of the published code"),
         (lambda m: m.update(state=None), "the state of Precond is not a dictionary"),
-        (lambda m: m.update(class_name="VPPrecond"), "is of class VPPrecond; known:"),
+        (lambda m: m.update(class_name="VPPrecond"), "has class VPPrecond; expected"),
         (
             lambda m: m.update(class_name="EDMPrecond"),
-            "its U-Net is of class NoneType; known: SongUNet",
+            "its U-Net has class NoneType; expected SongUNet",
         ),
-        (lambda m: m.pop("class_name"), "is of class None; known:"),
+        (lambda m: m.pop("class_name"), "has class None; expected"),
     ],
 )
 def test_networks_that_are_none(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
@@ -332,18 +332,18 @@ def test_a_snapshot_cut_short_anywhere(tmp_path: Path) -> None:
         (raw(b"\x8e" + struct.pack("<Q", 2**62)), "it is cut short"),
         (raw(b"\x8e" + struct.pack("<Q", 2**35)), "it is cut short"),
         (raw(b"\x8b" + struct.pack("<i", 2**31 - 1)), "it is cut short"),
-        (raw(b"N", b"r" + struct.pack("<I", 2**32 - 1)), "holds a NoneType, not a snapshot's dictionary"),
+        (raw(b"N", b"r" + struct.pack("<I", 2**32 - 1)), "contains a NoneType; expected the dictionary"),
         (raw(b"0" * 3), "damaged, or not a pickle (pop from empty list"),
         (raw(b"(0"), "damaged, or not a pickle (stack underflow"),
-        (raw(b"]" + b"]a" * 3), "holds a list, not a snapshot's dictionary"),
+        (raw(b"]" + b"]a" * 3), "contains a list; expected the dictionary of a snapshot"),
         (raw(b"}]Ns"), "damaged, or not a pickle"),  # an unhashable key
         (raw(b"}(Nu"), "damaged, or not a pickle"),  # a key without value
         (raw(b"h\x07"), "damaged, or not a pickle"),
-        (raw(b"}"), "not a snapshot's dictionary"),
+        (raw(b"}"), "expected the dictionary of a snapshot"),
         (b"I" + b"9" * 5000 + b"\n.", "damaged, or not a pickle"),
-        (_zipped({"ema": torch.ones(1)}), "a zip archive, as torch.save writes them"),
+        (_zipped({"ema": torch.ones(1)}), "a zip archive written by torch.save"),
         (pickle.dumps({"ema": torch.nn.Linear(2, 2)}), "asks for torch.nn.modules.linear.Linear"),
-        (pickle.dumps({"ema": 3}), "is of class int; known:"),
+        (pickle.dumps({"ema": 3}), "has class int; expected"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_snapshots(data: bytes, message: str, tmp_path: Path) -> None:
@@ -356,9 +356,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "No such file" in fails(tmp_path / "n.pkl")
     (tmp_path / "n.pkl").mkdir()
     assert "Is a directory" in fails(tmp_path / "n.pkl")
-    with pytest.raises(UserError, match="say where to write"):
+    with pytest.raises(UserError, match="no output file"):
         convert.main([str(tmp_path / "n.pkl")])
-    with pytest.raises(UserError, match="would overwrite the snapshot itself"):
+    with pytest.raises(UserError, match="would overwrite the snapshot"):
         convert.main([str(tmp_path / "n.pkl"), str(tmp_path / "x" / ".." / "n.pkl")])
 
 

@@ -50,10 +50,10 @@ def in_child(act: Callable[[], object], *, memory: int = 2 << 30, seconds: int =
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             try:
-                said = str(act())
+                printed = str(act())
             except UserError as error:
-                said = str(error)
-            os.write(sink, said.encode()[:10_000])
+                printed = str(error)
+            os.write(sink, printed.encode()[:10_000])
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -62,14 +62,14 @@ def in_child(act: Callable[[], object], *, memory: int = 2 << 30, seconds: int =
             os._exit(status)
     os.close(sink)
     with os.fdopen(source, "rb") as stream:
-        said = stream.read().decode()
+        printed = stream.read().decode()
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, said
-    return said
+    assert os.waitstatus_to_exitcode(status) == 0, printed
+    return printed
 
 
 def one_error_line(result: subprocess.CompletedProcess[str]) -> str:
-    """The process ended with status 2 and said one line on stderr, which is returned."""
+    """Assert that the process ended with status 2 and one line on stderr, and return the line."""
     lines = [line for line in result.stderr.splitlines() if not line.startswith("diffratio_fast: ")]
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr

@@ -44,7 +44,7 @@ def error(out: Tensor, right: Tensor) -> float:
     return float((out.double() - right.double()).norm() / right.double().norm())
 
 
-def randomised(architecture: str, config: dict[str, Any]) -> unet.Denoiser:
+def randomized(architecture: str, config: dict[str, Any]) -> unet.Denoiser:
     """A network none of whose layers starts at zero, in eval mode."""
     network = networks.from_published(architecture, config)
     with torch.no_grad():

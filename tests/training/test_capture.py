@@ -100,16 +100,16 @@ def test_the_tape_repeats_what_python_decided() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "expected"),
     [
         ({}, "the device is cpu"),
         ({"on_nonfinite": "skip"}, "--on-nonfinite skip"),
         ({"optimizer": "apex"}, "--optimizer adamw"),
     ],
 )
-def test_what_cannot_be_captured_is_said(options: dict[str, Any], says: str) -> None:
+def test_unsupported_options_of_capture_raise(options: dict[str, Any], expected: str) -> None:
     device = torch.device("cuda" if options else "cpu")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=expected):
         check_capture(TrainConfig(capture=True, **options), device)
     check_capture(TrainConfig(**options), device)
     sharded = TrainConfig(capture=True, parallel="fsdp")

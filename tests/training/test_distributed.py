@@ -114,7 +114,7 @@ def test_gradients_averaged_in_bfloat16_are_rounded(weights: Any) -> None:
     assert 0 < max(ratio) <= 2 * 0.01  # Adam's steps are of the size of the learning rate, but for their sign
 
 
-def test_rank_0_alone_writes_and_speaks(tmp_path: Path) -> None:
+def test_only_rank_0_writes_and_prints(tmp_path: Path) -> None:
     train = ["train", *SMALL, "--run-dir", "run"]
     statuses = run_plan(
         tmp_path,
@@ -128,16 +128,16 @@ def test_rank_0_alone_writes_and_speaks(tmp_path: Path) -> None:
     )
     assert statuses == [[2, 2, 2], [2, 2], [0, 0], [0, 0], [0]]
 
-    def said(name: str) -> list[str]:
+    def printed(name: str) -> list[str]:
         files = sorted(tmp_path.glob(f"{name}.*"))
         assert all(file.read_text() == "" for file in files[1:])
         return files[0].read_text().splitlines()
 
-    assert said("uneven") == ["error: --batch-size 16 cannot be shared out equally among 3 processes"]
-    (line,) = said("nowhere")
+    assert printed("uneven") == ["error: --batch-size 16 cannot be shared out equally among 3 processes"]
+    (line,) = printed("nowhere")
     assert "no such data set" in line
-    assert "starting on 2 processes" in said("whole")[0] and "nothing to do" in said("again")[0]
-    assert "continuing at step 9" in said("longer")[0]
+    assert "starting on 2 processes" in printed("whole")[0] and "nothing to do" in printed("again")[0]
+    assert "continuing at step 9" in printed("longer")[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line["step"] for line in lines if "ratio_loss" in line]
     assert logged == [4, 8, 9, 11]

@@ -83,7 +83,7 @@ def test_other_precisions_and_rolls_train_too(tmp_path: Path, options: dict[str,
     assert (fits is None) == ("ratio_roll_probability" in options)
 
 
-def test_a_preset_knows_what_suits_the_mixer() -> None:
+def test_a_preset_has_defaults_for_the_mixer() -> None:
     def configuration(*words: str) -> TrainConfig:
         arguments = vars(parser().parse_args([*words]))
         for name in ("dry_run", "fresh", "resume_from", "accept_data"):

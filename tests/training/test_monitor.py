@@ -1,4 +1,4 @@
-"""What a run says of itself: the bound per noise level, its refit, its warnings, TensorBoard's events."""
+"""Monitoring of a run: the bound per noise level, its refit, warnings, TensorBoard events."""
 
 import json
 import math
@@ -130,7 +130,7 @@ def test_refitting_finds_what_the_online_network_misses_and_changes_nothing() ->
     before = {name: tensor.clone() for name, tensor in state.tensors()}
     fields, fitted = tool.loss_by_sigma()
     assert fitted is not None and fields["divergence"] == pytest.approx(0, abs=1e-6)
-    assert fields["divergence_refit"] > 0.1  # a new generator is told from digits in no time
+    assert fields["divergence_refit"] > 0.1  # an untrained generator is easy to distinguish from digits
     assert np.mean(fields["divergence_refit_by_sigma"]) == pytest.approx(fields["divergence_refit"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors())
     again, _ = tool.loss_by_sigma()
@@ -238,7 +238,7 @@ def test_events_are_what_was_logged_and_forget_what_was_undone(tmp_path: Path) -
     assert (image.width, image.height) == (7, 9)
 
 
-def test_a_run_without_tensorboard_says_so_and_goes_on(
+def test_a_run_without_tensorboard_prints_a_note_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import sys

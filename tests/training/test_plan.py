@@ -156,10 +156,10 @@ def test_every_preset_builds_the_network_it_names(preset: str) -> None:
 def test_a_preset_has_a_plan(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     fits = ["--dry-run", "--device", "cpu", "--plan-memory", "80", "--batch-size", "2", "--micro-batch", "2"]
     assert (pretrain if preset == "cifar10" else train).main([preset, *fits]) == 0
-    said = capsys.readouterr().out
-    assert ("denoiser  edm:ddpmpp, 55,733,891 parameters" in said) == (preset == "cifar10")
-    assert "FLOPs a step" in said and "memory  about" in said
-    assert ("not there yet" in said) == (preset != "digits")
+    printed = capsys.readouterr().out
+    assert ("denoiser  edm:ddpmpp, 55,733,891 parameters" in printed) == (preset == "cifar10")
+    assert "FLOPs a step" in printed and "memory  about" in printed
+    assert ("not there yet" in printed) == (preset != "digits")
 
 
 @pytest.mark.parametrize("preset", ["fashion", "cifar10-cond", "imagenet64", "imagenet512-m"])
@@ -183,9 +183,9 @@ def test_what_cannot_fit_is_refused_with_advice(capsys: pytest.CaptureFixture[st
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    said = refused(whole.peak / 2**30 / 3)
-    assert "--micro-batch" in said and "would do" in said
-    words = said.partition(": ")[2].split(" would do")[0].split()
+    printed = refused(whole.peak / 2**30 / 3)
+    assert "--micro-batch" in printed and "would do" in printed
+    words = printed.partition(": ")[2].split(" would do")[0].split()
     assert train.main([*options, "--plan-memory", str(whole.peak / 2**30 / 3), *words]) == 0
     assert "smaller preset" in refused(0.005)
 

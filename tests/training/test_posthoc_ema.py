@@ -109,11 +109,11 @@ def test_a_denoiser_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert about["ema_std"] == "0.13" and about["step"] == "40" and network.label_dim == 10
     assert average.average(run, 0.05, out, step=20) < 1e-6
     assert distance(load_file(run / "snapshots/ema-0.05-00000020.safetensors"), load_file(out)) < 1e-5
-    for arguments, says in (
-        (["--ema-std", "0.13", "--step", "21"], "kept no averages at step 21"),
+    for arguments, expected in (
+        (["--ema-std", "0.13", "--step", "21"], "has no averages at this step"),
         (["--ema-std", "0.3"], "--ema-std must be above 0 and at most 0.28"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=expected):
             average.main([str(run), *arguments, "--out", str(out)])
     with pytest.raises(UserError, match=r"must be a \.safetensors file"):
         average.main([str(run), "--ema-std", "0.1", "--out", str(tmp_path / "none/x.safetensors")])
@@ -158,7 +158,7 @@ def test_where_there_is_nothing_to_combine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("std", [0.04, 0.07, 0.13, 0.2])
 def test_sixteen_snapshots_match_profiles_to_three_per_cent(std: float) -> None:
-    """As docs/presets.md says; with one width alone they do not."""
+    """The claim of docs/presets.md; one width is not enough."""
     times = range(1000, 16_001, 1000)
     _, both = combination([Profile(width, t) for t in times for width in (0.05, 0.10)], Profile(std, 16_000))
     _, one = combination([Profile(0.10, t) for t in times], Profile(std, 16_000))

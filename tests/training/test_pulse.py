@@ -54,19 +54,19 @@ def members(what: str) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize(
-    ("what", "says"),
+    ("what", "expected"),
     [
         ("hang", "furthest behind is process 1 (pid {pid} on"),
         ("error", "process 1 (pid {pid} on"),
     ],
 )
-def test_the_other_process_is_named(what: str, says: str) -> None:
+def test_the_other_process_is_named(what: str, expected: str) -> None:
     first, second = members(what)
     try:
-        _, said = first.communicate(timeout=120)
-        assert first.returncode == STATUS, said
-        line = next(text for text in said.splitlines() if text.startswith("error: "))
-        assert says.format(pid=second.pid) in line and "error: process 0: " in line
+        _, printed = first.communicate(timeout=120)
+        assert first.returncode == STATUS, printed
+        line = next(text for text in printed.splitlines() if text.startswith("error: "))
+        assert expected.format(pid=second.pid) in line and "error: process 0: " in line
         words = {
             "hang": "in 'data'",
             "error": "has ended: ValueError: its own trouble",
@@ -125,25 +125,25 @@ def test_a_store_that_is_gone_ends_the_process() -> None:
 
 def test_a_loader_that_gives_nothing_is_spoken_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse, "STALL", 0.1)
-    said: list[str] = []
+    printed: list[str] = []
     heard = threading.Event()
 
     def say(line: str) -> None:
-        said.append(line)
+        printed.append(line)
         heard.set()
 
     with Pulse(say, limit=9.0, beat=0.01).beating() as watcher:
         watcher.phase("data")
         wait_for(heard)
         time.sleep(0.3)
-        assert len(said) == 1 and "the loader has given no batch for" in said[0]
+        assert len(printed) == 1 and "the loader has given no batch for" in printed[0]
         heard.clear()
         watcher.phase("step")
         time.sleep(0.3)
-        assert len(said) == 1
+        assert len(printed) == 1
         watcher.phase("data")
         wait_for(heard)
-    assert len(said) == 2
+    assert len(printed) == 2
 
 
 def test_who_is_missing_when_a_connection_is_lost() -> None:
@@ -200,9 +200,9 @@ def test_a_run_names_the_process_that_is_gone(sent: signal.Signals, tmp_path: Pa
     first, second = ranks(tmp_path, "--hang-timeout", "5")
     try:
         second.send_signal(sent)
-        _, said = first.communicate(timeout=240)
-        lines = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and f"process 1 (pid {second.pid} on" in lines[0], said
+        _, printed = first.communicate(timeout=240)
+        lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and f"process 1 (pid {second.pid} on" in lines[0], printed
         assert "has died" in lines[0] and first.returncode in (2, STATUS)
     finally:
         for process in (first, second):

@@ -95,7 +95,7 @@ def test_equals_the_gradient_of_the_exact_ratio() -> None:
     torch.testing.assert_close(by_denoisers.gradient, by_ratio.gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_normalisation_divides_by_the_distance_to_the_teacher() -> None:
+def test_normalization_divides_by_the_distance_to_the_teacher() -> None:
     given = batch(draws=1)
     plain = vsd.score_difference(MODEL, DATA, **given, weight=given["sigma"] ** 2)
     normalized = vsd.score_difference(MODEL, DATA, **given, weight=given["sigma"] ** 2, normalize=True)
@@ -136,7 +136,7 @@ def dense() -> MLPDenoiser:
     config = {"img_resolution": 4, "img_channels": 2, "label_dim": 3, "width": 16, "depth": 2}
     network = networks.from_published("mlp", config)
     assert isinstance(network, MLPDenoiser)
-    networks.initialise(network, 0, stream=0)
+    networks.initialize(network, 0, stream=0)
     return network
 
 
@@ -222,7 +222,7 @@ def test_generator_and_teacher_from_init(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "printed"),
     [
         ({"objective": "vsd"}, "--teacher RUN"),
         ({"objective": "vsd", "teacher": "x", "divergence": "jeffreys"}, "reverse_kl"),
@@ -231,8 +231,8 @@ def test_generator_and_teacher_from_init(teacher: Path, tmp_path: Path) -> None:
         ({"vsd_normalize": True}, "--objective vsd"),
     ],
 )
-def test_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_refused(options: dict[str, Any], printed: str) -> None:
+    with pytest.raises(UserError, match=printed):
         TrainConfig(**options)
 
 
@@ -243,7 +243,7 @@ def test_teacher_of_another_network_is_refused(teacher: Path, tmp_path: Path) ->
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_command_line_says_what_is_missing(tmp_path: Path) -> None:
+def test_command_line_reports_what_is_missing(tmp_path: Path) -> None:
     result = run("train", "digits", "--objective", "vsd", "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert "--teacher RUN" in one_error_line(result)
     options = [*DISTIL, "--teacher", str(tmp_path), "--run-dir", str(tmp_path / "run")]

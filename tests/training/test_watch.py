@@ -1,4 +1,4 @@
-"""Watchfulness: bad steps are counted exactly, what is wrong is said once, and a run can be told to stop."""
+"""Warnings: bad steps are counted exactly, each warning is printed once, and bad steps can stop a run."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_fewer_numbers_leave_the_others_alone() -> None:
     assert watch.statistics[:, 2].tolist() == [1, 0]
 
 
-# ------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------ warnings
 
 
 def lines(count: int, **last: Any) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def spike(monkeypatch: pytest.MonkeyPatch) -> Any:
     return at
 
 
-def test_a_spike_is_said_once_and_counted(
+def test_a_spike_is_reported_once_and_counted(
     spike: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spike(25, 26, 33)
@@ -173,10 +173,10 @@ def test_a_spike_is_said_once_and_counted(
     logged = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     counts = {line["step"]: line["bad_steps"] for line in logged if "bad_steps" in line}
     assert counts[28] == 2 and counts[36] == 1 and sum(counts.values()) == 3
-    said = capsys.readouterr().out
-    assert said.count("2 of the 4 steps up to step 28 were bad") == 1
-    assert said.count("1 of the 4 steps up to step 36 were bad") == 1  # anew, as it had gone
-    assert said.count("were bad") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("2 of the 4 steps up to step 28 were bad") == 1
+    assert printed.count("1 of the 4 steps up to step 36 were bad") == 1  # again, after it had ended
+    assert printed.count("were bad") == 2
 
 
 def test_a_run_stops_after_so_many_bad_steps(spike: Any, tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from support.mixture import DATA, SHAPE, draw, log_density
 from torch import Tensor, nn
 
 from diffratio_fast.config.noise_laws import loguniform
-from diffratio_fast.networks import initialise
+from diffratio_fast.networks import initialize
 from diffratio_fast.networks.generate import generate
 from diffratio_fast.networks.mlp import MLPRatio
 from diffratio_fast.objectives.refit import RefitOptions, refit
-from diffratio_fast.verifier import selection
 from diffratio_fast.verifier.calibration import (
     Calibration,
     Estimate,
@@ -23,7 +22,7 @@ from diffratio_fast.verifier.calibration import (
     calibration,
     effective_sample_size,
 )
-from diffratio_fast.verifier.noise_level import choose_sigma
+from diffratio_fast.verifier.noise_level import candidate_sigmas, choose_sigma
 from diffratio_fast.verifier.selection import Verifier, effective_share, select
 
 # deliberately wrong: a component three times too frequent, one moved, all too wide
@@ -88,10 +87,10 @@ def variation(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def refitted() -> MLPRatio:
-    """A ratio network that knew nothing, fitted against the wrong generator."""
+    """An untrained ratio network, fitted against the wrong generator."""
     torch.manual_seed(0)
     network = MLPRatio(SHAPE, 1, width=64, depth=3)
-    initialise(network, seed=0, stream=1)
+    initialize(network, seed=0, stream=1)
     generator = torch.Generator().manual_seed(0)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -239,12 +238,12 @@ def test_the_rule_of_sigma() -> None:
 
 
 def test_candidate_sigmas_lie_inside_the_law() -> None:
-    sigmas = selection.candidate_sigmas(loguniform(0.1, 1.0), 5)
+    sigmas = candidate_sigmas(loguniform(0.1, 1.0), 5)
     assert len(sigmas) == 5 and sigmas == sorted(sigmas) and 0.1 < sigmas[0] < sigmas[-1] < 1.0
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="--select worst: unknown"):
         Verifier(exact_ratio, 0.1, "worst")
     with pytest.raises(ValueError, match="sigma"):
         Verifier(exact_ratio, 0.0)

@@ -1,4 +1,4 @@
-"""Where records come from. ``open_source`` knows every kind of source; a new kind is one more row."""
+"""Sources of records. ``FORMATS`` lists every kind of source; a new kind is one new row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMATS: dict[str, Callable[[Path, ImageOptions], Source]] = {
 
 
 def open_source(path: Path, kind: str, options: ImageOptions) -> Source:
-    """The source at ``path``; ``kind`` is a key of ``FORMATS``, or ``auto`` to tell by what lies there."""
+    """Open the source at ``path``; ``kind`` is a key of ``FORMATS``, or ``auto`` to detect the kind."""
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if not (path.is_file() or path.is_dir()):
@@ -45,7 +45,7 @@ def open_source(path: Path, kind: str, options: ImageOptions) -> Source:
 
 
 def detect(path: Path) -> str:
-    """The kind of source at ``path``, by its names alone."""
+    """Detect the kind of the source at ``path`` from file names only."""
     if path.is_file():
         if path.suffix == ".zip":
             return "zip"
@@ -53,7 +53,7 @@ def detect(path: Path) -> str:
             return "cifar10"
         if path.suffix == ".tar":
             return "webdataset"
-        raise UserError(f"{path}: of no known kind; say which with --format")
+        raise UserError(f"{path}: unknown kind of source; set --format to one of {', '.join(FORMATS)}")
     names = [p.name for p in path.iterdir()]
     inner = [p.name for d in path.iterdir() if d.is_dir() for p in d.iterdir()] if len(names) <= 4 else []
     first = next(iter(CIFAR10_MD5))
@@ -68,5 +68,5 @@ def detect(path: Path) -> str:
 
 def _as_stored(read: Callable[[Path, int], Source], path: Path, options: ImageOptions) -> Source:
     if options.resolution is not None or options.channels != ImageOptions.channels:
-        raise UserError("this source is taken as it is; leave --resolution and --channels out")
+        raise UserError("--resolution and --channels do not apply to a source of fixed size; omit them")
     return read(path, options.max_bytes)

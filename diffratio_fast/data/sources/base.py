@@ -1,4 +1,4 @@
-"""What a source of records is, and what all sources share: splits, refusals, decoding of images."""
+"""The source interface, and what all sources share: splits, input checks, decoding of images."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from diffratio_fast.storage.reading import UNPACKED_LIMIT
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
-"""What Pillow may take a file for, whatever its name: some other formats are programs that it would run."""
+"""Formats that Pillow may open, independent of the file name; some other formats run programs."""
 MEMBER_LIMIT = 1 << 28
-"""Largest file, in bytes, that is taken for one record."""
+"""Maximum bytes of the file of one record."""
 PIXELS_LIMIT = 1 << 27
 """Default of --max-pixels: pixels of an image, as it is and after it is scaled, at most."""
 
 
 class Unreadable(Exception):
-    """One record cannot be read: its message names the record and says why."""
+    """One record cannot be read; the message gives the record and the reason."""
 
 
 class Source(ABC):
-    """Labelled records of one shape in a fixed order, each assigned to a split."""
+    """Labeled records of one shape in a fixed order, each assigned to a split."""
 
     name: str
     format: str = ""
@@ -57,11 +57,11 @@ class Source(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """What a person would call record ``index``."""
+        """A readable name of record ``index``."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the content does; the same whatever the path. Cheap: need not read every byte."""
+        """A digest that depends on the content and not on the path. Fast: it may skip bytes."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,22 @@ CROPS = ("dhariwal", "lanczos")
 
 
 def decode_image(content: bytes, options: ImageOptions, key: str) -> np.ndarray:
-    """uint8 [C, H, W] of an encoded image; raises ``Unreadable`` where it is not one.
+    """Decode an image to uint8 [C, H, W]; raises ``Unreadable`` if it cannot be decoded.
 
-    ``dhariwal``: halve with a box filter while the short side is at least twice the resolution, then
-    bicubic to the resolution, then crop the centre. ``lanczos``: crop the centre square, then Lanczos.
+    ``dhariwal``: halve with a box filter while the short side is at least twice the resolution, resize
+    to the resolution (bicubic), then crop the center. ``lanczos``: crop the center square, then resize.
     """
     try:
         with open_image(content, FORMATS, options.max_pixels) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise ValueError(f"pixels of mode {image.mode} do not fit 8 bits")
+                raise ValueError(f"pixels of mode {image.mode} need more than 8 bits")
             pixels = image.convert("RGB" if options.channels == 3 else "L")
         if options.resolution is not None:
             crop = crop_dhariwal if options.crop == "dhariwal" else crop_lanczos
             _check_scaled(pixels.size, options)
             pixels = crop(pixels, options.resolution)
         array = np.asarray(pixels)
-    except Exception as error:  # image plugins raise whatever they meet
+    except Exception as error:  # image plugins raise many exception types
         raise Unreadable(f"{key}: {error or type(error).__name__}") from None
     return np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array[None])
 
@@ -141,7 +141,7 @@ def crop_dhariwal(image, size: int):  # type: ignore[no-untyped-def]
 
 
 def crop_lanczos(image, size: int):  # type: ignore[no-untyped-def]
-    """The older ImageNet-64 convention: the centre square, scaled with a Lanczos filter."""
+    """The older ImageNet-64 convention: the center square, resized with a Lanczos filter."""
     from PIL import Image
 
     side = min(image.size)
@@ -150,29 +150,30 @@ def crop_lanczos(image, size: int):  # type: ignore[no-untyped-def]
 
 
 def decode_moments(content: bytes, shape: tuple[int, int, int] | None, key: str) -> np.ndarray:
-    """float32 or float16 [2c, h, w] moments of a ``.npy`` file; ``shape`` is the one expected, if any.
+    """Decode the moments [2c, h, w], float32 or float16, of a ``.npy`` file.
 
-    The header is checked before anything is allocated. Raises ``Unreadable``.
+    ``shape`` is the expected shape, or None. The header is checked before memory is allocated. Raises
+    ``Unreadable``.
     """
     try:
         found, dtype, start = _npy_header(content)
         if len(found) != 3 or found[0] % 2 or dtype not in ("<f4", "<f2"):
-            raise ValueError(f"moments are float32 or float16 [2c, h, w], not {dtype} {list(found)}")
+            raise ValueError(f"{dtype} {list(found)}; expected float32 or float16 moments [2c, h, w]")
         if shape is not None and found != shape:
             raise ValueError(f"shape {list(found)} instead of {list(shape)}")
         count = math.prod(found)
         if len(content) - start != count * np.dtype(dtype).itemsize:
-            raise ValueError(f"{len(content)} bytes do not hold {dtype} {list(found)}")
+            raise ValueError(f"{len(content)} bytes do not match {dtype} {list(found)}")
         return np.frombuffer(content, dtype, count, start).reshape(found)
     except ValueError as error:
         raise Unreadable(f"{key}: {error}") from None
 
 
 def _npy_header(content: bytes) -> tuple[tuple[int, ...], str, int]:
-    """(shape, dtype, where the data begin) of a ``.npy`` file in C order; raises ValueError.
+    """(shape, dtype, offset of the data) of a ``.npy`` file in C order; raises ValueError.
 
-    NumPy's own reader evaluates the header with Python's parser, which in CPython 3.11 fails now and then
-    when several threads use it at once.
+    NumPy's reader parses the header with Python's parser. In CPython 3.11 that parser sometimes fails when
+    several threads use it.
     """
     if content[:6] != b"\x93NUMPY" or len(content) < 12:
         raise ValueError("not a .npy file")
@@ -187,19 +188,19 @@ def _npy_header(content: bytes) -> tuple[tuple[int, ...], str, int]:
 
 
 def check_member(archive: object, name: str, size: int, limit: int = MEMBER_LIMIT) -> None:
-    """Refuse an archive with a member whose name leaves its folder or whose size is beyond reason."""
+    """Raise ``UserError`` if a member's name leaves the archive's folder or its size exceeds ``limit``."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or any(ord(c) < 32 for c in name):
-        raise UserError(f"{archive}: member {name!r} has a hostile name; refused")
+        raise UserError(f"{archive}: member {name!r} has an unsafe name; expected a path inside the archive")
     if size > limit:
-        raise UserError(f"{archive}: member {name!r} claims {size} bytes, more than {limit}; refused")
+        raise UserError(f"{archive}: member {name!r} has {size} bytes; expected at most {limit}")
 
 
 def cut_splits(splits: np.ndarray, validation: str | None, test: str | None, seed: int) -> np.ndarray:
-    """Cut the splits a source lacks out of its training records, at random: uint8 (N,).
+    """Assign random training records to the splits that a source does not have: uint8 (N,).
 
-    ``validation`` and ``test`` are counts ("5000") or fractions ("0.1"); None is a tenth, 10,000 at most,
-    where the source has no such split, and refused where a source has one of its own.
+    ``validation`` and ``test`` are counts ("5000") or fractions ("0.1"). None means a tenth, at most
+    10,000. Raises ``UserError`` for a size of a split that the source has.
     """
     splits = splits.copy()
     train = np.flatnonzero(splits == TRAIN)
@@ -208,13 +209,17 @@ def cut_splits(splits: np.ndarray, validation: str | None, test: str | None, see
     for split, wanted in ((TEST, test), (VALIDATION, validation)):
         if np.any(splits == split):
             if wanted is not None:
-                raise UserError(f"the source has its own {SPLITS[split]} split; leave --{SPLITS[split]} out")
+                raise UserError(
+                    f"--{SPLITS[split]}: the source has its own {SPLITS[split]} split; omit --{SPLITS[split]}"
+                )
             continue
         count = _split_size(wanted, len(train), SPLITS[split])
         splits[train[taken : taken + count]] = split
         taken += count
     if taken >= len(train):
-        raise UserError(f"{len(train)} training records cannot spare {taken}; lower --validation or --test")
+        raise UserError(
+            f"the splits take {taken} of {len(train)} training records; lower --validation or --test"
+        )
     return splits
 
 
@@ -226,7 +231,7 @@ def _split_size(wanted: str | None, available: int, split: str) -> int:
         if not number >= 0 or (number >= 1 and number != int(number)):
             raise ValueError
     except (ValueError, OverflowError):
-        raise UserError(f"--{split} {wanted}: a count or a fraction below 1 is asked for") from None
+        raise UserError(f"--{split} {wanted}: not a size; expected a count or a fraction below 1") from None
     return int(number) if number >= 1 or number == 0 else int(number * available)
 
 
@@ -240,17 +245,18 @@ def digest(*parts: object) -> str:
 
 
 class Joined(Source):
-    """A source followed by another of the same kind, shape and classes, which is its test set."""
+    """A source and a second one of the same kind, shape and classes, which becomes the test split."""
 
     def __init__(self, first: Source, test: Source) -> None:
         for what in ("kind", "shape", "class_names"):
             if getattr(first, what) != getattr(test, what):
                 raise UserError(
-                    f"--test-source differs in {what.replace('_', ' ')}: {getattr(test, what)} instead of "
+                    f"--test-source: {what.replace('_', ' ')} {getattr(test, what)} does not match the "
+                    "source; expected "
                     f"{getattr(first, what)}"
                 )
         if np.any(first.splits == TEST):
-            raise UserError("the source has its own test split; leave --test-source out")
+            raise UserError("--test-source: the source has its own test split; omit --test-source")
         self._parts = (first, test)
         self.name, self.format, self.kind = first.name, first.format, first.kind
         self.shape, self.vae = first.shape, first.vae

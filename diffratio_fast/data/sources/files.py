@@ -30,7 +30,7 @@ from diffratio_fast.data.sources.base import (
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage.reading import DAMAGE, one_line, open_regular, parse_json, read_bytes
 
-UNLABELLED = ("unlabelled",)
+UNLABELED = ("unlabelled",)  # words: ok (a class name in manifests)
 INDEX_SHARE = 16
 """``dataset.json`` may take this part of --max-bytes: as Python objects it takes that many times its size."""
 
@@ -40,21 +40,23 @@ class FileSource(Source):
 
     def __init__(self, path: Path, keys: list[str], sizes: list[int], options: ImageOptions) -> None:
         if not keys:
-            raise UserError(f"{path}: holds no images and no .npy latents")
+            raise UserError(f"{path}: no records; expected images or .npy latents")
         self.path, self.name, self._keys, self._sizes, self._options = path, path.stem, keys, sizes, options
         moments = [k.endswith(".npy") for k in keys]
         if any(moments) and not all(moments):
-            raise UserError(f"{path}: holds both images and .npy latents; prepare them apart")
+            raise UserError(
+                f"{path}: contains images and .npy latents; expected one kind; prepare them separately"
+            )
         self.splits = np.full(len(keys), TRAIN, np.uint8)
         self.kind = "latent_moments" if moments[0] else "image"
         self._decode_shape: tuple[int, int, int] | None = None
         if self.kind == "latent_moments":
             if options.resolution is not None:
-                raise UserError("latents have a resolution of their own; leave --resolution out")
+                raise UserError("--resolution does not apply to latents; omit it")
             self.vae = Vae(SD_VAE)
 
     def _finish(self) -> None:
-        """Learn the shape of a record from the first that can be read."""
+        """Set the record shape from the first readable record."""
         failed: list[str] = []
         for index in range(min(len(self), 100)):
             try:
@@ -64,21 +66,21 @@ class FileSource(Source):
                 continue
             self.shape = self._decode_shape = (shape[0], shape[1], shape[2])
             return
-        raise UserError(f"{self.path}: no record can be read; the first: {failed[0]}")
+        raise UserError(f"{self.path}: no record can be read; first error: {failed[0]}")
 
     def read(self, index: int) -> np.ndarray:
         key = self.key(index)
         try:
             content = self._content(index)
-        except (RuntimeError, *DAMAGE) as error:  # zipfile wants a password by a RuntimeError
+        except (RuntimeError, *DAMAGE) as error:  # zipfile raises RuntimeError for an encrypted file
             raise Unreadable(f"{key}: {one_line(error)}") from None
         if self.kind == "latent_moments":
             return decode_moments(content, self._decode_shape, key)
         array = decode_image(content, self._options, key)
         if self._decode_shape is not None and array.shape != self._decode_shape:
             raise Unreadable(
-                f"{key}: image {list(array.shape)} among {list(self._decode_shape)}; "
-                "--resolution makes all alike"
+                f"{key}: image {list(array.shape)}; expected {list(self._decode_shape)}; "
+                "resize all images with --resolution"
             )
         return array
 
@@ -97,7 +99,7 @@ SPLIT_FOLDERS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "t
 
 
 class ImageFolder(FileSource):
-    """A folder of images, with a sub-folder per class, perhaps below ``train``, ``val`` and ``test``."""
+    """A folder of images with a sub-folder per class, optionally below ``train``, ``val`` and ``test``."""
 
     def __init__(self, path: Path, options: ImageOptions) -> None:
         folders = sorted(p.name for p in path.iterdir() if p.is_dir())
@@ -115,7 +117,7 @@ class ImageFolder(FileSource):
 
     def _content(self, index: int) -> bytes:
         if self._sizes[index] > MEMBER_LIMIT:
-            raise OSError(f"{self._sizes[index]} bytes are too many for one image")
+            raise OSError(f"{self._sizes[index]} bytes; expected at most {MEMBER_LIMIT} for one image")
         return read_bytes(self.path / self._keys[index], MEMBER_LIMIT)
 
 
@@ -148,20 +150,25 @@ def classes_of(names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     unique = sorted(set(names))
     index = {name: i for i, name in enumerate(unique)}
     if unique == [""]:
-        return UNLABELLED, np.zeros(len(names), np.int64)
+        return UNLABELED, np.zeros(len(names), np.int64)
     if "" in index:
-        raise UserError("some images lie in class folders and some beside them; put each into a class folder")
+        raise UserError(
+            "some images are in class folders and some are not; move each image into a class folder"
+        )
     return tuple(unique), np.array([index[n] for n in names], np.int64)
 
 
 def numbered_classes(labels: list[object], where: object) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names "0", "1", … and labels int64 (N,) of integer labels, or unlabelled where all are None."""
+    """Class names "0", "1", … and labels int64 (N,) of integer labels; one class if all are None."""
     if all(label is None for label in labels):
-        return UNLABELLED, np.zeros(len(labels), np.int64)
+        return UNLABELED, np.zeros(len(labels), np.int64)
     for i, label in enumerate(labels):
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 1 << 20:
             shown = reprlib.repr(label)
-            raise UserError(f"{where}: record {i} has label {shown}, no integer from 0 (or label none)")
+            raise UserError(
+                f"{where}: record {i} has label {shown}; expected an integer from 0 for every record, or no "
+                "labels"
+            )
     array = np.array(labels, np.int64)
     return tuple(str(i) for i in range(int(array.max()) + 1)), array
 
@@ -201,7 +208,7 @@ class EdmZip(FileSource):
 
     def _content(self, index: int) -> bytes:
         info = self._members[index]
-        with self._zip.open(info) as member:  # checks the CRC as it ends
+        with self._zip.open(info) as member:  # reading to the end checks the CRC
             content = member.read(info.file_size + 1)
         if len(content) != info.file_size:
             raise OSError(f"{len(content)} bytes instead of {info.file_size}")
@@ -209,9 +216,9 @@ class EdmZip(FileSource):
 
 
 class WebDataset(FileSource):
-    """webdataset tars: files that share a name up to its first dot are one record.
+    """webdataset tars: files with the same name up to the first dot are one record.
 
-    The label is the integer of a ``.cls`` file, or of ``label`` in a ``.json`` file.
+    The label is the integer in a ``.cls`` file, or ``label`` in a ``.json`` file.
     """
 
     def __init__(self, path: Path, options: ImageOptions) -> None:
@@ -258,9 +265,12 @@ def _tar_records(tar: Path) -> list[tuple[str, tarfile.TarInfo, object]]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise UserError(f"{tar}: member {member.name!r} is a link, a device or sparse; refused")
+                    raise UserError(
+                        f"{tar}: member {member.name!r} is a link, a device or sparse; expected a regular "
+                        "file"
+                    )
                 if member.offset_data + member.size > end:
-                    raise UserError(f"{tar}: truncated within {member.name!r}")
+                    raise UserError(f"{tar}: truncated in {member.name!r}; restore the file")
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
@@ -268,11 +278,11 @@ def _tar_records(tar: Path) -> list[tuple[str, tarfile.TarInfo, object]]:
                     labels[key] = _tar_label(archive, member, suffix, tar)
                 elif f".{suffix}" in IMAGE_SUFFIXES or suffix == "npy":
                     if key in records:
-                        raise UserError(f"{tar}: two records are named {key!r}")
+                        raise UserError(f"{tar}: two records have the name {key!r}; expected unique names")
                     records[key] = member
     except DAMAGE as error:
         raise UserError(
-            f"{tar}: not a readable tar ({one_line(error)}); unpack it if it is compressed"
+            f"{tar}: not a readable tar ({one_line(error)}); decompress it if it is compressed"
         ) from None
     return [(f"{key}{PurePosixPath(m.name).suffix}", m, labels.get(key)) for key, m in records.items()]
 
@@ -283,4 +293,4 @@ def _tar_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, t
     try:
         return int(content) if suffix == "cls" else parse_json(content).get("label")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{tar}: {member.name!r} holds no label ({error})") from None
+        raise UserError(f"{tar}: {member.name!r} contains no label ({error}); expected an integer") from None

@@ -1,7 +1,7 @@
-"""Feature extractors: uint8 images to the vectors that distances are measured between.
+"""Feature extractors: map uint8 images to feature vectors for the distances.
 
-An extractor is a table row in ``EXTRACTORS`` and a ``Network``. All take the same uint8 images, and
-``extract`` runs each in blocks of a fixed size, so that features do not depend on how images arrive.
+An extractor is one row of ``EXTRACTORS`` and one network. All have the same uint8 input. ``extract`` runs
+them in batches of a fixed size, so that features do not depend on the batches of the caller.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ EXTRACTORS: dict[str, Callable[[Path | None, tuple[int, int, int]], Extractor]] 
     "efficientnet-lite0": load_efficientnet_lite0,
     "pixels": load_pixels,
 }
-"""Each takes the file or directory of weights, or None for where they usually are, and an image's shape."""
+"""Arguments: file or directory of the weights (None: the default location), and the shape of an image."""
 
 
 def load_extractor(
     name: str, weights: Path | None, shape: tuple[int, int, int], device: torch.device
 ) -> Extractor:
-    """The extractor of that name for images of ``shape`` (C, H, W) with 1 or 3 channels."""
+    """Load the extractor ``name`` for images of ``shape`` (C, H, W) with 1 or 3 channels."""
     if name not in EXTRACTORS:
-        raise UserError(f"no such features: {name}; known: {', '.join(EXTRACTORS)}")
+        raise UserError(f"--features {name}: unknown; expected one of {', '.join(EXTRACTORS)}")
     if shape[0] not in (1, 3):
-        raise UserError(f"features are of grey or RGB images, not of {shape[0]} channels")
+        raise UserError(f"images of {shape[0]} channels; feature extractors expect gray or RGB images")
     extractor = EXTRACTORS[name](weights, shape)
     extractor.network.eval().requires_grad_(False).to(device)
     return extractor
@@ -52,15 +52,15 @@ def extract(
     keep: npt.NDArray[np.int64] | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> FeatureSet:
-    """Features of all images of ``batches``, uint8 [b, C, H, W] each, of any size.
+    """Extract the features of all images in ``batches``, uint8 [b, C, H, W] with any b.
 
-    The moments are of all of them; features and logits are kept for the numbers in ``keep`` alone (sorted;
-    None for all).
+    The moments are those of all images. Features and logits are stored for the image numbers in ``keep``
+    only (sorted; None means all).
     """
     features = FeatureSet(extractor)
     kept = 0
     with torch.inference_mode(), _repeatable():
-        for block, count in _blocks(batches, extractor.batch):
+        for block, count in _batches(batches, extractor.batch):
             values, logits = extractor(block)
             chosen: Any = slice(count)
             if keep is not None:
@@ -73,8 +73,8 @@ def extract(
     return features
 
 
-def _blocks(batches: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, int]]:
-    """The same images ``size`` at a time; the last block is filled up with zeros. (block, how many count)"""
+def _batches(batches: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield (images in batches of ``size``, number of valid images); zeros pad the last batch."""
     rest: Tensor | None = None
     for batch in batches:
         rest = batch if rest is None else torch.cat([rest, batch])
@@ -88,5 +88,5 @@ def _blocks(batches: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, int]
 
 
 def _repeatable() -> Any:
-    """Convolutions in full float32, by the same algorithm every time."""
+    """Context: convolutions in full float32 with deterministic algorithms."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

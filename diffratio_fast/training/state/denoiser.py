@@ -69,7 +69,7 @@ def initial_state(
             raise UserError(f"--augment-probability needs augment_dim {geometric.LABELS} of the backbone")
     denoiser = builders.backbone(config, dataset, **augment)
     if not planned:
-        networks.initialise(denoiser, config.seed, stream=0)
+        networks.initialize(denoiser, config.seed, stream=0)
         if config.init is not None and init:
             _start_from(Path(config.init), denoiser, dataset)
         place(config, denoiser, device)

@@ -80,8 +80,8 @@ def initial_state(
     generator, ratio = builders.generator(config, dataset), config.row.load("network")(config, dataset)
     teacher = builders.denoiser(config, dataset) if config.row.has_teacher else None
     if not planned:
-        networks.initialise(generator, config.seed, stream=0)
-        networks.initialise(ratio, config.seed, stream=1)
+        networks.initialize(generator, config.seed, stream=0)
+        networks.initialize(ratio, config.seed, stream=1)
         if init:
             _start(config, generator, ratio, teacher, dataset)
     for network in (generator, ratio, teacher):

@@ -21,7 +21,7 @@ class FiniteCheck:
     def __init__(self, role: str, network: nn.Module, *, skip: bool, world: World = ALONE) -> None:
         self.role, self.network, self.skip, self.world = role, network, skip, world
         self._counted: Tensor | None = None
-        self.say: Callable[[str], None] = print
+        self.warn: Callable[[str], None] = print
         self.skipped = 0  # updates since it was last set to zero
         self.gradient_norm = torch.zeros(())
         self.latest: list[Tensor] = []
@@ -47,7 +47,7 @@ class FiniteCheck:
             if not bool(bad.any()):
                 return True
             self.skipped += 1
-            self.say(f"{self._describe(int(step), bad)}: update skipped")
+            self.warn(f"{self._describe(int(step), bad)}: update skipped")
             return False
         if self.step is None:
             self.step, self.bad = torch.full((), -1, device=bad.device), torch.zeros_like(bad)

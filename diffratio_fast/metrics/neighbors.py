@@ -1,5 +1,5 @@
-"""Fidelity and diversity by nearest neighbours: precision and recall (Kynkaanniemi et al. 2019), density and
-coverage (Naeem et al. 2020). A point's ball reaches to its k-th neighbour among its own kind."""
+"""Fidelity and diversity by nearest neighbors: precision and recall (Kynkaanniemi et al. 2019), density and
+coverage (Naeem et al. 2020). The ball of a point extends to its k-th nearest neighbor in its own set."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 PRECISION_K = 3
 DENSITY_K = 5
-"""The neighbours that each pair of figures is published with."""
+"""Published numbers of neighbors for each pair of metrics."""
 BLOCK = 1024
-"""Rows and columns of the matrix of distances at a time: memory is bounded by its square."""
+"""Rows and columns of a tile of the distance matrix; memory is quadratic in it."""
 
 
-class NeighbourFigures(NamedTuple):
-    """Shares in [0, 1], but for density, which is 1 in expectation where the two laws agree.
+class NeighborMetrics(NamedTuple):
+    """Fractions in [0, 1], except density, which has expectation 1 for equal distributions.
 
-    Precision: generated images inside the ball of some real one. Recall: real images inside the ball of some
-    generated one. Density: real balls that a generated image lies in, over k. Coverage: real balls that hold
-    a generated image.
+    Precision: generated images inside the ball of a real image. Recall: real images inside the ball of a
+    generated image. Density: number of real balls that contain a generated image, over k. Coverage: real
+    balls that contain a generated image.
     """
 
     precision: float
@@ -31,13 +31,13 @@ class NeighbourFigures(NamedTuple):
     coverage: float
 
 
-def neighbour_figures(
+def neighbor_metrics(
     generated: npt.ArrayLike, real: npt.ArrayLike, device: torch.device | str = "cpu"
-) -> NeighbourFigures:
-    """Of features [N, D] and [M, D], each more than ``DENSITY_K``, in float64."""
+) -> NeighborMetrics:
+    """Compute the metrics of features [N, D] and [M, D], N and M above ``DENSITY_K``, in float64."""
     fake, true = (torch.as_tensor(np.asarray(v), device=device) for v in (generated, real))
     if min(len(fake), len(true)) <= DENSITY_K:
-        raise ValueError(f"nearest neighbours need more than {DENSITY_K} images on each side")
+        raise ValueError(f"nearest neighbors need more than {DENSITY_K} images on each side")
     fake_radius = _radii(fake)[:, PRECISION_K - 1]
     true_radii = _radii(true)
     narrow, wide = true_radii[:, PRECISION_K - 1], true_radii[:, DENSITY_K - 1]
@@ -55,7 +55,7 @@ def neighbour_figures(
             recalled[part] |= (distance <= own).any(0)
             nearest[part] = torch.minimum(nearest[part], distance.amin(0))
         precise += int(found.sum())
-    return NeighbourFigures(
+    return NeighborMetrics(
         precision=precise / len(fake),
         recall=float(recalled.double().mean()),
         density=inside / (DENSITY_K * len(fake)),
@@ -64,7 +64,7 @@ def neighbour_figures(
 
 
 def _radii(x: Tensor) -> Tensor:
-    """Distances float64 [N, DENSITY_K] of each point to its nearest others."""
+    """Distances float64 [N, DENSITY_K] of each point to its nearest neighbors."""
     result = []
     for i, rows in enumerate(x.split(BLOCK)):
         best = torch.full((len(rows), DENSITY_K), torch.inf, dtype=torch.float64, device=x.device)
@@ -79,5 +79,5 @@ def _radii(x: Tensor) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean, float64 [n, m]; those of equal points are 0, which a matrix product alone does not give."""
+    """Euclidean distances float64 [n, m]; exactly 0 for equal points, unlike a matrix product alone."""
     return torch.cdist(a.double(), b.double(), compute_mode="use_mm_for_euclid_dist_if_necessary")

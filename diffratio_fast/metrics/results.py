@@ -1,4 +1,4 @@
-"""The figures of generated images against a reference, their floors, and their summary over seeds."""
+"""The metrics of generated images against a reference, their floors, and their summary over seeds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from diffratio_fast.data.sampler import permutation
 from diffratio_fast.metrics.features import Extractor
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
 from diffratio_fast.metrics.kernel import kernel_distance
-from diffratio_fast.metrics.neighbours import DENSITY_K, neighbour_figures
+from diffratio_fast.metrics.neighbors import DENSITY_K, neighbor_metrics
 from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
 from diffratio_fast.metrics.scores import SPLITS, classifier_score
 
-METRICS = ("frechet", "kernel", "neighbours", "score")
+METRICS = ("frechet", "kernel", "neighbours", "score")  # words: ok
 SUBSET = 10_000
-"""Images that kernel and neighbours look at, at most, on each side: a random choice, always the same."""
-Figures = dict[str, float | None]
+"""Maximum images per side for kernel and neighbor metrics: a fixed random choice."""
+Results = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A set of features: moments of all ``count``, vectors (in random or unknown order) and logits."""
+    """A set of features: moments of all ``count`` images, vectors (in random or unknown order) and logits."""
 
     count: int
     moments: Moments | None
@@ -41,18 +41,18 @@ def sample_of(measured: Measured) -> Sample:
 
 
 def subset(sample: Sample, count: int) -> Sample:
-    """A random choice of ``count`` features, with moments of its own (None where too few for full rank)."""
+    """A random choice of ``count`` features with its moments (None if too few for full rank)."""
     assert sample.features is not None
     chosen = sample.features[kept_numbers(len(sample.features), count)]
     return Sample(len(chosen), moments(chosen) if len(chosen) > chosen.shape[1] else None, chosen)
 
 
-def figures(
+def compute_metrics(
     sample: Sample, reference: Sample, extractor: Extractor, metrics: tuple[str, ...], device: torch.device
-) -> Figures:
-    """The chosen metrics by their names in this feature space; None where there is too little for one."""
+) -> Results:
+    """Compute the chosen metrics, by their names in this feature space; None if the data are insufficient."""
     names = extractor.names
-    result: Figures = {}
+    result: Results = {}
     if "frechet" in metrics:
         known = sample.moments is not None and reference.moments is not None
         result[names.frechet] = frechet_distance(sample.moments, reference.moments) if known else None  # type: ignore[arg-type]
@@ -60,8 +60,8 @@ def figures(
         own, others = (v[kept_numbers(len(v), SUBSET)] for v in (sample.features, reference.features))
         if "kernel" in metrics and min(len(own), len(others)) >= 2:
             result[names.kernel], result[f"{names.kernel}_error"] = kernel_distance(own, others, device)
-        if "neighbours" in metrics and min(len(own), len(others)) > DENSITY_K:
-            result |= neighbour_figures(own, others, device)._asdict()
+        if "neighbours" in metrics and min(len(own), len(others)) > DENSITY_K:  # words: ok
+            result |= neighbor_metrics(own, others, device)._asdict()
     if "score" in metrics and sample.logits is not None and len(sample.logits) >= SPLITS:
         order = permutation(0, 1, len(sample.logits))
         result[names.score], result[f"{names.score}_deviation"] = classifier_score(sample.logits[order])
@@ -75,17 +75,17 @@ def floors(
     metrics: tuple[str, ...],
     device: torch.device,
 ) -> dict[str, Any]:
-    """What real images get, at the number of generated ones or as near to it as there are images.
+    """Metrics of real images, with the number of generated images or as many as available.
 
-    Under its ``held_out_name``: the held-out images against the reference; ``halves``: one half of the
-    reference's images against the other. Beside each, what as many generated images get against the same.
+    ``held_out_name``: the held-out images against the reference. ``halves``: one half of the reference
+    against the other. Each comes with the metrics of equally many generated images against the same side.
     """
     metrics = tuple(metric for metric in metrics if metric != "score")
-    whole = Sample(reference.count or 0, reference.moments, reference.features)
+    complete = Sample(reference.count or 0, reference.moments, reference.features)
     pairs: dict[str, tuple[Sample, Sample]] = {}
     if reference.held_out is not None:
         held_out = Sample(len(reference.held_out), None, reference.held_out)
-        pairs[reference.held_out_name] = (held_out, whole)
+        pairs[reference.held_out_name] = (held_out, complete)
     if reference.features is not None and len(reference.features) >= 4:
         order = permutation(0, 1, len(reference.features))
         half = len(order) // 2
@@ -103,8 +103,8 @@ def floors(
         result[name] = {
             "count": count,
             "reference_count": against.count,
-            "real": figures(subset(real, count), against, extractor, metrics, device),
-            "generated": figures(subset(generated, count), against, extractor, metrics, device),
+            "real": compute_metrics(subset(real, count), against, extractor, metrics, device),
+            "generated": compute_metrics(subset(generated, count), against, extractor, metrics, device),
         }
     return result
 
@@ -120,17 +120,17 @@ LARGER_IS_BETTER = (
 )
 
 
-def summary(results: list[Figures]) -> dict[str, dict[str, float | None]]:
-    """Of each figure over the seeds: mean, standard deviation (of more than one), and the best."""
-    summarised: dict[str, dict[str, float | None]] = {}
+def summary(results: list[Results]) -> dict[str, dict[str, float | None]]:
+    """Mean, standard deviation (for more than one seed) and best value of each metric over the seeds."""
+    summarized: dict[str, dict[str, float | None]] = {}
     for name in results[0]:
         values = [result[name] for result in results]
         if any(value is None for value in values):
             continue
         numbers = np.array(values, np.float64)
         spread = float(numbers.std(ddof=1)) if len(numbers) > 1 else None
-        summarised[name] = {"mean": float(numbers.mean()), "std": spread}
+        summarized[name] = {"mean": float(numbers.mean()), "std": spread}
         if not name.endswith(("_error", "_deviation")):
             best = numbers.max() if name in LARGER_IS_BETTER else numbers.min()
-            summarised[name]["best"] = float(best)
-    return summarised
+            summarized[name]["best"] = float(best)
+    return summarized
