@@ -41,7 +41,7 @@ class Records:
             try:
                 self._files.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             except OSError as error:
-                raise UserError(f"{path}: {error.strerror or error}; {AGAIN}") from None
+                raise UserError(f"{path}: {error.strerror or error}; {RESTORE}") from None
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", ()):

@@ -84,7 +84,9 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") not in READABLE:
-                raise UserError(f"{path}: not a network file of this version of diffratio_fast; save the network again")
+                raise UserError(
+                    f"{path}: not a network file of this version of diffratio_fast; save the network again"
+                )
             about = SavedNetwork.parse(metadata["about"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
