@@ -65,7 +65,7 @@ def contact_sheet(data: ShardDataSet, path: Path) -> None:
     cells = torch.full((len(rows) * COLUMNS, 3, *data.shape[1:]), 255, dtype=torch.uint8)
     filled = np.concatenate([r * COLUMNS + np.arange(len(row)) for r, row in enumerate(rows)])
     cells[torch.from_numpy(filled)] = _viewable(data, records)
-    replace_file(path, png(grid(cells, COLUMNS, background=255)))
+    replace_file(path, png(grid(cells, COLUMNS)))
 
 
 def _viewable(data: ShardDataSet, records: Tensor) -> Tensor:

@@ -82,6 +82,24 @@ def bar_chart(title: str, edges: Sequence[float], series: Sequence[Series], x: A
     return _figure(title, parts, series, "")
 
 
+def sparkline(values: Sequence[float]) -> str:
+    """Draw the course of a number without axes; nothing for fewer than two finite values."""
+    values = [value for value in values if math.isfinite(value)]
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    points = " ".join(
+        f"{100 * i / (len(values) - 1):.1f},{22 - 20 * (value - low) / span:.1f}"
+        for i, value in enumerate(values)
+    )
+    return (
+        '<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" '
+        f'aria-label="from {number(values[0])} to {number(values[-1])}">'
+        f'<polyline class="line s0" points="{points}"/></svg>'
+    )
+
+
 def number(value: float) -> str:
     """Format a number with few characters."""
     if value == 0 or not math.isfinite(value):

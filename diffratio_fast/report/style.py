@@ -1,6 +1,10 @@
 """Style sheet and script of the page."""
 
-STYLE = """
+SEQUENTIAL = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#e0cc1c")
+"""A palette from dark to light for ordered series (the noise levels): evenly spaced colors of viridis."""
+
+STYLE = (
+    """
 :root { --paper: #fff; --ink: #1c2733; --soft: #5c6b7a; --rule: #dde3e9; --card: #f5f7f9; --warn: #8a4b00;
   --warn-paper: #fff4e0; --c0: #2563c9; --c1: #c2410c; --c2: #0b7d5b; --c3: #8d3fb4; --c4: #a16207;
   --c5: #0e7490;
@@ -10,7 +14,7 @@ STYLE = """
   --card: #1a222b; --warn: #ffc77a; --warn-paper: #33260f; --c0: #6ea8ff; --c1: #ff9162; --c2: #46c79d;
   --c3: #cf92f0; --c4: #e0b14d; --c5: #56c2dc; --c6: #ff82b4; --c7: #a9b6c3; } }
 * { box-sizing: border-box; } [hidden] { display: none !important; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1rem; max-width: 110rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .3rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p { max-width: 46rem; } .soft, .note, figcaption + p { color: var(--soft); }
@@ -18,6 +22,13 @@ p { max-width: 46rem; } .soft, .note, figcaption + p { color: var(--soft); }
 .tile { background: var(--card); border-radius: .4rem; padding: .5rem .7rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; display: block; }
+.first { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem 2rem; }
+.first .samples { max-width: 44rem; } .samples h2 { margin-top: 0; } #grids img { width: 100%; }
+@media (min-width: 60rem) { .first { grid-template-columns: minmax(20rem, 2fr) minmax(0, 3fr); } }
+.verdict { font-size: 1.25rem; line-height: 1.4; margin: .2rem 0 1rem; }
+.spark { height: 1.6rem; margin: .2rem 0; } .neighbors img { max-width: 40rem; width: 100%; }
+details > summary { cursor: pointer; } details > summary h2 { display: inline; margin: 0; }
+details { margin: 1rem 0; border-top: 1px solid var(--rule); padding-top: .6rem; }
 .warning { background: var(--warn-paper); color: var(--warn); border-radius: .4rem; padding: .6rem .8rem;
   margin: .5rem 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr));
@@ -41,10 +52,17 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums;
 th, td { text-align: right; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } .wide td { white-space: normal; text-align: left; }
-""" + "".join(
-    f".s{i} {{ stroke: var(--c{i}); fill: var(--c{i}); }} .line.s{i} {{ fill: none; }} "
-    f"i.s{i} {{ border-color: var(--c{i}); }}\n"
-    for i in range(8)
+"""
+    + "".join(
+        f".s{i} {{ stroke: var(--c{i}); fill: var(--c{i}); }} .line.s{i} {{ fill: none; }} "
+        f"i.s{i} {{ border-color: var(--c{i}); }}\n"
+        for i in range(8)
+    )
+    + "".join(
+        f".q{i} {{ stroke: {color}; fill: {color}; }} .line.q{i} {{ fill: none; }} "
+        f"i.q{i} {{ border-color: {color}; }}\n"
+        for i, color in enumerate(SEQUENTIAL)
+    )
 )
 
 SCRIPT = """

@@ -1,11 +1,15 @@
 """report.html: complete, self-contained, and without errors in a real browser, wide and on a phone."""
 
 import base64
+import hashlib
 import html
 import json
 import re
 import shutil
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,13 +21,15 @@ from support.helpers import SMALL, one_error_line, run
 
 from diffratio_fast import report, train
 from diffratio_fast.report.charts import Axis, Series, line_chart, number
+from diffratio_fast.report.serve import server
+from diffratio_fast.report.style import SCRIPT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)"
 )
 SECTIONS = (
-    "Samples over time", "Nearest training images", "Divergence", "By noise level", "Training",
+    "Samples", "Quality", "Nearest training images", "Divergence", "By noise level", "Training",
     "Calibration", "Noise levels", "Time and memory", "Configuration",
 )  # fmt: skip
 
@@ -169,6 +175,14 @@ def browse(page: Path, folder: Path, width: int, *options: str) -> subprocess.Co
     )  # fmt: skip
 
 
+def with_probe(text: str) -> str:
+    """The page with the probe, which its policy then allows; the policy allows no other script."""
+    script = PROBE.removeprefix("<script>").removesuffix("</script>")
+    digest = digest_of(script)
+    assert text.count("script-src ") == 1
+    return text.replace("script-src ", f"script-src 'sha256-{digest}' ").replace("</body>", PROBE + "</body>")
+
+
 FRAME = """<!doctype html><html><body style="margin: 0">
 <iframe style="border: 0; width: WIDTHpx; height: 2000px" srcdoc="PAGE"></iframe>
 <script>
@@ -182,7 +196,7 @@ addEventListener("load", () => Object.assign(
 @in_browser
 @pytest.mark.parametrize("width", [1200, 390], ids=["wide", "phone"])
 def test_it_renders_in_a_browser_without_errors(finished: Path, tmp_path: Path, width: int) -> None:
-    text = (finished / "report.html").read_text().replace("</body>", PROBE + "</body>")
+    text = with_probe((finished / "report.html").read_text())
     framed = tmp_path / "framed.html"
     framed.write_text(FRAME.replace("WIDTH", str(width)).replace("PAGE", html.escape(text)))
     result = browse(framed, tmp_path / "profile", 1200, "--dump-dom")
@@ -207,11 +221,63 @@ def test_a_screenshot_shows_a_page(finished: Path, tmp_path: Path) -> None:
     assert len(np.unique(pixels[::3, ::3].reshape(-1, 3), axis=0)) > 50
 
 
+def digest_of(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 @in_browser
 def test_a_script_error_would_be_noticed(finished: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.html"
-    broken.write_text(
-        (finished / "report.html").read_text().replace('"use strict";', '"use strict"; missing();')
-    )
+    broken, script = tmp_path / "broken.html", SCRIPT.replace('"use strict";', '"use strict"; missing();')
+    text = (finished / "report.html").read_text().replace(SCRIPT, script)
+    broken.write_text(text.replace(digest_of(SCRIPT), digest_of(script)))
     result = browse(broken, tmp_path / "profile", 600, "--dump-dom")
-    assert "CONSOLE" in result.stderr and 'data-ready="yes"' not in result.stdout
+    assert "missing is not defined" in result.stderr and 'data-ready="yes"' not in result.stdout
+
+
+@in_browser
+def test_the_browser_refuses_every_other_script(finished: Path, tmp_path: Path) -> None:
+    injected = tmp_path / "injected.html"
+    script = "<script>document.documentElement.dataset.injected = 'yes';</script>"
+    injected.write_text((finished / "report.html").read_text().replace("</body>", script + "</body>"))
+    result = browse(injected, tmp_path / "profile", 600, "--dump-dom")
+    assert "Content Security Policy" in result.stderr
+    assert 'data-ready="yes"' in result.stdout and "data-injected" not in result.stdout
+
+
+def test_the_first_screen_answers(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "report.html").read_text()
+    first = text.partition('class="first"')[2].partition("</section>")[0]
+    assert "Finished at step 12." in first and "times the distance of real training images" in first
+    assert first.count('class="tile"') == 3 and 'class="spark"' in first
+    running = tmp_path / "run"
+    shutil.copytree(finished, running)
+    (running / "summary.json").unlink()
+    assert "Step 12 of 12 (100%), not finished." in report.write(running).read_text()
+
+
+def test_several_runs_are_compared(finished: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("ratio_lr: 0.002", "ratio_lr: 0.004"))
+    result = run("report", finished, other, "--out", "both.html", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "both.html").read_text()
+    assert Page(text).open == []
+    for part in ("Results", "Over steps", "Over time", "Newest samples", "<td>ratio_lr</td>", "0.004"):
+        assert part in text, part
+    assert "<td>beta1</td>" not in text
+    serving = run("report", finished, other, "--serve", cwd=tmp_path)
+    assert "--serve shows one run" in one_error_line(serving)
+
+
+def test_the_live_view_serves_the_present_report_on_loopback(finished: Path) -> None:
+    with server(finished, 0) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{serving.server_port}"
+        with urllib.request.urlopen(f"http://{address}/", timeout=30) as answer:
+            assert b'http-equiv="refresh"' in (content := answer.read()) and b"Finished" in content
+        for path, host in (("/config.yaml", address), ("/", "evil.example")):
+            request = urllib.request.Request(f"http://{address}{path}", headers={"Host": host})
+            with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
+                urllib.request.urlopen(request, timeout=30)
+        serving.shutdown()
