@@ -10,11 +10,11 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Settings, rotation
 from diffratio_fast import ops
-from diffratio_fast.ops import Purpose, reference_noise
+from diffratio_fast.ops import reference_noise
 
 SHAPES = ((128, 4, 64, 64), (512, 3, 32, 32))
 DTYPES = (torch.float32, torch.bfloat16)
-BOTH = (Purpose.NOISE_REAL, Purpose.NOISE_FAKE)
+BOTH = ops.SEPARATE_NOISE
 
 
 Noising = Callable[[Tensor, Tensor], Tensor]
@@ -26,6 +26,11 @@ def eager_one(x: Tensor, sigma: Tensor) -> Tensor:
 
 def eager_both(real: Tensor, fake: Tensor, sigma: Tensor) -> Tensor:
     return torch.cat((eager_one(real, sigma), eager_one(fake, sigma)))
+
+
+def eager_shared(real: Tensor, fake: Tensor, sigma: Tensor) -> Tensor:
+    noise = sigma.view(-1, 1, 1, 1) * torch.randn_like(real)
+    return torch.cat((real + noise, fake + noise))
 
 
 class Inputs:
@@ -51,12 +56,17 @@ def check_against_reference(inputs: Inputs) -> None:
     """Compare the fused result of the batch with the reference on some samples, bit for bit."""
     some = torch.tensor([0, 1, len(inputs.index) - 1], device=inputs.index.device)
     (real, fake), n = inputs(0), len(inputs.index)
-    fused = ops.add_noise((real, fake), inputs.sigma, inputs.rng, inputs.index, BOTH)
-    expected = reference_noise.add_noise(
-        (real[some], fake[some]), inputs.sigma[some], inputs.rng, inputs.index[some], BOTH
-    )
-    assert torch.equal(fused[torch.cat((some, n + some))], expected), "add_noise differs from its reference"
-    assert torch.equal(fused[:n], ops.add_noise(real, inputs.sigma, inputs.rng, inputs.index, BOTH[0]))
+    for purposes in (ops.SEPARATE_NOISE, ops.SHARED_NOISE):
+        fused = ops.add_noise((real, fake), inputs.sigma, inputs.rng, inputs.index, purposes)
+        expected = reference_noise.add_noise(
+            (real[some], fake[some]), inputs.sigma[some], inputs.rng, inputs.index[some], purposes
+        )
+        assert torch.equal(fused[torch.cat((some, n + some))], expected), (
+            "add_noise differs from its reference"
+        )
+        assert torch.equal(
+            fused[:n], ops.add_noise(real, inputs.sigma, inputs.rng, inputs.index, purposes[0])
+        )
 
 
 def on_inputs(function: Noising, inputs: Inputs) -> Callable[[int], Any]:
@@ -91,6 +101,7 @@ def cases_of(inputs: Inputs, shape: str, dtype: str, size: float) -> Iterator[Ca
     sigma, low, rng, index = inputs.sigma, inputs.low_sigma, inputs.rng, inputs.index
     compiled_one = torch.compile(eager_one, dynamic=False)
     compiled_both = torch.compile(eager_both, dynamic=False)
+    compiled_shared = torch.compile(eager_shared, dynamic=False)
 
     def check() -> None:
         check_against_reference(inputs)
@@ -104,12 +115,21 @@ def cases_of(inputs: Inputs, shape: str, dtype: str, size: float) -> Iterator[Ca
         },
         check, 2 * size,
     )  # fmt: skip
-    both: dict[str, Noising] = {
-        "fused": lambda real, fake: ops.add_noise((real, fake), sigma, rng, index, BOTH),
-        "eager": lambda real, fake: eager_both(real, fake, low),
-        "compile": lambda real, fake: compiled_both(real, fake, low),
+    pairs: dict[str, dict[str, Noising]] = {
+        "add_noise both halves": {
+            "fused": lambda real, fake: ops.add_noise((real, fake), sigma, rng, index, ops.SEPARATE_NOISE),
+            "eager": lambda real, fake: eager_both(real, fake, low),
+            "compile": lambda real, fake: compiled_both(real, fake, low),
+        },
+        "add_noise shared noise": {
+            "fused": lambda real, fake: ops.add_noise((real, fake), sigma, rng, index, ops.SHARED_NOISE),
+            "separate": lambda real, fake: ops.add_noise((real, fake), sigma, rng, index, ops.SEPARATE_NOISE),
+            "eager": lambda real, fake: eager_shared(real, fake, low),
+            "compile": lambda real, fake: compiled_shared(real, fake, low),
+        },
     }
-    forward = {name: on_inputs(function, inputs) for name, function in both.items()}
-    yield Case("add_noise both halves", shape, dtype, "forward", forward, check, 4 * size)
-    steps = {name: full(f, inputs) for name, f in both.items()}
-    yield Case("add_noise both halves", shape, dtype, "full", steps, check, 6 * size)
+    for operation, both in pairs.items():
+        forward = {name: on_inputs(function, inputs) for name, function in both.items()}
+        yield Case(operation, shape, dtype, "forward", forward, check, 4 * size)
+        steps = {name: full(f, inputs) for name, f in both.items()}
+        yield Case(operation, shape, dtype, "full", steps, check, 6 * size)

@@ -9,9 +9,9 @@ namespace diffratio {
 
 constexpr int max_inputs = 8;
 
-// out[i][b] = (x0[i][b] + sigma[b] eps) scale[b] over arrays [inputs][batch][size], eps from stream i.
-// sigma and scale are double for float64 images, else float; scale may be null (one).
-// A null x0[0] gives the normals themselves, in float32; sigma and scale are then not read.
+// out[i][b] = (x0[i][b] + sigma[b] eps) scale[b] over arrays [inputs][batch][size], eps from stream i. Where all
+// streams are equal, eps is generated once for all inputs. sigma and scale are double for float64 images, else float;
+// scale may be null (one). A null x0[0] gives the normals themselves, in float32; sigma and scale are then not read.
 struct AddNoise {
   const int64_t* rng;    // [2]: seed, step
   const int64_t* index;  // [batch]
@@ -25,6 +25,14 @@ struct AddNoise {
   void* out;  // [inputs][batch][size]
   Type in_type;
   Type out_type;
+
+  // Inputs that share each generated eps.
+  DR_HOST_DEVICE int sharing() const {
+    for (int i = 1; i < inputs; ++i) {
+      if (streams[i] != streams[0]) return 1;
+    }
+    return inputs;
+  }
 };
 
 // out: int64 [batch][count]; element i is word i % 4 of counter i / 4.

@@ -45,8 +45,8 @@ const Level* choose_level(const char* name, const char** error) {
 void add_noise(const Level& level, const AddNoise& a, ParallelFor parallel_for) {
   if (a.batch == 0 || a.size == 0) return;
   const int64_t chunks = (a.size + chunk - 1) / chunk;
-  const int64_t elements = a.size < chunk ? a.size : chunk;  // of an item
-  parallel_for(a.inputs * a.batch * chunks, (grain + elements - 1) / elements, level.add_noise, &a);
+  const int64_t elements = (a.size < chunk ? a.size : chunk) * a.sharing();  // of an item
+  parallel_for(a.inputs / a.sharing() * a.batch * chunks, (grain + elements - 1) / elements, level.add_noise, &a);
 }
 
 void random_words(const Level& level, const Words& a, ParallelFor parallel_for) {

@@ -72,20 +72,25 @@ void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int
   });
 }
 
-// The common case in one pass over memory: whole stripes of float32 images.
-void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count, const float* x,
-                 float sigma, float scale, float* out) {
+// The common case in one pass over memory: whole stripes of float32 images; `inputs` of them get the same eps.
+template <int inputs>
+void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
+                 const float* const (&x)[inputs], float sigma, float scale, float* const (&out)[inputs]) {
   const Vector::Float s = Vector::constant(sigma), c = Vector::constant(scale);
   const auto prepare = [&](int64_t i) {
-    for (int64_t k = 0; k < stripe; k += 16) {
-      __builtin_prefetch(x + i + k);
-      __builtin_prefetch(out + i + k, 1);
+    for (int input = 0; input < inputs; ++input) {
+      for (int64_t k = 0; k < stripe; k += 16) {
+        __builtin_prefetch(x[input] + i + k);
+        __builtin_prefetch(out[input] + i + k, 1);
+      }
     }
   };
   for_normals(key, index, stream, first, count, prepare, [&](int64_t i, const Vector::Float(&n)[4]) {
-    for (int j = 0; j < 4; ++j) {
-      const int64_t at = i + j * Vector::lanes;
-      Vector::store(out + at, Vector::fma(s, n[j], Vector::load(x + at)) * c);
+    for (int input = 0; input < inputs; ++input) {
+      for (int j = 0; j < 4; ++j) {
+        const int64_t at = i + j * Vector::lanes;
+        Vector::store(out[input] + at, Vector::fma(s, n[j], Vector::load(x[input] + at)) * c);
+      }
     }
   });
 }
@@ -124,7 +129,7 @@ void combine(const double* __restrict__ x, const float* __restrict__ eps, double
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] + sigma * static_cast<double>(eps[i])) * scale;
 }
 
-// Asks for x while the normals are made: they need the execution units, x needs the memory.
+// Prefetches x before the normals are generated: they need the execution units, x needs the memory.
 void prefetch(const void* x, Type type, int64_t at, int64_t n) {
   if (!x) return;
   const char* p = static_cast<const char*>(x) + at * size_of(type);
@@ -136,29 +141,16 @@ DR_HOST_DEVICE T value(const void* p, int64_t i, T otherwise) {
   return p ? static_cast<const T*>(p)[i] : otherwise;
 }
 
-void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t sample, int64_t first, int64_t n) {
-  const uint32_t index = static_cast<uint32_t>(a.index[sample]), stream = a.streams[input];
+// Elements [first, first + n) of a sample of one input, whose normals are in eps.
+void combine_chunk(const AddNoise& a, int64_t input, int64_t sample, int64_t first, int64_t n, const float* eps) {
   const int64_t from = sample * a.size + first, to = input * a.batch * a.size + from;
   const void* x0 = a.x0[input];
-  alignas(64) float eps[chunk];
-  if (!x0) {
-    normals(key, index, stream, first, n, eps);
-    __builtin_memcpy(static_cast<float*>(a.out) + to, eps, n * sizeof(float));
-    return;
-  }
   if (a.in_type == Type::float64) {
-    normals(key, index, stream, first, n, eps);
     combine(static_cast<const double*>(x0) + from, eps, value(a.sigma, sample, 0.0), value(a.scale, sample, 1.0), n,
             static_cast<double*>(a.out) + to);
     return;
   }
   const float sigma = value(a.sigma, sample, 0.0f), scale = value(a.scale, sample, 1.0f);
-  if (a.in_type == Type::float32 && a.out_type == Type::float32 && n % stripe == 0) {
-    add_normals(key, index, stream, first, n, static_cast<const float*>(x0) + from, sigma, scale,
-                static_cast<float*>(a.out) + to);
-    return;
-  }
-  prefetch(x0, a.in_type, from, n);
   alignas(64) float wide[chunk];
   const float* x = wide;
   if (a.in_type == Type::float32) {
@@ -166,24 +158,52 @@ void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t s
   } else {
     widen(x0, a.in_type, from, n, wide);
   }
-  normals(key, index, stream, first, n, eps);
   if (a.out_type == Type::float32) {
     combine(x, eps, sigma, scale, n, static_cast<float*>(a.out) + to);
   } else {
-    for (int64_t i = 0; i < n; ++i) eps[i] = Scalar::fma(sigma, eps[i], x[i]) * scale;
-    narrow(eps, n, a.out, a.out_type, to);
+    for (int64_t i = 0; i < n; ++i) wide[i] = Scalar::fma(sigma, eps[i], x[i]) * scale;
+    narrow(wide, n, a.out, a.out_type, to);
   }
 }
 
-// Work items are chunks of samples of inputs, in memory order.
+// Elements [first, first + n) of a sample of `inputs` inputs from `input` on, which share their eps.
+void add_noise_chunk(const AddNoise& a, const Key& key, int64_t input, int64_t inputs, int64_t sample, int64_t first,
+                     int64_t n) {
+  const uint32_t index = static_cast<uint32_t>(a.index[sample]), stream = a.streams[input];
+  const int64_t from = sample * a.size + first;
+  alignas(64) float eps[chunk];
+  if (!a.x0[input]) {
+    normals(key, index, stream, first, n, eps);
+    __builtin_memcpy(static_cast<float*>(a.out) + input * a.batch * a.size + from, eps, n * sizeof(float));
+    return;
+  }
+  if (a.in_type == Type::float32 && a.out_type == Type::float32 && n % stripe == 0 && inputs <= 2) {
+    const float sigma = value(a.sigma, sample, 0.0f), scale = value(a.scale, sample, 1.0f);
+    const auto x = [&](int64_t i) { return static_cast<const float*>(a.x0[i]) + from; };
+    const auto out = [&](int64_t i) { return static_cast<float*>(a.out) + i * a.batch * a.size + from; };
+    if (inputs == 1) {
+      add_normals<1>(key, index, stream, first, n, {x(input)}, sigma, scale, {out(input)});
+    } else {
+      add_normals<2>(key, index, stream, first, n, {x(input), x(input + 1)}, sigma, scale,
+                     {out(input), out(input + 1)});
+    }
+    return;
+  }
+  for (int64_t i = input; i < input + inputs; ++i) prefetch(a.x0[i], a.in_type, from, n);
+  normals(key, index, stream, first, n, eps);
+  for (int64_t i = input; i < input + inputs; ++i) combine_chunk(a, i, sample, first, n, eps);
+}
+
+// Work items are chunks of samples of inputs (of groups of inputs that share their eps), in memory order.
 void add_noise(const void* arguments, int64_t begin, int64_t end) {
   const AddNoise& a = *static_cast<const AddNoise*>(arguments);
   const Key key(a.rng);
-  const int64_t chunks = (a.size + chunk - 1) / chunk;
+  const int64_t chunks = (a.size + chunk - 1) / chunk, inputs = a.sharing();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % chunks * chunk;
-    const int64_t row = item / chunks;  // input * batch + sample
-    add_noise_chunk(a, key, row / a.batch, row % a.batch, first, a.size - first < chunk ? a.size - first : chunk);
+    const int64_t row = item / chunks;  // group * batch + sample
+    const int64_t n = a.size - first < chunk ? a.size - first : chunk;
+    add_noise_chunk(a, key, row / a.batch * inputs, inputs, row % a.batch, first, n);
   }
 }
 

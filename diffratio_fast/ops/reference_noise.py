@@ -164,9 +164,11 @@ def add_noise(
         raise ValueError("sigma contains NaN")
     column = (-1,) + (1,) * (a.inputs[0].dim() - 1)
     level = a.sigma.reshape(column)
+    shape = a.inputs[0].shape[1:]
+    normals = {stream: _normals(rng, index, shape, stream, substep, draw) for stream in set(a.purposes)}
     halves = []
     for x, stream in zip(a.inputs, a.purposes, strict=True):
-        eps = _normals(rng, index, x.shape[1:], stream, substep, draw)
+        eps = normals[stream]
         if a.compute is torch.float64:
             noised = x + level * eps.double()
         else:

@@ -35,13 +35,14 @@ def arguments(*shape: int, dtype: torch.dtype = torch.float32, inputs: int = 1):
     target=st.sampled_from([None, *FLOATS]),
     inputs=st.integers(1, 3),
     scaled=st.booleans(),
+    shared=st.booleans(),
     layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
     seed=st.integers(-(2**63), 2**63 - 1),
     step=st.integers(0, 2**40),
     draw=st.integers(0, 65535),
 )
 def test_equals_the_reference_bit_for_bit(
-    batch, rest, long, source, target, inputs, scaled, layout, seed, step, draw
+    batch, rest, long, source, target, inputs, scaled, shared, layout, seed, step, draw
 ):
     if long:
         rest = (long,)
@@ -56,7 +57,8 @@ def test_equals_the_reference_bit_for_bit(
     before = [v.clone() for v in x]
     sigma, scale = torch.rand(batch), torch.rand(batch) if scaled else None
     rng, index = ops.make_rng(seed, step), torch.randint(-(2**40), 2**40, (batch,))
-    call = (tuple(x), sigma, rng, index, tuple(range(inputs)))
+    purposes = (5,) * inputs if shared else tuple(range(inputs))
+    call = (tuple(x), sigma, rng, index, purposes)
     options = {"substep": draw % 256, "draw": draw, "scale": scale, "dtype": target}
     got, expected = ops.add_noise(*call, **options), reference_noise.add_noise(*call, **options)
     assert got.shape == (batch * inputs, *rest) and got.dtype == (target or source)
@@ -79,6 +81,24 @@ def test_a_tuple_is_its_parts_in_order():
     apart = [ops.add_noise(real, sigma, rng, index, 3), ops.add_noise(fake, sigma, rng, index, 4)]
     assert torch.equal(both, torch.cat(apart))
     assert not torch.equal(both[:4] - real, both[4:] - fake)  # each has its own noise
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("size", [33, 4096, 6000])
+def test_inputs_of_one_purpose_share_their_noise(dtype, size):
+    x, sigma, rng, index, _ = arguments(4, size, dtype=dtype, inputs=3)
+    for purposes in ((3, 3), (3, 3, 3), (3, 4, 3)):
+        together = ops.add_noise(x[: len(purposes)], sigma, rng, index, purposes)
+        apart = [ops.add_noise(v, sigma, rng, index, p) for v, p in zip(x, purposes, strict=False)]
+        assert torch.equal(together, torch.cat(apart))
+
+
+def test_shared_noise_cancels_in_the_difference_of_a_pair():
+    (real, fake), sigma, rng, index, _ = arguments(4, 3, 8, 8, dtype=torch.float64, inputs=2)
+    first, second = ops.add_noise((real, fake), sigma, rng, index, ops.SHARED_NOISE).chunk(2)
+    torch.testing.assert_close(first - second, real - fake)
+    first, second = ops.add_noise((real, fake), sigma, rng, index, ops.SEPARATE_NOISE).chunk(2)
+    assert (first - second - (real - fake)).std() > 0.5
 
 
 def test_inputs_of_two_types_are_promoted():

@@ -65,7 +65,7 @@ void serial(int64_t count, int64_t, cpu::Body body, const void* context) { body(
 }
 
 void check_add_noise(Type in, Type out, int inputs, int64_t batch, int64_t size, int64_t offset, bool scaled,
-                     bool normals, unsigned grid, simt::Schedule schedule) {
+                     bool normals, unsigned grid, simt::Schedule schedule, bool shared = false) {
   const int64_t rng[2] = {-0x123456789abcdef, 0x700000005};
   const int64_t index[5] = {0, 0xffffffff, 0x100000003, 77, -5};
   AddNoise a{};
@@ -83,7 +83,7 @@ void check_add_noise(Type in, Type out, int inputs, int64_t batch, int64_t size,
   fill(scale, compute);
   for (int i = 0; i < inputs; ++i) {
     fill(x[i], in);
-    a.streams[i] = stream_word(3 + i, 1, 2);
+    a.streams[i] = stream_word(shared ? 3 : 3 + i, 1, 2);
     a.x0[i] = normals ? nullptr : x[i].data();
   }
   a.sigma = sigma.data();
@@ -155,6 +155,10 @@ int main(int argc, char**) {
           }
         }
         check_add_noise(Type::float64, Type::float64, 2, 5, size, offset, true, false, grid, simt::Schedule::forward);
+        check_add_noise(Type::float32, Type::bfloat16, 2, 5, size, offset, true, false, grid, simt::Schedule::backward,
+                        true);
+        check_add_noise(Type::bfloat16, Type::float32, 2, 3, size, offset, false, false, grid, simt::Schedule::forward,
+                        true);
         check_add_noise(Type::float32, Type::float32, 1, 5, size, offset, false, true, grid, simt::Schedule::backward);
       }
       check_words(3, size, grid);

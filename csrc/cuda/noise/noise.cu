@@ -7,7 +7,7 @@
 namespace diffratio::cuda {
 namespace {
 
-// As many blocks as the work needs, at most what keeps every multiprocessor of any GPU busy; the kernels step.
+// As many thread blocks as the work needs, at most as many as keep every multiprocessor of any GPU busy.
 unsigned blocks_for(int64_t work) {
   const int64_t blocks = (work + threads - 1) / threads;
   return static_cast<unsigned>(blocks < 65536 ? blocks : 65536);
@@ -17,7 +17,7 @@ unsigned blocks_for(int64_t work) {
 
 cudaError_t add_noise(const AddNoise& a, cudaStream_t stream) {
   if (a.batch == 0 || a.size == 0) return cudaSuccess;
-  const unsigned blocks = blocks_for((a.size + unit - 1) / unit * a.batch * a.inputs);
+  const unsigned blocks = blocks_for((a.size + unit - 1) / unit * a.batch * (a.inputs / a.sharing()));
   const bool in_aligned = inputs_aligned(a), out_aligned = is_aligned(a.out, a.size, a.out_type);
   return visit_types(a, [&](auto* in, auto* out, auto constant) {
     using In = std::remove_pointer_t<decltype(in)>;

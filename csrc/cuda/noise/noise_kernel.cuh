@@ -1,5 +1,5 @@
-// Kernel bodies of the noise operations. Also compiled for the host by tests/simt, which supplies threadIdx and
-// its like; so there is nothing in here that only a GPU has.
+// Kernel bodies of the noise operations. tests/simt also compiles them for the host, with its own threadIdx and
+// blockIdx: nothing in this file may exist on a GPU only.
 #pragma once
 
 #include "noise_values.cuh"
@@ -81,20 +81,22 @@ DR_HOST_DEVICE int64_t divide(int64_t n, int64_t d, bool wide, int64_t& remainde
   return q;
 }
 
-// One thread makes `unit` consecutive elements of one sample of one input, then steps on by the whole grid.
-// normals_only: x0, sigma and scale are not there, and the normals are the result.
+// One thread computes `unit` consecutive elements of one sample of one input, then advances by the size of the grid.
+// Where all inputs share their eps, it computes these elements of every input. normals_only: x0, sigma and scale are
+// null, and the normals are the result.
 template <class In, class Out, bool normals_only>
 __global__ void __launch_bounds__(threads) add_noise_kernel(const AddNoise a, bool in_aligned, bool out_aligned) {
   using C = typename Compute<In>::type;
   const Key key = read_key(a.rng);
-  const int64_t units = (a.size + unit - 1) / unit;  // of a row; a row is a sample of an input
-  const int64_t total = units * a.batch * a.inputs;
+  const int sharing = a.sharing();
+  const int64_t units = (a.size + unit - 1) / unit;  // of a row; a row is a sample of a group of `sharing` inputs
+  const int64_t total = units * a.batch * (a.inputs / sharing);
   const bool wide = total >= int64_t{1} << 32;
   for (int64_t u = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x; u < total;
        u += static_cast<int64_t>(gridDim.x) * threads) {
     int64_t in_row, sample;
     const int64_t row = divide(u, units, wide, in_row);
-    const int64_t input = divide(row, a.batch, wide, sample);
+    const int first_input = static_cast<int>(divide(row, a.batch, wide, sample)) * sharing;
     const int64_t first = in_row * unit;
     const int valid = static_cast<int>(a.size - first < unit ? a.size - first : unit);
 
@@ -102,28 +104,30 @@ __global__ void __launch_bounds__(threads) add_noise_kernel(const AddNoise a, bo
     DR_UNROLL
     for (int i = 0; i < unit / 4; ++i) {
       uint32_t state[4] = {static_cast<uint32_t>(first / 4 + i), key.step, static_cast<uint32_t>(a.index[sample]),
-                           a.streams[input]};
+                           a.streams[first_input]};
       philox4x32_10<Scalar>(state, key.low, key.high);
       box_muller<Scalar>(state[0], state[1], eps[4 * i], eps[4 * i + 1]);
       box_muller<Scalar>(state[2], state[3], eps[4 * i + 2], eps[4 * i + 3]);
     }
-    Out* out = static_cast<Out*>(a.out) + row * a.size + first;
     const bool full = valid == unit;
-    if constexpr (normals_only) {
-      store(out, valid, full && out_aligned, eps);
-    } else {
-      const C sigma = static_cast<const C*>(a.sigma)[sample];
-      const C scale = a.scale ? static_cast<const C*>(a.scale)[sample] : C(1);
-      C x[unit];
-      load(static_cast<const In*>(a.x0[input]) + sample * a.size + first, valid, full && in_aligned, x);
-      DR_UNROLL
-      for (int i = 0; i < unit; ++i) x[i] = noised(x[i], sigma, eps[i], scale);
-      store(out, valid, full && out_aligned, x);
+    for (int input = first_input; input < first_input + sharing; ++input) {
+      Out* out = static_cast<Out*>(a.out) + (input * a.batch + sample) * a.size + first;
+      if constexpr (normals_only) {
+        store(out, valid, full && out_aligned, eps);
+      } else {
+        const C sigma = static_cast<const C*>(a.sigma)[sample];
+        const C scale = a.scale ? static_cast<const C*>(a.scale)[sample] : C(1);
+        C x[unit];
+        load(static_cast<const In*>(a.x0[input]) + sample * a.size + first, valid, full && in_aligned, x);
+        DR_UNROLL
+        for (int i = 0; i < unit; ++i) x[i] = noised(x[i], sigma, eps[i], scale);
+        store(out, valid, full && out_aligned, x);
+      }
     }
   }
 }
 
-// One thread makes the four words of one counter.
+// One thread computes the four words of one counter.
 static __global__ void __launch_bounds__(threads) random_words_kernel(const Words a) {
   const Key key = read_key(a.rng);
   const int64_t counters = (a.count + 3) / 4;
