@@ -27,6 +27,7 @@ OPTIONS = [
     "--device", "cpu", "--threads", "1", "--steps", str(STEPS), "--batch-size", "8", "--generator-width", "8",
     "--ratio-width", "8", "--latent-size", "4", "--log-every", "3", "--eval-every", "50",
     "--checkpoint-every", "2", "--snapshot-every", "50", "--refit-steps", "0",
+    "--eval-features", "none",
 ]  # fmt: skip
 PATIENCE = 30.0
 """Seconds that processes have to end by themselves once one of them is gone."""

@@ -1,35 +1,97 @@
-"""Shared by all commands: one-line errors, exit status 2, argument parser."""
+"""What every command shares: one-line errors, exit status 2, short and full help."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NoReturn
 
 from diffratio_fast.errors import Interrupted, ReportedElsewhere, UserError
 
+MODULE = "python -m diffratio_fast."
+program = MODULE
+"""How commands are called in messages: ``python -m diffratio_fast.NAME``, or ``diffratio NAME``."""
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that are not None, False or empty."""
+
+COMMANDS = {
+    "train": "train a one-step generator by DiffRatio",
+    "sample": "images from a trained generator",
+    "evaluate": "metrics of generated images against real ones, with their floors",
+    "report": "write a run's report again",
+    "prepare": "turn images into a data set that loads fast",
+    "pretrain": "train a denoiser to start from",
+    "convert": "read published EDM and EDM2 weights",
+    "refit": "fit the ratio network of a finished run as a verifier",
+    "average": "an average of the weights of any width, after the run",
+    "completion": "print a completion script for bash, zsh or fish",
+}
+"""Name to what it does; the module ``diffratio_fast.NAME`` has ``main(argv)`` and ``parser()``."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Appends the default in brackets where there is one; leaves tables (indented lines) as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n  " in text:
+            return text
+        return super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
+        default = action.default
+        if (
+            default is None
+            or isinstance(default, bool)
+            or default is argparse.SUPPRESS
+            or action.help is None
+        ):
+            return action.help
+        return f"{action.help} [%(default)s]"
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr and exit status 2."""
 
-    def __init__(self, **kwargs: object) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Formatter)
         kwargs.setdefault("allow_abbrev", False)
-        super().__init__(**kwargs)  # type: ignore[arg-type]
+        for name in ("prog", "usage", "description", "epilog"):
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = kwargs[name].replace(MODULE, program)
+        super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message}{self._hint(message)} (see --help)")
+
+    def _hint(self, message: str) -> str:
+        """``; did you mean ...?`` for an option that is nearly one of the parser's."""
+        what, _, words = message.partition(": ")
+        if what != "unrecognized arguments":
+            return ""
+        option = next((word for word in words.split() if word.startswith("--")), "")
+        return did_you_mean(option.partition("=")[0], self._option_string_actions)
+
+    def brief_help(self, names: Collection[str]) -> str:
+        """The help text with the options of these destinations alone (and positional arguments)."""
+        hidden = [a for a in self._actions if a.option_strings and a.dest not in names]
+        kept = [action.help for action in hidden]
+        try:
+            for action in hidden:
+                action.help = argparse.SUPPRESS
+            return self.format_help()
+        finally:
+            for action, text in zip(hidden, kept, strict=True):
+                action.help = text
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean X?`` where ``word`` is nearly one of the known words, else nothing."""
+    names = list(known)
+    close = [n for n in names if word and n.startswith(word)] or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 LINE_LIMIT = 2000
@@ -38,13 +100,13 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory|storag
 """Patterns of PyTorch's RuntimeErrors for a lack of memory."""
 
 
-def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run ``main(argv)`` and exit with its return value; ``UserError`` exits with 2.
+def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> NoReturn:
+    """Run ``main(argv)`` as a process: its return value is the exit status, ``UserError`` is 2.
 
     A lack of memory and unhandled errors of the file system are also one line and status 2.
     """
     try:
-        status = main(sys.argv[1:])
+        status = main(sys.argv[1:] if argv is None else argv)
     except ReportedElsewhere:
         status = 2
     except UserError as error:

@@ -17,8 +17,13 @@ from diffratio_fast.storage.reading import UNPACKED_LIMIT
 if TYPE_CHECKING:
     from diffratio_fast.metrics.protocol import Options
 
-EPILOG = """The default is the protocol of published results: 50,000 images for each of three seeds, as uint8,
-against the training split; the mean over the seeds and the best value are printed. See docs/evaluation.md."""
+PROTOCOLS = ("fid", "fdd", "edm")
+DEFAULTS: dict[str, Any] = {
+    "features": "auto", "split": "train", "count": 50_000, "seeds": (0, 1, 2), "labels": "proportional"
+}  # fmt: skip
+"""What --protocol may fix; the parser's own defaults are None, so that what was given is known."""
+EPILOG = """The protocol of published figures is the default: 50,000 images of each of three seeds, as uint8,
+against the training split; the mean of the seeds stands beside the best. See docs/evaluation.md."""
 
 
 def parser() -> command.Parser:
@@ -38,21 +43,32 @@ def parser() -> command.Parser:
         help="data set, or statistics: an .npz (--save-reference, EDM's) or .pkl (EDM2's) "
         "(default: the data set that the run was trained on)",
     )  # fmt: skip
-    add("--split", default="train", choices=("train", "validation", "test"), help="of the reference data set")
     add(
-        "--features", default="auto", metavar="NAME",
-        help="inception, dinov2, efficientnet-lite0 or pixels; auto: pixels for tiny images, else inception",
+        "--protocol", choices=PROTOCOLS,
+        help="a published protocol: fixes --features, --split, --count, --seeds and --labels, and refuses "
+        "what does not fit (docs/evaluation.md)",
+    )  # fmt: skip
+    add(
+        "--split", choices=("train", "validation", "test"),
+        help=f"of the reference data set [{DEFAULTS['split']}]",
+    )  # fmt: skip
+    add(
+        "--features", metavar="NAME",
+        help="inception, dinov2, efficientnet-lite0 or pixels; auto: pixels for tiny images, else inception "
+        f"[{DEFAULTS['features']}]",
     )  # fmt: skip
     add("--weights", type=Path, metavar="PATH", help="weights of the features: file or directory")
     add(
-        "--metrics", default="frechet,kernel,neighbours,score", metavar="LIST",  # words: ok
-        help="metrics to compute; neighbors: precision, recall, density, coverage",
+        "--metrics", default="frechet,kernel,neighbours,score", metavar="LIST",
+        help="which metrics; neighbours are precision, recall, density, coverage; fid, kid, is and fdd also "
+        "choose the features",
     )  # fmt: skip
-    add("--count", type=int, default=50_000, metavar="N", help="images to generate for each seed")
-    add("--seeds", default="0,1,2", metavar="LIST", help="seeds of the latents, separated by commas")
+    add("--count", type=int, metavar="N", help=f"images to generate for each seed [{DEFAULTS['count']:,}]")
+    add("--seeds", type=parse_seeds, metavar="LIST", help="seeds of the latents, with commas between [0,1,2]")
     add(
-        "--labels", default="proportional", choices=("proportional", "uniform", "ignore"),
-        help="classes to generate: with the frequencies of the reference, or uniform; ignore: ignore labels",
+        "--labels", choices=("proportional", "uniform", "ignore"),
+        help="classes to generate: as frequent as in the reference or equally; ignore: do not look at labels "
+        f"[{DEFAULTS['labels']}]",
     )  # fmt: skip
     add(
         "--classifier", metavar="NAME",
@@ -92,23 +108,46 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
-    """Convert and check the options."""
-    from diffratio_fast.metrics.protocol import Options
-    from diffratio_fast.metrics.results import METRICS
+def parse_metrics(text: str) -> tuple[tuple[str, ...], str | None]:
+    """The metrics of a list, and the features that published names among them need (None: any)."""
+    from diffratio_fast.metrics.results import METRICS, PUBLISHED_NAMES
 
-    metrics = tuple(word.strip() for word in arguments.metrics.split(","))
-    if unknown := [word for word in metrics if word not in METRICS]:
-        raise UserError(f"--metrics {unknown[0]}: unknown; expected a list of {', '.join(METRICS)}")
-    if arguments.count < 2:
-        raise UserError(f"--count {arguments.count}: out of range; expected at least 2")
+    words = [word.strip() for word in text.split(",")]
+    if unknown := [word for word in words if word not in (*METRICS, *PUBLISHED_NAMES)]:
+        known = ", ".join((*METRICS, *PUBLISHED_NAMES))
+        raise UserError(f"--metrics: no such metric: {unknown[0]!r}; known: {known}")
+    needed = {PUBLISHED_NAMES[word][1] for word in words if word in PUBLISHED_NAMES}
+    if len(needed) > 1:
+        raise UserError(f"--metrics {text}: these are of different features; evaluate once for each")
+    metrics = [PUBLISHED_NAMES[word][0] if word in PUBLISHED_NAMES else word for word in words]
+    return tuple(dict.fromkeys(metrics)), next(iter(needed), None)
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """The options, checked as far as they can be on their own."""
+    from diffratio_fast.metrics import published
+    from diffratio_fast.metrics.protocol import Options
+
+    metrics, features = parse_metrics(arguments.metrics)
+    given = vars(arguments)
+    if features is not None and arguments.features not in (None, features):
+        raise UserError(
+            f"--metrics {arguments.metrics}: needs --features {features}, not {arguments.features}"
+        )
+    chosen = published.resolve(
+        arguments.protocol, given | {"features": arguments.features or features}, DEFAULTS
+    )
+    if chosen["count"] < 2:
+        raise UserError(f"--count must be at least 2, not {chosen['count']}")
     if arguments.max_bytes < 1:
         raise UserError(f"--max-bytes must be at least 1, not {arguments.max_bytes}")
     if arguments.save_reference is not None and arguments.save_reference.suffix != ".npz":
-        raise UserError(f"--save-reference {arguments.save_reference}: expected an .npz file")
-    elsewhere = ("json", "metrics", "seeds", "calibration")
-    given = {name: value for name, value in vars(arguments).items() if name not in elsewhere}
-    return Options(**given, metrics=metrics, seeds=parse_seeds(arguments.seeds))
+        raise UserError(f"--save-reference {arguments.save_reference}: name an .npz")
+    elsewhere = ("json", "metrics", "calibration", *DEFAULTS)
+    plain = {name: value for name, value in given.items() if name not in elsewhere}
+    if arguments.protocol is not None and "frechet" not in metrics:
+        metrics = ("frechet", *metrics)
+    return Options(**plain, **chosen, metrics=metrics)
 
 
 def main(argv: list[str]) -> int:
@@ -152,6 +191,13 @@ def table(result: dict[str, Any]) -> str:
         + (f", {count:,} images" if count else ""),
         f"features: {extractor['name']}" + (f", weights {weights[:12]}" if weights else ""),
     ]
+    if (protocol := result.get("protocol")) is not None:
+        value = result["summary"][protocol["metric"]][protocol["quoted"]]
+        lines.append(
+            f"protocol {protocol['name']} ({protocol['source']}): {protocol['metric'].upper()} "
+            f"{value:.4g}, the "
+            f"{'lowest' if protocol['quoted'] == 'best' else 'mean'} of {len(result['results'])}"
+        )
     several = len(result["results"]) > 1
     floors = result["floors"]
     header = ["", "mean", "best"] if several else ["", "value"]

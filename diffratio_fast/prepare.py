@@ -17,22 +17,37 @@ from tqdm import tqdm
 from diffratio_fast import launch
 from diffratio_fast.command import Parser, run
 from diffratio_fast.data.manifest import Manifest
+from diffratio_fast.data.protocols import PROTOCOLS
 from diffratio_fast.data.scaling import Vae
 from diffratio_fast.data.sources import (
     CROPS,
     FORMATS,
     PIXELS_LIMIT,
+    FileSource,
     ImageOptions,
     Joined,
     Source,
     Unreadable,
     cut_splits,
     open_source,
+    whole_train,
 )
-from diffratio_fast.data.writer import SHARD_BYTES, Entries, Plan, Records, fixed_order, write_shards
+from diffratio_fast.data.sources.sizes import require_one_size
+from diffratio_fast.data.writer import (
+    SHARD_BYTES,
+    Entries,
+    Plan,
+    Records,
+    begun,
+    fixed_order,
+    write_shards,
+)
 from diffratio_fast.errors import UserError
+from diffratio_fast.progress import ImageProgress
 from diffratio_fast.storage.reading import UNPACKED_LIMIT
 
+ODD_SHARE = 0.1
+"""Share of the images that --unreadable skip leaves out for their size; more are no accident."""
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -62,21 +77,21 @@ def parser() -> Parser:
         "--max-bytes", type=int, default=UNPACKED_LIMIT, metavar="N",
         help="bytes that a source held in memory (CIFAR-10, IDX files) may unpack to, at most",
     )  # fmt: skip
-    p.add_argument("--class-names", help="file with one name per line, or names separated by commas")
-    p.add_argument("--test-source", type=Path, help="second source of the same kind, for the test split")
+    p.add_argument("--class-names", help="file with a name a line, or names with commas between")
+    p.add_argument("--test-source", type=Path, help="a second source, of the same kind, for the test split")
+    p.add_argument("--validation", metavar="N", help="records or fraction cut from train")
+    p.add_argument("--test", metavar="N", help="likewise, where the source has no test set of its own")
     p.add_argument(
-        "--validation", metavar="N", help="number or fraction of the training records to use for validation"
+        "--protocol",
+        choices=PROTOCOLS,
+        help="keep the published training set whole, for `evaluate --protocol`: validation records come from "
+        "the test side",
     )
-    p.add_argument("--test", metavar="N", help="likewise for the test split, if the source has none")
-    p.add_argument(
-        "--scaling", choices=("auto", "edm", "measured"), default="auto", help="scaling of pixels to x0"
-    )
-    p.add_argument(
-        "--unreadable", choices=("fail", "skip"), default="fail", help="action for unreadable records"
-    )
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads")
-    p.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="maximum bytes per shard")
-    p.add_argument("--seed", type=int, default=0, help="seed of the record order and the random splits")
+    p.add_argument("--scaling", choices=("auto", "edm", "measured"), default="auto", help="pixels to x0")
+    p.add_argument("--unreadable", choices=("fail", "skip"), default="fail", help="what to do then")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
+    p.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="size of a shard")
+    p.add_argument("--seed", type=int, default=0, help="of the order of records and the cut splits")
     p.add_argument("--vae", type=Path, metavar="DIR", help="encode images to latents with this AutoencoderKL")
     p.add_argument("--vae-name", help="published name of the VAE (default: detected from its weights)")
     p.add_argument("--vae-precision", choices=("fp32", "bf16"), default="fp32", help="precision of the VAE")
@@ -117,7 +132,7 @@ def prepare(options: argparse.Namespace) -> Manifest | None:
     """Prepare the data set of ``options``; None if another process has not finished."""
     rank, world_size = launch.process()
     source = load_source(options)
-    source.splits = cut_splits(source.splits, options.validation, options.test, options.seed)
+    source.splits = splits_of(source, options)
     shape, kind, vae, encoder = source.shape, source.kind, source.vae, None
     if options.vae is not None:
         encoder = open_encoder(options, source)
@@ -139,7 +154,8 @@ def prepare(options: argparse.Namespace) -> Manifest | None:
         source={
             "format": source.format,
             "fingerprint": source.fingerprint(),
-            "splits": {s: getattr(options, s) for s in ("validation", "test")},
+            "splits": {s: getattr(options, s) for s in ("validation", "test")}
+            | ({"whole_train": True} if options.protocol else {}),
             "image": {"resolution": options.resolution, "crop": options.crop, "channels": options.channels},
             "encoder": encoder.description | {"batch": options.vae_batch} if encoder else None,
         },
@@ -174,6 +190,15 @@ def prepare(options: argparse.Namespace) -> Manifest | None:
         )
 
 
+def splits_of(source: Source, options: argparse.Namespace) -> np.ndarray:
+    """The split of each record, an index into ``SPLITS``: uint8 (N,)."""
+    if options.protocol is None:
+        return cut_splits(source.splits, options.validation, options.test, options.seed)
+    if options.test is not None:
+        raise UserError("--protocol takes no records from the training set; leave --test out")
+    return whole_train(source.splits, options.validation, options.seed)
+
+
 def load_source(options: argparse.Namespace) -> Source:
     """Open the source of ``options``, with its test source and class names."""
     images = ImageOptions(
@@ -182,6 +207,10 @@ def load_source(options: argparse.Namespace) -> Source:
     parts = [open_source(options.source, options.format, images)]
     if options.test_source is not None:
         parts.append(open_source(options.test_source, options.format, images))
+    if options.resolution is None and not begun(options.destination):
+        for part in parts:
+            if isinstance(part, FileSource) and part.kind == "image":
+                check_sizes(part, options)
     if options.class_names is not None:
         names = class_names(options.class_names)
         for part in parts:
@@ -192,6 +221,17 @@ def load_source(options: argparse.Namespace) -> Source:
                 )
             part.class_names = names
     return Joined(*parts) if len(parts) == 2 else parts[0]
+
+
+def check_sizes(source: FileSource, options: argparse.Namespace) -> None:
+    """Raise ``UserError`` unless all images of the source have one size; reads their headers."""
+    quiet = launch.process()[0] > 0
+    odd_share = ODD_SHARE if options.unreadable == "skip" else 0.0
+    with (
+        ThreadPoolExecutor(options.workers) as pool,
+        ImageProgress(len(source), f"{source.name}: sizes", quiet=quiet) as progress,
+    ):
+        require_one_size(source, pool, progress.update, odd_share=odd_share)
 
 
 def class_names(text: str) -> tuple[str, ...]:

@@ -85,14 +85,19 @@ def fit(run: FinishedRun, *, steps: int, batch_size: int, learning_rate: float, 
 def sigma_by_rule(
     run: FinishedRun, network: nn.Module, rows: list[Calibration], candidates: int, draws: int
 ) -> tuple[float | None, list[SigmaCheck]]:
-    """``verifier.choose_sigma`` with pixel distances to the validation split."""
+    """``verifier.choose_sigma`` with distances to the validation split, in the run's feature space.
+
+    (None, []) where the run has none (``--eval-features none``).
+    """
     from diffratio_fast import networks
-    from diffratio_fast.metrics.pixels import PixelMetrics
+    from diffratio_fast.metrics.quality import run_quality
     from diffratio_fast.verifier.noise_level import choose_sigma
     from diffratio_fast.verifier.selection import Verifier, select
 
-    metrics = PixelMetrics(run.dataset)
-    labels = metrics.labels("validation", SAMPLES)
+    quality = run_quality(run.config, run.dataset, run.device, SAMPLES, quiet=False)
+    if quality is None:
+        return None, []
+    labels = quality.labels("validation", SAMPLES)
 
     def distances(sigma: float | None) -> list[float]:
         found = []
@@ -102,7 +107,7 @@ def sigma_by_rule(
             else:
                 tool = Verifier(network, sigma, draws=draws)
                 images = select(tool, run.generator, labels, seed, candidates).images
-            found.append(metrics.distance(images, "validation"))
+            found.append(quality.distance(images, "validation"))
         return found
 
     return choose_sigma(rows, distances)
@@ -120,7 +125,6 @@ def main(argv: list[str]) -> int:
 
     from diffratio_fast import networks
     from diffratio_fast.devices import choose_device
-    from diffratio_fast.metrics.pixels import PixelMetrics
     from diffratio_fast.verifier.finished_run import FinishedRun
     from diffratio_fast.verifier.noise_level import candidate_sigmas
     from diffratio_fast.verifier.tables import plain, table
@@ -142,12 +146,9 @@ def main(argv: list[str]) -> int:
     rows = run.calibrations(sigmas, refitted=fitted.network)
     for name, of_network in rows.items():
         print(f"\n{name} ratio network\n{table(of_network)}")
-    sigma: float | None = None
-    checks: list[SigmaCheck] = []
-    if PixelMetrics.suits(run.dataset):
-        sigma, checks = sigma_by_rule(
-            run, fitted.network, rows["refitted"], arguments.candidates, arguments.draws
-        )
+    sigma, checks = sigma_by_rule(
+        run, fitted.network, rows["refitted"], arguments.candidates, arguments.draws
+    )
     print("\n" + verdict(sigma, checks))
     about = replace(
         run.about_ratio,
@@ -167,8 +168,8 @@ def verdict(sigma: float | None, checks: list[SigmaCheck]) -> str:
     """Format the results of ``choose_sigma``."""
     if not checks:
         return (
-            "no noise level was chosen: the images are too large for pixel distances; set --sigma of "
-            "`sample --candidates`"
+            "no noise level is chosen: the run has --eval-features none; give one to `sample --candidates` "
+            "with --sigma"
         )
     lines = []
     for check in checks:

@@ -38,10 +38,12 @@ def parser() -> command.Parser:
         help=".png: a grid; .npz: images uint8 [N, H, W, C] and labels int64 [N]; else a folder of PNGs",
     )  # fmt: skip
     group = result.add_argument_group("the ratio network as a verifier (docs/verifier.md)")
-    group.add_argument("--candidates", type=int, default=1, metavar="N", help="candidates per image [1]")
+    group.add_argument(
+        "--candidates", type=int, default=1, metavar="N", help="candidates of which each image is one"
+    )
     group.add_argument(
         "--select", choices=("resample", "best"), default="resample",
-        help="resample: draw by density ratio (keeps diversity); best: take the largest log ratio [resample]",
+        help="draw one by its density ratio, which keeps diversity, or take the most real one",
     )  # fmt: skip
     group.add_argument(
         "--sigma",
@@ -49,7 +51,7 @@ def parser() -> command.Parser:
         metavar="X",
         help="noise level of the verifier (default: chosen by `refit`)",
     )
-    group.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws per candidate [16]")
+    group.add_argument("--draws", type=int, default=16, metavar="M", help="noise draws of a candidate")
     group.add_argument(
         "--verifier", type=Path, metavar="FILE", help="ratio network (default: RUN/ratio_refit.safetensors)"
     )
@@ -148,8 +150,11 @@ def main(argv: list[str]) -> int:
 
 
 def _columns(count: int, classes: int) -> int:
-    """One row per cycle of the classes if they are 4 to 20, otherwise nearly a square."""
-    return classes if 4 <= classes <= 20 and count > classes else math.ceil(math.sqrt(count))
+    """Whole turns through the classes, in rows as near to a square as they allow; else nearly a square."""
+    side = math.ceil(math.sqrt(count))
+    if classes > 20 or count <= classes:
+        return side
+    return classes if classes >= 4 else classes * max(1, round(side / classes))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ LAYERS = (
     ("training.step",),
     ("training",),
     ("train", "pretrain", "sample", "evaluate", "refit", "average", "prepare", "convert", "export"),
+    ("completion", "__main__"),
 )
 """From the bottom up. A part of the package imports from layers below its own, and from itself."""
 FOUNDATION = {"errors"}

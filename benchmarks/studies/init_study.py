@@ -29,7 +29,8 @@ from diffratio_fast.data import open_dataset
 from diffratio_fast.data.dataset import DataSet, InMemoryDataSet
 from diffratio_fast.data.scaling import Scaling
 from diffratio_fast.errors import UserError
-from diffratio_fast.metrics.pixels import PixelMetrics
+from diffratio_fast.metrics.quality import Quality
+from diffratio_fast.metrics.spaces import PixelSpace
 from diffratio_fast.networks.published import save_published
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.storage.writing import replace_file
@@ -100,7 +101,7 @@ def train(dataset: InMemoryDataSet, start: str, denoiser: Path, seed: int, steps
     short = {name: round(share * TRAINING[name]) for name in ("ratio_warmup_steps", "generator_ramp_steps")}
     config = TrainConfig(**BACKBONE, **(TRAINING | short | given | {"steps": steps, "seed": seed}))
     iteration = Trainer.new_iteration(config, dataset, CPU)
-    metrics = PixelMetrics(dataset)
+    metrics = Quality(dataset, PixelSpace(dataset))
     labels = metrics.labels("validation", SAMPLES)
     batches = dataset.batches("train", config.batch_size, seed=seed)
     curve = []

@@ -21,7 +21,9 @@ from benchmarks.harness import environment
 from diffratio_fast import command, networks
 from diffratio_fast.errors import UserError
 from diffratio_fast.metrics.neighbors import neighbor_metrics
-from diffratio_fast.metrics.pixels import PixelMetrics, to_pixels
+from diffratio_fast.metrics.pixels import to_pixels
+from diffratio_fast.metrics.quality import Quality
+from diffratio_fast.metrics.spaces import PixelSpace
 from diffratio_fast.storage.writing import replace_file
 from diffratio_fast.verifier.finished_run import FinishedRun
 from diffratio_fast.verifier.selection import SELECTIONS, Verifier, select
@@ -38,8 +40,8 @@ def measure(run: FinishedRun, sigma: float | None) -> list[dict[str, Any]]:
     network, about = networks.load(run.directory.refitted, "ratio")
     level = about.training["verifier"]["sigma"] if sigma is None else sigma
     if level is None:
-        raise UserError(f"{run.directory.root}: refit chose no noise level; set --sigma")
-    metrics = PixelMetrics(run.dataset)
+        raise UserError(f"{run.directory.root}: its refit chose no noise level; give one with --sigma")
+    metrics = Quality(run.dataset, PixelSpace(run.dataset))
     real = metrics.split("test")[0][:SAMPLES]
     labels = metrics.labels("test", SAMPLES)
     rows = []

@@ -16,6 +16,8 @@ from diffratio_fast.command import Parser
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage import reading
 
+LONGEST_CHOICES = 40
+"""Choices of more characters stand in the help's text and not beside the option."""
 GROUPS = ("the run", "data", "networks", "optimization", "objective", "augmentation")
 """Titles of the groups in ``--help``, in their order."""
 
@@ -191,19 +193,22 @@ def add_options(parser: Parser, shown: Options) -> None:
     for field in dataclasses.fields(shown):  # type: ignore[arg-type]
         kind, optional = kinds[field.name]
         default = getattr(shown, field.name)
-        arguments: dict[str, Any] = {
-            "dest": field.name,
-            "default": argparse.SUPPRESS,
-            "help": field.metadata["help"] + ("" if default is None else f" [{default}]"),
-        }
+        choices = field.metadata["choices"]
+        text = field.metadata["help"].replace("%", "%%")
+        arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
             arguments["type"] = _optional(kind) if optional and kind is not str else kind
-            if field.metadata["choices"] is not None:
-                arguments["choices"] = field.metadata["choices"]
-            else:
+            arguments["choices"] = choices
+            if choices is None:
                 arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+            elif len(",".join(choices)) > LONGEST_CHOICES:
+                arguments["metavar"] = "NAME"
+                text = f"{text}: {', '.join(choices)}"
+        if default is not None and "(default:" not in text:
+            text = f"{text} [{default}]"
+        arguments["help"] = text
         groups[group_of[field.name]].add_argument(flag(field.name), **arguments)
 
 

@@ -50,6 +50,18 @@ _FASHION = {
     "data": "data/fashion-mnist",
     **_backbone("edm:ddpmpp", model_channels=16, channel_mult=[1, 2, 4], num_blocks=1, attn_resolutions=[7]),
 }
+_SMALL = _backbone(
+    "edm:ddpmpp", model_channels=64, channel_mult=[1, 2, 2], num_blocks=1, attn_resolutions=[16]
+)
+_CIFAR10_SMALL = {"data": "data/cifar10", "flip_probability": 0.5, "channels_last": True, **_SMALL}
+_FOLDER = {
+    "data": "data/mine",
+    "flip_probability": 0.5,
+    "channels_last": True,
+    **_backbone(
+        "edm:ddpmpp", model_channels=32, channel_mult=[1, 2, 2, 2], num_blocks=1, attn_resolutions=[16]
+    ),
+}
 _CIFAR10 = {
     "data": "data/cifar10",
     "flip_probability": 0.5,
@@ -79,6 +91,47 @@ _KINDRED: Values = {  # what the presets of published backbones have in common
     "eval_every": 2500,
     "checkpoint_every": 1000,
     "snapshot_every": 5000,
+}
+_SMALL_TRAIN: Values = {  # from scratch, as the preset fashion
+    "generator": "backbone",
+    "ratio_network": "encoder",
+    "steps": 25_000,
+    "batch_size": 128,
+    "log_every": 50,
+    "eval_every": 1000,
+    "checkpoint_every": 500,
+    "snapshot_every": 5000,
+    "sigma_init": 2.5,
+    "generator_lr": 2e-4,
+    "ratio_lr": 5e-4,
+    "beta1": 0.0,
+    "beta2": 0.99,
+    "lr_schedule": "cosine",
+    "lr_final": 0.1,
+    "ratio_weight_decay": 0.01,
+    "ratio_dropout": 0.1,
+    "ratio_warmup_steps": 200,
+    "generator_ramp_steps": 200,
+    "ema_half_life_images": 50_000.0,
+    "divergence": "jensen_shannon",
+    "weight": "sigma2",
+    "ratio_noise": "loguniform(0.05, 10)",
+}
+_SMALL_PRETRAIN: Values = {
+    "steps": 25_000,
+    "batch_size": 128,
+    "log_every": 50,
+    "eval_every": 1000,
+    "checkpoint_every": 500,
+    "snapshot_every": 5000,
+    "lr": 1e-3,
+    "lr_schedule": "cosine",
+    "lr_warmup_steps": 500,
+    "dropout": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "ema_half_life_images": 100_000.0,
+    "noise": "lognormal(-1.2, 1.2)",
 }
 _CIFAR10_TRAIN: Values = _KINDRED | {
     "steps": 100_000,
@@ -188,6 +241,8 @@ PRESETS: dict[str, Values] = {
         "weight": "sigma2",
         "ratio_noise": "loguniform(0.05, 5)",
     },
+    "cifar10-small": _CIFAR10_SMALL | _SMALL_TRAIN,
+    "folder": _FOLDER | _SMALL_TRAIN | {"batch_size": 64},
     "cifar10": _CIFAR10 | _CIFAR10_TRAIN | {"class_conditional": False},
     "cifar10-cond": _CIFAR10 | _CIFAR10_TRAIN,
     "imagenet64": _IMAGENET64 | _IMAGENET64_TRAIN,
@@ -227,6 +282,8 @@ PRETRAIN_PRESETS: dict[str, Values] = {
         "ema_half_life_images": 20_000.0,
         "noise": "lognormal(-1.2, 1.2)",
     },
+    "cifar10-small": _CIFAR10_SMALL | _SMALL_PRETRAIN,
+    "folder": _FOLDER | _SMALL_PRETRAIN | {"batch_size": 64},
     "cifar10": _CIFAR10 | _CIFAR10_PRETRAIN | {"class_conditional": False},
     "cifar10-cond": _CIFAR10 | _CIFAR10_PRETRAIN,
     "imagenet64": _IMAGENET64 | _IMAGENET64_PRETRAIN,
@@ -242,6 +299,8 @@ RATIO_NETWORKS: dict[tuple[str, str], Values] = {
 DESCRIPTIONS = {
     "digits": "real handwritten digits, 8 x 8, ten classes: trains in minutes on two CPU cores",
     "fashion": "Fashion-MNIST, 28 x 28, ten classes: a small U-Net, within hours on a CPU",
+    "cifar10-small": "CIFAR-10, 32 x 32, ten classes: a small U-Net, hours on a consumer GPU, a day on a CPU",
+    "folder": "images of one's own at 32 x 32 or 64 x 64: the same, --data DIR",
     "cifar10": "CIFAR-10, 32 x 32, without classes: DDPM++",
     "cifar10-cond": "CIFAR-10, 32 x 32, ten classes: DDPM++",
     "imagenet64": "ImageNet, 64 x 64, 1000 classes: ADM",
@@ -263,6 +322,8 @@ for _name in PRESETS:
 DATA_SHAPES: dict[str, tuple[str, tuple[int, int, int], int]] = {
     "digits": ("image", (1, 8, 8), 10),
     "fashion": ("image", (1, 28, 28), 10),
+    "cifar10-small": ("image", (3, 32, 32), 10),
+    "folder": ("image", (3, 64, 64), 1),
     "cifar10": ("image", (3, 32, 32), 10),
     "cifar10-cond": ("image", (3, 32, 32), 10),
     "imagenet64": ("image", (3, 64, 64), 1000),

@@ -28,6 +28,11 @@ class RunOptions(Options, group="the run"):
     seed: int = option(0, "seed of all randomness", low=0, high=2**63 - 1)
     steps: int = option(8000, "training steps", low=1, high=2**32 - 1, free=True)
     log_every: int = option(100, "steps between lines of metrics.jsonl", low=1, free=True)
+    logger: str = option(
+        "tensorboard",
+        "where metrics go beside metrics.jsonl: tensorboard, csv, wandb, with commas between, or none",
+        free=True,
+    )
     eval_every: int = option(
         1000, "steps between evaluations on the validation split and sample grids", low=1, free=True
     )
@@ -96,24 +101,60 @@ class DataOptions(Options, group="data"):
     class_conditional: bool = option(True, "condition the networks on an image's class, if data have classes")
 
 
+U_NET_SIZES = {
+    "width": "model_channels",
+    "depth": "num_blocks",
+    "channel_mult": "channel_mult",
+    "attention": "attn_resolutions",
+}
+"""Options that stand for one of the published constructor's each."""
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{flag(name)} {text}: whole numbers above 0 are expected, with commas between")
+    return [int(word) for word in words]
+
+
 @dataclass(frozen=True)
 class NetworkOptions(Options, group="networks"):
     init: str | None = option(
         None, "start from a run of train or pretrain, a generator.safetensors, or converted published weights"
     )
     backbone: str = option("edm:ddpmpp", "published U-Net: edm:ddpmpp, edm:adm, edm2:xs, ...")
-    backbone_options: str = option("{}", "options of its published constructor, as a JSON object")
+    width: int | None = option(None, "U-Nets: channels at full resolution (default: the preset's)", low=1)
+    depth: int | None = option(
+        None, "U-Nets: residual layers at each resolution (default: the preset's)", low=1
+    )
+    channel_mult: str | None = option(
+        None, "U-Nets: multiples of the width at each resolution, such as 1,2,2 (default: the preset's)"
+    )
+    attention: str | None = option(
+        None, "U-Nets: resolutions with self-attention, such as 16,8 (default: the preset's)"
+    )
+    backbone_options: str = option(
+        "{}", "all options of the published constructor, as a JSON object; the four above override them"
+    )
 
     @property
     def backbone_arguments(self) -> dict[str, Any]:
-        """``backbone_options`` as a dictionary."""
+        """``backbone_options``, overridden by width, depth, channel_mult and attention."""
         try:
             arguments = parse_json(self.backbone_options)
         except ValueError as error:
             raise UserError(f"--backbone-options is not JSON ({error}): {self.backbone_options}") from None
         if not isinstance(arguments, dict):
             raise UserError(f"--backbone-options must be a JSON object, not {self.backbone_options}")
+        for name, published in U_NET_SIZES.items():
+            value = getattr(self, name)
+            if value is not None:
+                arguments[published] = _whole_numbers(name, value) if isinstance(value, str) else value
         return arguments
+
+    def given_sizes(self) -> list[str]:
+        """The options among ``U_NET_SIZES`` that are set, as they are typed."""
+        return [flag(name) for name in U_NET_SIZES if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)

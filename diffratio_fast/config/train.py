@@ -40,6 +40,20 @@ class TrainRunOptions(RunOptions):
         free=True,
     )
 
+    eval_features: str = option(
+        "auto",
+        "features in which evaluations compare images (auto: pixels of small images, else efficientnet-lite0 "
+        "where it is installed, else random)",
+        choices=("auto", "inception", "dinov2", "efficientnet-lite0", "pixels", "random", "none"),
+        free=True,
+    )
+    vae: str | None = option(
+        None,
+        "data of latents: the AutoencoderKL that decodes them for evaluations (default: latents are "
+        "compared)",
+        free=True,
+    )
+
 
 @dataclass(frozen=True)
 class TrainNetworkOptions(NetworkOptions):
@@ -178,6 +192,12 @@ class TrainConfig(
         for name in ("ratio_warmup_steps", "generator_ramp_steps"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, 0 if self.init is None else INIT_WARMUP_STEPS)
+        u_net = self.generator == "backbone" or self.ratio_network == "encoder" or not self.row.has_ratio
+        if (given := self.given_sizes()) and not u_net:
+            raise UserError(
+                f"{given[0]} is the size of a U-Net, and this run has none: add --generator backbone or "
+                "--ratio-network encoder (the mlp networks have --generator-width and --ratio-width)"
+            )
         check_objective(self)
         if self.ratio_network == "mixer":
             for name in ("ratio_head", "ratio_scaled_logit"):

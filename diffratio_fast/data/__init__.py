@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from diffratio_fast.data.dataset import DataSet, OneClass
+from diffratio_fast.data.known import how_to_make
 from diffratio_fast.errors import UserError
 
 
@@ -34,8 +35,5 @@ def open_dataset(
 
         data = ShardDataSet(name, loader=loader, verify=verify, device=device)
     else:
-        raise UserError(
-            f"--data {name}: no such data set; expected digits or a directory; "
-            "create one with `python -m diffratio_fast.prepare`"
-        )
+        raise UserError(f"--data {name}: no such data set; {how_to_make(name)}")
     return data if class_conditional or len(data.class_names) == 1 else OneClass(data)

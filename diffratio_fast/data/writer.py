@@ -166,10 +166,12 @@ def _write_missing(
         if not written.exists():
             replace_file(written, json.dumps({"identity": identity}).encode())
         elif _progress(written)["identity"] != identity:
-            raise UserError(
-                f"{destination}: a data set in progress with other options or another source; remove the "
-                "directory, or rerun with the options and the source of the first run"
-            )
+            if not _nothing_written(partial):
+                raise UserError(
+                    f"{destination}: begun with other options or another source; remove it, or rerun as "
+                    "before"
+                )
+            replace_file(written, json.dumps({"identity": identity}).encode())
     per_shard = max(1, plan.shard_bytes // plan.record_bytes)
     slices = [order[i : i + per_shard] for i in range(0, len(order), per_shard)]
     for turn in range(len(slices)):
@@ -189,6 +191,22 @@ def _write_missing(
             return None
         _finish(destination, plan, identity, [_progress(note) for note in notes])
         return _finished(destination, identity)
+
+
+def begun(destination: Path) -> bool:
+    """Whether shards were written into ``destination``, by a finished or an interrupted preparation."""
+    return (destination / MANIFEST).exists() or any((destination / PARTIAL).glob("shard-*.json"))
+
+
+def _nothing_written(partial: Path) -> bool:
+    """Whether an earlier attempt ended before its first shard, and no process is writing one."""
+    if any(partial.glob("shard-*.json")):
+        return False
+    for path in partial.glob("shard-*.lock"):
+        with lock(path) as mine:
+            if not mine:
+                return False
+    return True
 
 
 def _finished(destination: Path, identity: str) -> Manifest:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffratio_fast.errors import UserError
-from diffratio_fast.metrics.pixels import CLASSIFIER_RECORDS
+from diffratio_fast.metrics.feature_classifiers import CLASSIFIER_RECORDS
 from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
 from diffratio_fast.storage.writing import sha256_of_file
 

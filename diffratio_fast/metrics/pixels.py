@@ -1,4 +1,4 @@
-"""Pixel metrics of small images: distances, memorization, class accuracy.
+"""Small images as vectors of their own pixels, and what all measurements of a run share.
 
 Pixels are in [-1, 1] over the range of the records (``to_pixels``), independent of the scaling of the
 networks, so that metrics of different runs are comparable.
@@ -6,23 +6,17 @@ networks, so that metrics of different runs are comparable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from diffratio_fast.data.dataset import SPLITS, DataSet
-from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
+from diffratio_fast.data.dataset import DataSet
 
 MAX_DIMENSION = 1024
 """Maximum numbers per image; the pixel covariance of larger images is expensive and not meaningful."""
 MAX_RECORDS = 10_000
-"""Maximum records of a split for the references."""
-CLASSIFIER_RECORDS = 2_000
-"""Maximum records for fitting the classifier; its cost is quadratic."""
+"""Records of a split that references are computed from, at most."""
 
 
 def to_pixels(dataset: DataSet, x0: Tensor) -> npt.NDArray[np.float64]:
@@ -49,83 +43,6 @@ def nearest_distance(
     samples: npt.NDArray[np.float64], references: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Euclidean distance of each sample [N, D] to its nearest reference [M, D]: float64 [N]."""
-    references_t = torch.from_numpy(references)
-    blocks = torch.from_numpy(samples).split(1024)
+    references_t = torch.from_numpy(references).double()
+    blocks = torch.from_numpy(samples).double().split(1024)
     return torch.cat([torch.cdist(block, references_t).amin(1) for block in blocks]).numpy()
-
-
-@dataclass
-class PixelMetrics:
-    """Metrics of generated images against the splits of a data set; references are computed on demand."""
-
-    dataset: DataSet
-
-    @staticmethod
-    def suits(dataset: DataSet) -> bool:
-        return dataset.scaling.low is not None and int(np.prod(dataset.shape)) <= MAX_DIMENSION
-
-    def __post_init__(self) -> None:
-        self._splits: dict[str, tuple[npt.NDArray[np.float64], Tensor]] = {}
-
-    def split(self, name: str) -> tuple[npt.NDArray[np.float64], Tensor]:
-        """Pixels float64 [N, D] and labels int64 [N] of a split's first ``MAX_RECORDS``."""
-        if name not in self._splits:
-            records, labels = self.dataset.first(name, MAX_RECORDS)
-            x0 = self.dataset.scaling.to_model(records.double())
-            self._splits[name] = to_pixels(self.dataset, x0), labels
-        return self._splits[name]
-
-    @property
-    def train(self) -> tuple[npt.NDArray[np.float64], Tensor]:
-        return self.split("train")
-
-    @cached_property
-    def moments(self) -> dict[str, Moments]:
-        return {name: moments(self.split(name)[0]) for name in SPLITS}
-
-    @cached_property
-    def classifier(self) -> object:
-        """A support-vector machine fitted on the training split (pixels; RBF kernel, C = 10)."""
-        from sklearn.svm import SVC
-
-        pixels, labels = self.train
-        # gamma="scale" sets the kernel width from the variance of the data
-        return SVC(C=10.0, gamma="scale").fit(
-            pixels[:CLASSIFIER_RECORDS], labels[:CLASSIFIER_RECORDS].numpy()
-        )
-
-    def labels(self, split: str, count: int) -> Tensor:
-        """Labels for generating images to compare with ``split``, with its class frequencies."""
-        return proportional_labels(self.split(split)[1], count, len(self.dataset.class_names))
-
-    def distance(self, x0: Tensor, split: str) -> float:
-        """Fréchet distance of generated x0 to a split."""
-        return frechet_distance(moments(to_pixels(self.dataset, x0)), self.moments[split])
-
-    def summary(self, x0: Tensor, labels: Tensor) -> dict[str, float]:
-        """The metrics of a finished run: generated x0 and their labels against the test split.
-
-        The metrics of real images use the same number of images, if available.
-        """
-        samples = to_pixels(self.dataset, x0)
-        generated = moments(samples)
-        test, test_labels = self.split("test")
-        test, test_labels = test[: len(samples)], test_labels[: len(samples)]
-        train = self.train[0]
-        reference = self.moments["test"]
-        floor = moments(train[: len(samples)]) if len(samples) < len(train) else self.moments["train"]
-        figures: dict[str, float] = {}
-        if len(self.dataset.class_names) > 1:
-            predict = self.classifier.predict  # type: ignore[attr-defined]
-            figures["class_accuracy"] = float((predict(samples) == labels.cpu().numpy()).mean())
-            figures["class_accuracy_test"] = float((predict(test) == test_labels.numpy()).mean())
-        return {
-            "frechet_distance": frechet_distance(generated, reference),
-            "frechet_distance_train": frechet_distance(generated, self.moments["train"]),
-            "frechet_distance_floor": frechet_distance(floor, reference),
-            "variance_ratio": float(np.trace(generated.covariance) / np.trace(reference.covariance)),
-            "nearest_train_distance": float(nearest_distance(samples, train).mean()),
-            "nearest_train_distance_test": float(nearest_distance(test, train).mean()),
-            **figures,
-            "evaluation_images": len(samples),
-        }

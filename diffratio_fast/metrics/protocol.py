@@ -17,8 +17,10 @@ from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data import open_dataset
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.data.manifest import MANIFEST
+from diffratio_fast.data.protocols import has_whole_train
 from diffratio_fast.devices import choose_device, device_name
 from diffratio_fast.errors import UserError
+from diffratio_fast.metrics import published
 from diffratio_fast.metrics.classifiers import Classifier, ExportedProgram, SupportVectors
 from diffratio_fast.metrics.features import Extractor, load_extractor
 from diffratio_fast.metrics.images import DataSetImages, FileImages, Images, open_images
@@ -63,6 +65,7 @@ class Options:
     device: str
     max_bytes: int = UNPACKED_LIMIT
     trust_classifier: bool = False
+    protocol: str | None = None
 
 
 @dataclass
@@ -98,7 +101,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     device = choose_device(options.device)
     sampler = _sampler(options, device)
     source = options.reference or _trained_on(options, sampler)
-    dataset = None if Path(source).suffix in (".npz", ".pkl") else open_dataset(source)
+    dataset = None if Path(source).suffix in (".npz", ".pkl") else _open_reference(source)
+    protocol = None if options.protocol is None else published.PROTOCOLS[options.protocol]
     if dataset is None and options.save_reference is not None:
         raise UserError(
             "--save-reference: --reference is already saved statistics; expected a data set as --reference"
@@ -111,12 +115,20 @@ def evaluate(options: Options) -> dict[str, Any]:
     given = None if sampler else _given_images(options, wanted)
     shape = sampler.shape if sampler else given.shape  # type: ignore[union-attr]
     _check_shape(options, shape, source, wanted)
+    if protocol is not None:
+        published.check_reference(protocol, source, dataset)
+        if given is not None:
+            published.check_subject(protocol, given.count, options.subject)
     extractor = load_extractor(_features_for(options, shape), options.weights, shape, device)
+    if protocol is not None:
+        published.check_extractor(protocol, extractor)
     if "frechet" in options.metrics:
         require_enough(given.count if given else options.count, extractor, str(options.subject))
     if dataset is None:
         reference = load_reference(Path(source), extractor, options.max_bytes)
         names = reference.class_names
+        if protocol is not None and reference.count is not None:  # published statistics have no count
+            published.check_reference(protocol, source, None, reference.about)
     else:
         names = list(dataset.class_names)
     if given is not None:
@@ -125,6 +137,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UserError(f"{options.subject}: its classes do not match the {len(names)} classes of {source}")
     if dataset is not None:
         reference = _reference_of(options, source, dataset, extractor)
+        reference.about["whole_train"] = options.split == "train" and has_whole_train(dataset)
     subjects = [given] if given else _generated(options, sampler, reference)  # type: ignore[arg-type]
     return _measure_all(options, subjects, sampler, reference, dataset, extractor, device)
 
@@ -182,6 +195,7 @@ def _measure_all(
         "seeds": list(options.seeds) if sampler else None,
         "labels": options.labels if sampler or options.labels == "ignore" else "as given",
         "quantisation": QUANTIZATION,  # words: ok
+        "protocol": None if options.protocol is None else _protocol(published.PROTOCOLS[options.protocol]),
         "environment": {"torch": str(torch.__version__), "device": device_name(device)},
         "results": results,
         "summary": summary(values),
@@ -189,11 +203,27 @@ def _measure_all(
     }
 
 
+def _protocol(protocol: published.Protocol) -> dict[str, str]:
+    names = ("name", "metric", "quoted", "source")
+    return {name: getattr(protocol, name) for name in names}
+
+
+def _open_reference(source: str) -> DataSet:
+    if source != "digits" and not Path(source).exists():
+        raise UserError(f"--reference {source}: no such data set or file of statistics")
+    return open_dataset(source)
+
+
 def _sampler(options: Options, device: torch.device) -> Sampler | None:
     """The generator to evaluate; None if the subject is images."""
     path = options.subject
     if path.suffix == ".safetensors":
         return Sampler(path, device=device, vae=options.vae)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or directory; name a run directory, a generator's .safetensors, a "
+            "folder of images or an .npz"
+        )
     if not path.is_dir():
         return None
     if (path / MANIFEST).exists():

@@ -18,6 +18,13 @@ from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
 from diffratio_fast.metrics.scores import SPLITS, classifier_score
 
 METRICS = ("frechet", "kernel", "neighbours", "score")  # words: ok
+PUBLISHED_NAMES = {
+    "fid": ("frechet", "inception"),
+    "kid": ("kernel", "inception"),
+    "is": ("score", "inception"),
+    "fdd": ("frechet", "dinov2"),
+}
+"""Published names of a metric: the metric, and the features it is of."""
 SUBSET = 10_000
 """Maximum images per side for kernel and neighbor metrics: a fixed random choice."""
 Results = dict[str, float | None]

@@ -77,7 +77,7 @@ class RunDirectory(RunPaths):
         for path in (
             self.summary, self.generator, self.denoiser, self.ratio, self.ratio_average, self.refitted,
             self.metrics, self.history, self.config, self.measurements, self.neighbors, self.report,
-            *self.events(),
+            *self.loggers(),
         ):  # fmt: skip
             remove_file(path)
         for directory in (self.checkpoint, self.samples, self.snapshots):

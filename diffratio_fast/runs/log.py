@@ -1,6 +1,6 @@
-"""What a program sees of a run while it goes: metrics.jsonl and TensorBoard's events.
+"""metrics.jsonl: what a run has measured, a line each.
 
-Both are derived output: where the file system refuses them, training goes on. What could not be written is
+It is derived output: where the file system refuses it, training goes on. What could not be written is
 kept in memory and written once that works again.
 """
 
@@ -10,10 +10,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
-import socket
-import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +17,6 @@ from typing import Any
 from diffratio_fast.runs.derived import Derived
 from diffratio_fast.storage.reading import DAMAGE, parse_json, read_text
 from diffratio_fast.storage.writing import open_in_place, replace_file
-
-EVENTS_LIMIT = 1 << 26
-"""Bytes of events kept in memory while they cannot be written, at most; later ones are dropped."""
 
 
 class MetricsLog:
@@ -88,83 +81,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Events:
-    """TensorBoard's event file: every number of metrics.jsonl, and the pictures.
-
-    A continued run writes a new file, whose first event tells TensorBoard to forget what came after ``step``.
-    The file is written here, record by record: TensorBoard's own writer has a thread that ends with the first
-    error of the file system, and the process with it.
-    """
-
-    def __init__(self, directory: Path, step: int, say: Callable[[str], None] = print) -> None:
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError:
-            print("TensorBoard is not installed: no events are written (pip install tensorboard)", flush=True)
-            self._event = None
-            return
-        self._event, self._summary, self._derived = Event, Summary, Derived(say)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{secrets.token_hex(8)}"
-        self._path = directory / name
-        self._file: int | None = None
-        self._pending = bytearray()
-        self._records = RecordWriter(self)
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # TensorBoard purges from the named step on, so name the next one
-        start = SessionLog(status=SessionLog.START)
-        self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
-
-    def scalars(self, values: dict[str, Any]) -> None:
-        """Write the finite numbers of a log line; list elements are named by index."""
-        if self._event is None:
-            return
-        flat: dict[str, Any] = {}
-        for name, value in values.items():
-            flat |= (
-                {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            )
-        entries = [
-            self._summary.Value(tag=name, simple_value=value)
-            for name, value in flat.items()
-            if isinstance(value, (int, float)) and name != "step" and math.isfinite(value)
-        ]
-        self._add_summary(self._summary(value=entries), values["step"])
-
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        if self._event is None:
-            return
-        width, height = struct.unpack(">II", png[16:24])  # in the PNG header
-        image = self._summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
-        self._add_summary(self._summary(value=[self._summary.Value(tag=name, image=image)]), step)
-
-    def _add_summary(self, summary: Any, step: int) -> None:
-        assert self._event is not None
-        self._add(self._event(wall_time=time.time(), step=step, summary=summary))
-
-    def _add(self, event: Any) -> None:
-        self._records.write(event.SerializeToString())
-        self._derived.attempt("TensorBoard's events", self._flush)
-
-    def write(self, record: bytes) -> None:
-        """Keep a record until ``_flush``; called by TensorBoard's ``RecordWriter``."""
-        if len(self._pending) + len(record) <= EVENTS_LIMIT:
-            self._pending += record
-
-    def _flush(self) -> None:
-        if self._file is None:
-            self._file = open_in_place(self._path, os.O_WRONLY | os.O_APPEND)
-        while self._pending:  # a part of a record stays, to be completed
-            del self._pending[: os.write(self._file, self._pending)]
-
-    def close(self) -> None:
-        if self._event is not None and self._file is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._file)
-            self._file = None
 
 
 def _step_of(line: str) -> float:

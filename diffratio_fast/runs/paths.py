@@ -126,9 +126,10 @@ class RunPaths:
         """The files of ``kept_average`` that exist."""
         return sorted(self.snapshots.glob("ema-*.safetensors"))
 
-    def events(self) -> list[Path]:
-        """TensorBoard event files that exist."""
-        return sorted(self.root.glob("events.out.tfevents.*"))
+    def loggers(self) -> list[Path]:
+        """Files of ``runs/loggers.py`` that exist: TensorBoard's, metrics.csv, the id of wandb's run."""
+        names = ("events.out.tfevents.*", "metrics.csv", "wandb-id.txt")
+        return sorted(path for name in names for path in self.root.glob(name))
 
     def is_run(self) -> bool:
         """Whether ``root`` is the directory of a run, finished or not."""

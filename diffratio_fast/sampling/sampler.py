@@ -30,7 +30,10 @@ class Sampler:
     the VAE that decodes latents; None for pixels.
     """
 
-    def __init__(self, run: Path, *, device: torch.device, vae: Path | None = None) -> None:
+    def __init__(
+        self, run: Path, *, device: torch.device, vae: Path | None = None, decode: bool = True
+    ) -> None:
+        """Without ``decode`` latents need no VAE until ``images`` is called."""
         paths = RunPaths(run)
         path = paths.generator if run.is_dir() else run
         if run.is_dir() and not paths.finished() and checkpoints.exists(paths.checkpoint):
@@ -59,9 +62,8 @@ class Sampler:
                     f"--vae: {path} generates pixels; --vae needs a generator of latents; omit it"
                 )
         elif vae is None:
-            raise UserError(
-                f"{path}: generates latents; set --vae to the directory of the VAE that decodes them"
-            )
+            if decode:
+                raise self._no_vae()
         else:
             self._decoder = _decoder(path, vae, self.about.data.get("vae"), device)
 
@@ -73,6 +75,9 @@ class Sampler:
         """
         return networks.generate(self.generator, labels, seed, start)
 
+    def _no_vae(self) -> UserError:
+        return UserError(f"{self.path}: makes latents; name the VAE that decodes them with --vae DIR")
+
     def images(self, seed: int, start: int, labels: Tensor) -> Tensor:
         """Return the samples as uint8 [N, C, H, W] on the CPU, rounded to nearest; latents are decoded."""
         x0 = self.x0(seed, start, labels)
@@ -83,6 +88,8 @@ class Sampler:
                 "earlier snapshot"
             )
         if self._decoder is None:
+            if self.scaling.low is None:
+                raise self._no_vae()
             return to_uint8(x0, self.scaling)
         return self._decoder.decode(self.scaling.to_records(x0.float()))
 
@@ -104,8 +111,9 @@ class VerifiedSampler(Sampler):
     def __init__(
         self, run: Path, *, device: torch.device, vae: Path | None = None, candidates: int,
         how: str = "resample", sigma: float | None = None, draws: int = 16, verifier: Path | None = None,
+        decode: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(run, device=device, vae=vae)
+        super().__init__(run, device=device, vae=vae, decode=decode)
         path = verifier or RunPaths(run if run.is_dir() else run.parent).refitted
         if not path.exists():
             raise UserError(

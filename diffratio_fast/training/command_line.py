@@ -10,26 +10,44 @@ from typing import Any
 from diffratio_fast import command, launch
 from diffratio_fast.config.options import Options, add_options, preset_of, read_yaml
 from diffratio_fast.config.presets import DESCRIPTIONS
+from diffratio_fast.runs.loggers import parse_loggers
 from diffratio_fast.training.beginning import Beginning, Source
 
 EPILOG = """A run leaves its configuration, metrics, sample grids, checkpoints and networks in --run-dir. The
 same command resumes an interrupted run; a finished run stays as it is. Exit status: 0 finished, 2 an error in
 one line, 130 or 143 interrupted by SIGINT or SIGTERM after a save (0 under a launcher)."""
+COMMON = (
+    "config", "dry_run", "fresh", "resume", "run_dir", "device", "steps", "seed", "eval_every", "eval_images",
+    "eval_features", "data", "class_conditional", "init", "generator", "ratio_network", "backbone", "width",
+    "depth", "channel_mult", "batch_size", "micro_batch", "precision", "generator_lr", "ratio_lr", "lr",
+    "divergence", "objective", "flip_probability", "help_all", "help",
+)  # fmt: skip
+"""Options that the short help shows."""
 
 
 def run_parser(name: str, description: str, kind: type[Options], default: str, shown: Any) -> command.Parser:
     """The parser of ``python -m diffratio_fast.NAME``; the help shows the values ``shown``."""
-    presets = "; ".join(f"{preset}: {text}" for preset, text in DESCRIPTIONS.items())
+    width = max(map(len, DESCRIPTIONS))
+    presets = "\n".join(f"  {preset:{width}}  {text}" for preset, text in DESCRIPTIONS.items())
     result = command.Parser(
         prog=f"python -m diffratio_fast.{name}",
         usage=f"python -m diffratio_fast.{name} [PRESET] [--option value ...]",
         description=f"{description} In brackets: the values of the preset {default}.",
-        epilog=EPILOG,
-        formatter_class=argparse.HelpFormatter,
+        epilog=f"presets:\n{presets}\n\n{EPILOG}",
+        add_help=False,
     )
-    result.add_argument("preset", nargs="?", default=default, metavar="PRESET", help=f"{presets} [{default}]")
+    result.add_argument("preset", nargs="?", default=default, metavar="PRESET", help="see the table below")
     result.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file of options; the command line's go before it"
+        "-h",
+        "--help",
+        action=_BriefHelp,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print the options most used",
+    )
+    result.add_argument("--help-all", action="help", help="print all options")
+    result.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of options; command-line options override it"
     )
     result.add_argument(
         "--dry-run", action="store_true", help="print the plan of the run, with its memory, and stop"
@@ -52,6 +70,15 @@ def run_parser(name: str, description: str, kind: type[Options], default: str, s
     return result
 
 
+class _BriefHelp(argparse.Action):
+    """Print the help of the ``COMMON`` options and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, command.Parser)
+        print(parser.brief_help(COMMON), end="")
+        parser.exit()
+
+
 def act(
     argv: list[str], parser: command.Parser, resolve: Callable[..., Any], train: Callable[..., int]
 ) -> int:
@@ -62,6 +89,7 @@ def act(
         dry_run, memory = arguments.pop("dry_run"), arguments.pop("plan_memory", None)
         beginning = _beginning(arguments)
         preset, config = resolve(arguments)
+        parse_loggers(config.logger)
         if memory is not None and not memory > 0:
             raise command.UserError(f"--plan-memory must be above 0, not {memory}")
         if config.batch_size % world_size:
@@ -102,7 +130,8 @@ def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: 
     """(the preset's name, the options from --config and, before them, the command line)."""
     preset = arguments.pop("preset")
     if preset not in presets:
-        raise command.UserError(f"no such preset: {preset}; known: {', '.join(presets)}")
+        known = command.did_you_mean(preset, presets) or f"; known: {', '.join(presets)}"
+        raise command.UserError(f"no such preset: {preset}{known}")
     file = arguments.pop("config")
     return preset, ({} if file is None else read_yaml(kind, file)) | arguments
 

@@ -60,6 +60,9 @@ class Trainer(Run):
         monitor: type[Evaluation] = self.config.row.load("monitor")
         return monitor(self.config, self.dataset, self.measured)
 
+    def noise_levels(self) -> dict[str, list[float]]:
+        return self.evaluation.noise_levels()
+
     def figures(self) -> dict[str, Any]:
         state = self.state
         sums = dict(zip(SUMS, state.sums.tolist(), strict=True))
@@ -81,23 +84,26 @@ class Trainer(Run):
         fields, self.refitted = self.evaluation.loss_by_sigma()
         distance, images = self.evaluation.validation_distance(), self.evaluation.images
         if distance is not None:
-            fields |= {"frechet_distance_validation": distance, "evaluation_images": images}
+            measured = {"evaluation_images": images, "evaluation_features": self.evaluation.features}
+            fields |= {"frechet_distance_validation": distance, **measured}
         self.record({"step": state.step, **fields, "evaluation_seconds": time.monotonic() - began})
         said = []
         if distance is not None:
-            said = [f"Fréchet distance of {images:,} images to the validation split {distance:.3f}"]
+            said = [
+                f"Fréchet distance of {images:,} images to the validation split {distance:.3f} "
+                f"({self.evaluation.features})"
+            ]
         if "divergence_refit" in fields:
             said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
         if said:
             self.progress.print(f"step {state.step:>6}: {', '.join(said)}")
         best = state.best
-        # a distance of other many images has another bias: there is no comparing them
+        # distances of another number of images, or on other features, do not compare
         if distance is not None and (
-            best.get("evaluation_images") != images or distance < best["frechet_distance_validation"]
+            any(best.get(name) != value for name, value in measured.items())
+            or distance < best["frechet_distance_validation"]
         ):
-            state.best = {
-                "step": state.step, "frechet_distance_validation": distance, "evaluation_images": images
-            }  # fmt: skip
+            state.best = {"step": state.step, "frechet_distance_validation": distance, **measured}
             average, path = self.measured.state.average, self.directory.best
             self.derived.attempt("the best snapshot", lambda: self._save_network(path, "generator", average))
 
@@ -184,7 +190,8 @@ def _print_summary(root: Path, summary: dict[str, Any]) -> None:
     if "frechet_distance" in summary:
         print(
             f"  Fréchet distance of {summary['evaluation_images']:,} images to the test split "
-            f"{summary['frechet_distance']:.3f} (real training data: {summary['frechet_distance_floor']:.3f})"
+            f"{summary['frechet_distance']:.3f} (real training data: "
+            f"{summary['frechet_distance_floor']:.3f}; features: {summary['evaluation_features']})"
         )
     if "class_accuracy" in summary:
         print(

@@ -17,9 +17,9 @@ from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet
-from diffratio_fast.data.pictures import grid, png, to_uint8, viewable
+from diffratio_fast.data.pictures import grid, png, viewable
 from diffratio_fast.data.scaling import SIGMA_DATA
-from diffratio_fast.metrics.pixels import PixelMetrics, to_pixels
+from diffratio_fast.metrics.quality import Quality, run_quality
 from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.objectives.augmentation import flip
 from diffratio_fast.objectives.bin_means import bins
@@ -93,8 +93,9 @@ class Evaluation:
         return evaluation_images(self.config, self.iteration.device)
 
     @cached_property
-    def pixels(self) -> PixelMetrics | None:
-        return PixelMetrics(self.dataset) if PixelMetrics.suits(self.dataset) else None
+    def quality(self) -> Quality | None:
+        """Measures generated images in the space of ``--eval-features``; None for "none"."""
+        return run_quality(self.config, self.dataset, self.iteration.device, self.images)
 
     @cached_property
     def _held_out(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -105,6 +106,11 @@ class Evaluation:
 
     def _levels(self, law: NoiseLaw) -> Tensor:
         return noise_levels(law, LEVELS).to(self.iteration.device)
+
+    def noise_levels(self) -> dict[str, list[float]]:
+        """The levels that lists by noise level are over, of both networks' laws."""
+        laws = {"sigma": self.iteration.ratio_law, "generator_sigma": self.iteration.generator_law}
+        return {name: self._levels(law).tolist() for name, law in laws.items()}
 
     def _passes(self, index: Tensor) -> tuple[Tensor, ...]:
         """Indices in parts of as many as a step differentiates at once."""
@@ -308,22 +314,27 @@ class Evaluation:
         edges = torch.logspace(low, high, HISTOGRAM_BINS + 1, dtype=torch.float64).tolist()
         return {"edges": edges, **shares}
 
+    @property
+    def features(self) -> str:
+        """What distances are measured on, in words; "none" where they are not."""
+        return "none" if self.quality is None else self.quality.space.name
+
     def _generate(self, split: str) -> tuple[Tensor, Tensor]:
-        assert self.pixels is not None
-        labels = self.pixels.labels(split, self.images)
+        assert self.quality is not None
+        labels = self.quality.labels(split, self.images)
         return networks.generate(self.iteration.state.average, labels, EVALUATION_SEED), labels
 
     def validation_distance(self) -> float | None:
-        """Fréchet distance of the EMA generator to the validation split; None where pixels do not suit."""
-        if self.pixels is None:
+        """Fréchet distance of the averaged generator to the validation split; None without features."""
+        if self.quality is None or not self.quality.has("validation"):
             return None
-        return self.pixels.distance(self._generate("validation")[0], "validation")
+        return self.quality.distance(self._generate("validation")[0], "validation")
 
     def summary(self) -> dict[str, Any]:
-        """The final figures against the test split; empty where pixels do not suit."""
-        if self.pixels is None:
+        """The final metrics against the test split; empty without features or test images."""
+        if self.quality is None or not self.quality.has("test"):
             return {}
-        return self.pixels.summary(*self._generate("test"))
+        return self.quality.summary(*self._generate("test"))
 
     def _grid_labels(self) -> Tensor:
         classes = len(self.dataset.class_names)
@@ -337,18 +348,15 @@ class Evaluation:
         return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS))
 
     def neighbors_png(self) -> bytes | None:
-        """A row per sample: itself, then its nearest training images on pixels; None without pixels."""
-        if self.pixels is None:
+        """A row per sample: itself, then its nearest training images; None without features."""
+        if self.quality is None:
             return None
         labels = self._grid_labels()[::GRID_COLUMNS]
         samples = networks.generate(self.iteration.state.average, labels, GRID_SEED)
-        records, _ = self.dataset.first("train", len(self.pixels.train[1]))
-        distance = torch.cdist(
-            torch.from_numpy(to_pixels(self.dataset, samples)), torch.from_numpy(self.pixels.train[0])
-        )
-        nearest = distance.topk(min(NEIGHBOURS, len(records)), largest=False).indices
-        found = self.dataset.scaling.to_model(records[nearest.flatten()].double())
+        nearest = self.quality.nearest(samples, NEIGHBOURS)
+        records, _ = self.dataset.first("train", len(self.quality.train[1]))
+        found = self.quality.x0(records[nearest.flatten()]).double().cpu()
         rows = torch.cat(
             (samples.double().cpu()[:, None], found.reshape(*nearest.shape, *samples.shape[1:])), 1
         )
-        return png(grid(to_uint8(rows.flatten(0, 1), self.dataset.scaling), nearest.shape[1] + 1))
+        return png(grid(viewable(rows.flatten(0, 1), self.dataset.scaling), nearest.shape[1] + 1))

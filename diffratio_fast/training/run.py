@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -23,7 +24,8 @@ from diffratio_fast.progress import Progress
 from diffratio_fast.report.diagnosis import warnings
 from diffratio_fast.runs.derived import Derived
 from diffratio_fast.runs.directory import RunDirectory
-from diffratio_fast.runs.log import Events, MetricsLog
+from diffratio_fast.runs.log import MetricsLog
+from diffratio_fast.runs.loggers import Levels, Loggers, parse_loggers
 from diffratio_fast.runs.paths import default_root
 from diffratio_fast.storage.checkpoints import Retention
 from diffratio_fast.storage.writing import replace_file
@@ -157,6 +159,10 @@ class Run:
         """Make one step, on ``config.batches_per_step`` batches."""
         self.step.run(batches)
 
+    def noise_levels(self) -> Levels:
+        """The noise levels that a log line's lists are over."""
+        return {}
+
     def figures(self) -> dict[str, Any]:
         """What a line of metrics.jsonl holds beside step, images, time and memory."""
         raise NotImplementedError
@@ -204,7 +210,10 @@ class Run:
         if world.main:
             self.derived = Derived(self.progress.print)
             self.log = MetricsLog(self.directory.metrics, state.step, self.progress.print)
-            self.events = Events(self.directory.root, state.step, self.progress.print)
+            self.loggers = Loggers(
+                parse_loggers(config.logger), self.directory.root, state.step,
+                config=dataclasses.asdict(config), levels=self.noise_levels(), say=self.progress.print,
+            )  # fmt: skip
         for check in self.iteration.checks.values():
             check.warn = self.progress.print
         self.clock = time.monotonic()
@@ -258,7 +267,7 @@ class Run:
             self.checkpoints.close(patience=30.0)
             if world.main:
                 self.log.close()
-                self.events.close()
+                self.loggers.close()
             self.progress.close()
 
     def _save_is_due(self) -> bool:
@@ -381,14 +390,14 @@ class Run:
     def record(self, values: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, and its numbers for TensorBoard."""
         self.log.write(values)
-        self.events.scalars(values)
+        self.loggers.line(values)
 
     def picture(self, image: bytes) -> None:
         """Keep the PNG of a sample grid of this step."""
         directory = self.directory
         path = directory.sample_grid(self.state.step)
         self.derived.attempt("a sample grid", lambda: replace_file(path, image, root=directory.root))
-        self.events.picture("samples", image, self.state.step)
+        self.loggers.picture("samples", image, self.state.step)
 
     def finish(self) -> dict[str, Any]:
         """The run's last files: networks, report and summary.json, which marks the run as finished."""

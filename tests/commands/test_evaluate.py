@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -16,8 +17,11 @@ from support.data_cases import image_folder, run_prepare
 from support.helpers import SMALL, one_error_line, run
 
 from diffratio_fast import evaluate, networks, sample, train
+from diffratio_fast.data import protocols
 from diffratio_fast.errors import UserError
+from diffratio_fast.metrics import published
 from diffratio_fast.metrics.features import load_extractor
+from diffratio_fast.metrics.features.base import Names
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
 from diffratio_fast.metrics.images import open_images
 from diffratio_fast.metrics.reference import load_reference
@@ -136,9 +140,7 @@ def statistics(size: int) -> dict[str, np.ndarray]:
 
 
 def test_statistics_of_edm_and_edm2_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An extractor with the FID network's name and 24 features: the real weights are not available."""
-    import dataclasses
-
+    """As an extractor of the FID network's name with 24 features: its weights are not to be had here."""
     pixels = load_extractor("pixels", None, (1, 4, 6), torch.device("cpu"))
     extractor = dataclasses.replace(pixels, identity={"name": "inception", "weights_sha256": "0" * 64})
     wanted = statistics(24)
@@ -252,12 +254,19 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         ((samples / "images.npz", "--reference", "nothing"), "no such data set"),
         ((trained, "--seeds", "1,1"), "--seeds 1,1"),
         ((trained, "--seeds", "a"), "--seeds a"),
-        ((trained, "--metrics", "fid"), "--metrics fid: unknown"),
-        ((trained, "--count", "1"), "--count 1: out of range; expected at least 2"),
-        ((trained, "--count", "64"), "64 images; the covariance"),
-        ((trained, "--features", "clip"), "--features clip: unknown"),
-        ((trained, "--features", "pixels", "--weights", "x"), "omit --weights"),
-        ((trained, "--save-reference", "x.pkl"), "expected an .npz file"),
+        ((trained, "--metrics", "fod"), "no such metric: 'fod'"),
+        ((trained, "--metrics", "fid,fdd"), "of different features"),
+        ((trained, "--metrics", "fid", "--features", "pixels"), "needs --features inception, not pixels"),
+        ((trained, "--protocol", "fid", "--count", "1000"), "fixes --count 50000, not 1000; leave it out"),
+        ((trained, "--protocol", "edm", "--labels", "proportional"), "fixes --labels uniform"),
+        ((trained, "--protocol", "fid"), "1,350 images, not the whole published"),
+        ((trained, "--protocol", "edm"), "compares with the published statistics"),
+        (("../nosuch",), "../nosuch: no such file or directory; name a run directory"),
+        ((trained, "--count", "1"), "--count must be at least 2"),
+        ((trained, "--count", "64"), "64 images are too few"),
+        ((trained, "--features", "clip"), "no such features: clip"),
+        ((trained, "--features", "pixels", "--weights", "x"), "leave --weights out"),
+        ((trained, "--save-reference", "x.pkl"), "name an .npz"),
         ((trained, "--split", "nothing"), "invalid choice"),
     ]:
         with pytest.raises(UserError) as caught:
@@ -270,6 +279,57 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
 
 def error_line(subject: Path, cwd: Path) -> str:
     return one_error_line(run("evaluate", subject, "--reference", "digits", "--device", "cpu", cwd=cwd))
+
+
+def test_protocols_fix_what_they_name() -> None:
+    assert set(evaluate.PROTOCOLS) == set(published.PROTOCOLS) == set(protocols.PROTOCOLS)
+    for name in evaluate.PROTOCOLS:
+        options = evaluate.options_of(evaluate.parser().parse_args(["RUN", "--protocol", name]))
+        assert (options.count, options.seeds, options.split) == (50_000, (0, 1, 2), "train")
+        assert options.features == {"fid": "inception", "edm": "inception", "fdd": "dinov2"}[name]
+        assert "frechet" in options.metrics
+    options = evaluate.options_of(evaluate.parser().parse_args(["RUN", "--metrics", "fid,neighbours"]))
+    assert options.metrics == ("frechet", "neighbours") and options.features == "inception"
+
+
+def test_a_protocol_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in: pixels under the FID network's name and a smaller count, as its weights cannot be had "
+    "here."""
+    small = dataclasses.replace(
+        published.PROTOCOLS["fid"],
+        options=dict(published.PROTOCOLS["fid"].options) | {"count": 40, "seeds": (0, 1)},
+    )
+    monkeypatch.setitem(published.PROTOCOLS, "fid", small)
+    monkeypatch.setattr(published, "COUNT", 40)
+    pixels = load_extractor("pixels", None, (3, 2, 2), torch.device("cpu"))
+    fake = dataclasses.replace(pixels, names=Names("fid", "kid", "inception_score"))
+    monkeypatch.setattr("diffratio_fast.metrics.protocol.load_extractor", lambda *_: fake)
+    source = image_folder(tmp_path / "images", classes=2, per_class=60, size=2)
+    tests = image_folder(tmp_path / "tests", classes=2, per_class=20, size=2)
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 256, (40, 2, 2, 3), np.uint8))
+    np.savez(tmp_path / "y.npz", images=np.random.default_rng(0).integers(0, 256, (39, 2, 2, 3), np.uint8))
+    assert run_prepare(source, tmp_path / "cut") == 0
+    whole = tmp_path / "whole"
+    assert run_prepare(source, whole, "--test-source", tests, "--protocol", "fid") == 0
+
+    def run_protocol(subject: str, reference: Path) -> dict[str, Any]:
+        arguments = [str(tmp_path / subject), "--reference", str(reference), "--protocol", "fid"]
+        options = evaluate.options_of(evaluate.parser().parse_args([*arguments, "--device", "cpu"]))
+        from diffratio_fast.metrics.protocol import evaluate as measure
+
+        return measure(options)
+
+    result = run_protocol("x.npz", whole)
+    assert result["protocol"]["name"] == "fid" and result["reference"]["count"] == 120
+    assert result["reference"]["whole_train"] and "fid" in result["summary"]
+    assert "protocol fid (Heusel et al. 2017): FID" in evaluate.table(result)
+    with pytest.raises(UserError, match="not the whole published training set"):
+        run_protocol("x.npz", tmp_path / "cut")
+    with pytest.raises(UserError, match="holds 39 images, but --protocol fid is of 40"):
+        run_protocol("y.npz", whole)
+    monkeypatch.setattr("diffratio_fast.metrics.protocol.load_extractor", lambda *_: pixels)
+    with pytest.raises(UserError, match="the distance is no FID"):
+        run_protocol("x.npz", whole)
 
 
 def test_a_generator_that_diverged_is_named(trained: Path, tmp_path: Path) -> None:

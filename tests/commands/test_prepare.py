@@ -31,7 +31,10 @@ from support.data_cases import (
 
 from diffratio_fast.data import writer
 from diffratio_fast.data.shards import ShardDataSet
+from diffratio_fast.data.sources import whole_train
+from diffratio_fast.data.sources.sizes import proposed_resolution
 from diffratio_fast.errors import UserError
+from diffratio_fast.storage.writing import lock
 
 COMMAND = (sys.executable, "-m", "diffratio_fast.prepare")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -173,9 +176,9 @@ def test_begun_with_other_options(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images")
     (folder / "class1" / "007.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"unreadable: class1/007\.png"):
-        run_prepare(folder, tmp_path / "d")
-    with pytest.raises(UserError, match="in progress with other options"):
-        run_prepare(folder, tmp_path / "d", "--seed", 3)
+        run_prepare(folder, tmp_path / "d", "--shard-bytes", 192)
+    with pytest.raises(UserError, match="begun with other options"):
+        run_prepare(folder, tmp_path / "d", "--shard-bytes", 192, "--seed", 3)
     assert not (tmp_path / "d" / "manifest.json").exists()
     assert not list((tmp_path / "d").glob("*.tmp"))
 
@@ -460,3 +463,107 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path) -> None:
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     content = json.loads((prepared(tmp_path) / "manifest.json").read_text())
     assert content["version"] == 1 and content["kind"] == "image" and content["records"] == 60
+
+
+# ------------------------------------------------------------------------------ pictures of one's own
+
+
+def mixed_folder(root: Path) -> Path:
+    root.mkdir()
+    for number, (height, width) in enumerate([(90, 70), (80, 120), (64, 64), (200, 70)] * 3):
+        (root / f"{number:02d}.png").write_bytes(png(picture(number, height, width)))
+    return root
+
+
+def test_mixed_sizes_are_found_before_anything_is_written(tmp_path: Path) -> None:
+    source = mixed_folder(tmp_path / "photos")
+    with pytest.raises(UserError, match=r"4 different sizes, from 64 x 64 .*--resolution 64"):
+        run_prepare(source, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    assert run_prepare(source, tmp_path / "d", "--resolution", "64") == 0
+    assert ShardDataSet(tmp_path / "d").shape == (3, 64, 64)
+
+
+def test_mixed_sizes_in_an_archive(tmp_path: Path) -> None:
+    members = {f"{i}.png": png(picture(i, 40 + i % 2, 40)) for i in range(12)}
+    with pytest.raises(UserError, match=r"2 different sizes.*--resolution 32"):
+        run_prepare(edm_zip(tmp_path / "x.zip", members), tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("shorter", "resolution"), [([100] * 50, 64), ([63] * 50, 32), ([3] * 50, 16), ([3] + [500] * 50, 64)]
+)
+def test_the_proposed_resolution_is_one_that_nearly_all_images_have(
+    shorter: list[int], resolution: int
+) -> None:
+    assert proposed_resolution([(side, 2 * side) for side in shorter]) == resolution
+
+
+def test_an_attempt_that_wrote_no_shard_locks_nothing(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "images", classes=2)
+    (source / "class0" / "000.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="not an image of a known format") as error:
+        run_prepare(source, tmp_path / "d")
+    assert "BytesIO" not in str(error.value)
+    assert run_prepare(source, tmp_path / "d", "--unreadable", "skip", "--resolution", "4") == 0
+    assert ShardDataSet(tmp_path / "d").shape == (3, 4, 4)
+
+
+def test_a_shard_being_written_keeps_other_options_out(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "images", classes=2)
+    (source / "class0" / "000.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="unreadable"):
+        run_prepare(source, tmp_path / "d")
+    with (
+        lock(tmp_path / "d" / "partial" / "shard-00000.lock"),
+        pytest.raises(UserError, match="begun with other options"),
+    ):
+        run_prepare(source, tmp_path / "d", "--resolution", "4", "--unreadable", "skip")
+
+
+def test_a_folder_of_documents_is_no_data_set(tmp_path: Path) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "logo.png").write_bytes(png(picture(0)))
+    for number in range(5):
+        (folder / f"letter{number}.txt").write_text("Dear")
+    with pytest.raises(UserError, match=r"1 image \(logo.png\) among 5 other files"):
+        run_prepare(folder, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    assert run_prepare(folder, tmp_path / "d", "--format", "folder") == 0
+
+
+def test_captions_beside_images_are_no_other_files(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "images", classes=1, per_class=3)
+    for number in range(3):
+        for suffix in ("txt", "json"):
+            (source / "class0" / f"{number:03d}.{suffix}").write_text("{}")
+    assert run_prepare(source, tmp_path / "d") == 0
+
+
+def test_a_protocol_keeps_the_training_set_whole(tmp_path: Path) -> None:
+    train = image_folder(tmp_path / "train", classes=2)
+    test = image_folder(tmp_path / "test", classes=2, per_class=10)
+    options = ("--test-source", test, "--protocol", "fid")
+    assert run_prepare(train, tmp_path / "d", *options) == 0
+    data = ShardDataSet(tmp_path / "d")
+    assert [data.count(split) for split in ("train", "validation", "test")] == [40, 10, 10]
+    assert run_prepare(train, tmp_path / "few", *options, "--validation", "3") == 0
+    data = ShardDataSet(tmp_path / "few")
+    assert [data.count(split) for split in ("train", "validation", "test")] == [40, 3, 17]
+    with pytest.raises(UserError, match="the source has no test records; name them with --test-source"):
+        run_prepare(train, tmp_path / "e", "--protocol", "fid")
+    with pytest.raises(UserError, match="leave --test out"):
+        run_prepare(train, tmp_path / "e", *options, "--test", "3")
+    with pytest.raises(UserError, match="lower --validation"):
+        run_prepare(train, tmp_path / "e", *options, "--validation", "20")
+
+
+def test_a_protocol_with_a_validation_split_of_the_source() -> None:
+    splits = np.array([0] * 5 + [1] * 4, np.uint8)
+    assert np.bincount(whole_train(splits, None, 0)).tolist() == [5, 2, 2]
+    both = np.array([0] * 5 + [1] * 4 + [2] * 3, np.uint8)
+    assert np.array_equal(whole_train(both, None, 0), both)
+    with pytest.raises(UserError, match="leave --validation out"):
+        whole_train(both, "2", 0)

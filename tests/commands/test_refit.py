@@ -177,4 +177,4 @@ def test_the_verdict_is_in_words() -> None:
     assert "is not below 0.1" in text and "below 0.1 N" in text and "2.050 is worse than 1.050" in text
     assert "no noise level is valid" in text
     assert "chosen" in refit.verdict(0.2, [check(1, 1, (1.0, 1.1))])
-    assert "too large" in refit.verdict(None, [])
+    assert "--eval-features none" in refit.verdict(None, [])

@@ -6,8 +6,15 @@ import torch
 from scipy.linalg import sqrtm
 
 from diffratio_fast.data import open_dataset
+from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.metrics.frechet import Moments, frechet_distance, moments
-from diffratio_fast.metrics.pixels import PixelMetrics, nearest_distance, proportional_labels, to_pixels
+from diffratio_fast.metrics.pixels import nearest_distance, proportional_labels, to_pixels
+from diffratio_fast.metrics.quality import Quality
+from diffratio_fast.metrics.spaces import PixelSpace
+
+
+def on_pixels(dataset: DataSet) -> Quality:
+    return Quality(dataset, PixelSpace(dataset))
 
 
 def test_frechet_distance_of_commuting_gaussians_is_closed_form() -> None:
@@ -33,8 +40,8 @@ def test_moments_refuse_too_little() -> None:
 
 
 def test_digits_floor_is_the_documented_one() -> None:
-    metrics = PixelMetrics(open_dataset("digits"))
-    floor = frechet_distance(metrics.moments["train"], metrics.moments["test"])
+    metrics = on_pixels(open_dataset("digits"))
+    floor = frechet_distance(metrics.moments("train"), metrics.moments("test"))
     assert 0.40 < floor < 0.50
 
 
@@ -48,13 +55,13 @@ def test_pixels_are_measured_in_minus_one_to_one_and_clipped() -> None:
 def test_real_digits_pass_their_own_metrics() -> None:
     digits = open_dataset("digits")
     records, labels = digits.first("test", 1000)
-    summary = PixelMetrics(digits).summary(digits.scaling.to_model(records.double()), labels)
+    summary = on_pixels(digits).summary(digits.scaling.to_model(records.double()), labels)
     assert summary["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert summary["variance_ratio"] == pytest.approx(1)
     assert summary["class_accuracy"] == summary["class_accuracy_test"] > 0.985
     assert summary["nearest_train_distance"] == pytest.approx(summary["nearest_train_distance_test"])
     copies, copied_labels = digits.first("train", 300)
-    memorized = PixelMetrics(digits).summary(digits.scaling.to_model(copies.double()), copied_labels)
+    memorized = on_pixels(digits).summary(digits.scaling.to_model(copies.double()), copied_labels)
     assert memorized["nearest_train_distance"] == pytest.approx(0, abs=1e-5)
 
 

@@ -14,7 +14,8 @@ from support.faulty_files import Refusing, fill, small_disk
 from support.helpers import SMALL
 
 from diffratio_fast import train
-from diffratio_fast.runs.log import Events, MetricsLog
+from diffratio_fast.runs.log import MetricsLog
+from diffratio_fast.runs.loggers import Loggers
 from diffratio_fast.training.run import Run
 
 OPTIONS = [*SMALL, "--steps", "12", "--log-every", "1", "--eval-every", "3", "--checkpoint-every", "3"]
@@ -98,17 +99,18 @@ def test_lines_and_events_are_kept_and_written_later(tmp_path: Path, monkeypatch
 
     said: list[str] = []
     faults = Refusing("metrics.jsonl", "tfevents").install(monkeypatch)
-    log, events = MetricsLog(tmp_path / "metrics.jsonl", 0, said.append), Events(tmp_path, 0, said.append)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, said.append)
+    events = Loggers(["tensorboard"], tmp_path, 0, config={}, levels={}, say=said.append)
     for step in range(1, 7):
         faults.number = errno.ENOSPC if step in (2, 3, 5) else 0
         log.write({"step": step, "loss": 1.0})
-        events.scalars({"step": step, "loss": 1.0})
+        events.line({"step": step, "loss": 1.0})
     log.close()
     events.close()
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     (file,) = tmp_path.glob("events.out.tfevents.*")
     found = EventAccumulator(str(file)).Reload()
-    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in found.Scalars("loss/loss")] == [1, 2, 3, 4, 5, 6]
     assert sum("cannot be written" in line for line in said) == 4
     assert sum("written again" in line for line in said) == 4
 

@@ -14,13 +14,14 @@ from diffratio_fast.data.sources.base import (
     Source,
     Unreadable,
     cut_splits,
+    whole_train,
 )
-from diffratio_fast.data.sources.files import EdmZip, ImageFolder, WebDataset
+from diffratio_fast.data.sources.files import EdmZip, FileSource, ImageFolder, WebDataset
 from diffratio_fast.errors import UserError
 
 __all__ = [
-    "CROPS", "FORMATS", "PIXELS_LIMIT", "ImageOptions", "Joined", "Source", "Unreadable", "cut_splits",
-    "open_source",
+    "CROPS", "FORMATS", "PIXELS_LIMIT", "FileSource", "ImageOptions", "Joined", "Source", "Unreadable",
+    "cut_splits", "open_source", "whole_train",
 ]  # fmt: skip
 
 FORMATS: dict[str, Callable[[Path, ImageOptions], Source]] = {
@@ -38,9 +39,11 @@ def open_source(path: Path, kind: str, options: ImageOptions) -> Source:
         raise UserError(f"{path}: no such file or directory")
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"{path}: neither a regular file nor a directory")
-    kind = detect(path) if kind == "auto" else kind
-    source = FORMATS[kind](path, options)
-    source.format = kind
+    chosen = detect(path) if kind == "auto" else kind
+    source = FORMATS[chosen](path, options)
+    if kind == "auto" and isinstance(source, ImageFolder):
+        source.require_mostly_images()
+    source.format = chosen
     return source
 
 

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -88,6 +88,8 @@ def decode_image(content: bytes, options: ImageOptions, key: str) -> np.ndarray:
     ``dhariwal``: halve with a box filter while the short side is at least twice the resolution, resize
     to the resolution (bicubic), then crop the center. ``lanczos``: crop the center square, then resize.
     """
+    from PIL import UnidentifiedImageError
+
     try:
         with open_image(content, FORMATS, options.max_pixels) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -98,6 +100,8 @@ def decode_image(content: bytes, options: ImageOptions, key: str) -> np.ndarray:
             _check_scaled(pixels.size, options)
             pixels = crop(pixels, options.resolution)
         array = np.asarray(pixels)
+    except UnidentifiedImageError:  # its message shows the stream's repr
+        raise Unreadable(f"{key}: not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # image plugins raise many exception types
         raise Unreadable(f"{key}: {error or type(error).__name__}") from None
     return np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array[None])
@@ -126,6 +130,17 @@ def _check_scaled(size: tuple[int, int], options: ImageOptions) -> None:
             f"an image of {width} x {height} pixels takes {resolution} x {long} at that --resolution, "
             f"more than {options.max_pixels} (--max-pixels)"
         )
+
+
+def image_size(stream: BinaryIO) -> tuple[int, int] | None:
+    """(width, height) in the header of an encoded image; None where it is not one."""
+    from PIL import Image
+
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # image plugins raise whatever they meet
+        return None
 
 
 def crop_dhariwal(image, size: int):  # type: ignore[no-untyped-def]
@@ -220,6 +235,38 @@ def cut_splits(splits: np.ndarray, validation: str | None, test: str | None, see
         raise UserError(
             f"the splits take {taken} of {len(train)} training records; lower --validation or --test"
         )
+    return splits
+
+
+TEST_SHARE, MOST_VALIDATION = 2, 5_000
+"""With ``whole_train``: validation records are one in so many of the test side's, and at most this many."""
+
+
+def whole_train(splits: np.ndarray, validation: str | None, seed: int) -> np.ndarray:
+    """Split the source's test side into validation and test; training records stay as published: uint8 (N,).
+
+    ``validation`` is a count or a fraction of the test side; None is half, 5,000 at most.
+    """
+    splits = splits.copy()
+    side = np.flatnonzero(splits != TRAIN)
+    if not len(side):
+        raise UserError(
+            "--protocol keeps the whole training set and takes validation from the test side, but the source "
+            "has no test records; name them with --test-source, or leave --protocol out"
+        )
+    if np.any(splits == VALIDATION) and np.any(splits == TEST):
+        if validation is not None:
+            raise UserError("the source has its own validation split; leave --validation out")
+        return splits
+    count = (
+        min(len(side) // TEST_SHARE, MOST_VALIDATION)
+        if validation is None
+        else _split_size(validation, len(side), "validation")
+    )
+    if count >= len(side):
+        raise UserError(f"{len(side)} records of the test side cannot spare {count}; lower --validation")
+    splits[side] = TEST
+    splits[side[permutation(seed, 0, len(side))[:count]]] = VALIDATION
     return splits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import reprlib
 import stat
@@ -9,6 +10,7 @@ import tarfile
 import zipfile
 from abc import abstractmethod
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from diffratio_fast.data.sources.base import (
     decode_image,
     decode_moments,
     digest,
+    image_size,
 )
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage.reading import DAMAGE, one_line, open_regular, parse_json, read_bytes
@@ -79,10 +82,18 @@ class FileSource(Source):
         array = decode_image(content, self._options, key)
         if self._decode_shape is not None and array.shape != self._decode_shape:
             raise Unreadable(
-                f"{key}: image {list(array.shape)}; expected {list(self._decode_shape)}; "
-                "resize all images with --resolution"
+                f"{key}: image {list(array.shape)} among {list(self._decode_shape)}, but all must have one "
+                "size (`prepare --resolution` crops and scales them)"
             )
         return array
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) in the header of image ``index``; None where it cannot be read. Thread-safe."""
+        try:
+            with self._open(index) as stream:
+                return image_size(stream)
+        except (RuntimeError, *DAMAGE):
+            return None
 
     def key(self, index: int) -> str:
         return self._keys[index]
@@ -93,6 +104,10 @@ class FileSource(Source):
     @abstractmethod
     def _content(self, index: int) -> bytes:
         """The bytes of file ``index``; thread-safe."""
+
+    def _open(self, index: int) -> BinaryIO:
+        """File ``index`` as a stream, of which the header alone is read; thread-safe."""
+        return io.BytesIO(self._content(index))
 
 
 SPLIT_FOLDERS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
@@ -107,8 +122,11 @@ class ImageFolder(FileSource):
         if "train" not in split_roots or len(split_roots) != len(folders):
             split_roots = {"": TRAIN}
         found: list[tuple[str, int, str, int]] = []  # key, split, class, size
+        self._others: list[str] = []
         for root, split in split_roots.items():
-            found += [(key, split, name, size) for key, name, size in _images_below(path, root)]
+            images, others = _files_below(path, root)
+            found += [(key, split, name, size) for key, name, size in images]
+            self._others += others
         found.sort()
         super().__init__(path, [f[0] for f in found], [f[3] for f in found], options)
         self.class_names, self.labels = classes_of([f[2] for f in found])
@@ -120,18 +138,40 @@ class ImageFolder(FileSource):
             raise OSError(f"{self._sizes[index]} bytes; expected at most {MEMBER_LIMIT} for one image")
         return read_bytes(self.path / self._keys[index], MEMBER_LIMIT)
 
+    def _open(self, index: int) -> BinaryIO:
+        return open_regular(self.path / self._keys[index])
 
-def _images_below(path: Path, root: str) -> list[tuple[str, str, int]]:
-    """(path relative to ``path``, class name, size) of every image below ``path/root``."""
-    found = []
+    def require_mostly_images(self) -> None:
+        """Raise ``UserError`` where most files are no images: the folder was hardly meant as a data set."""
+        if len(self._others) > len(self):
+            images = f"{len(self)} image{'s' * (len(self) > 1)} ({self.key(0)})"
+            raise UserError(
+                f"{self.path}: holds {images} among {len(self._others)} other files "
+                f"({min(self._others)}, ...), so it is hardly an image data set; name the folder of the "
+                "images, or take these all the same with --format folder"
+            )
+
+
+def _files_below(path: Path, root: str) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """Images below ``path/root``, (path relative to ``path``, class name, size) each, and other files.
+
+    A file that is named as an image beside it (a caption, a label) is neither.
+    """
+    images: list[tuple[str, str, int]] = []
+    others: list[str] = []
     for folder, _, files in os.walk(path / root):
         below = Path(folder).relative_to(path / root).parts
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                file = Path(folder, name)
-                key = file.relative_to(path).as_posix()
-                found.append((key, below[0] if below else "", _size_of(file)))
-    return found
+        visible = [name for name in files if not name.startswith(".")]
+        pictures = {name for name in visible if name.lower().endswith(IMAGE_SUFFIXES)}
+        stems = {Path(name).stem for name in pictures}
+        for name in visible:
+            file = Path(folder, name)
+            key = file.relative_to(path).as_posix()
+            if name in pictures:
+                images.append((key, below[0] if below else "", _size_of(file)))
+            elif Path(name).stem not in stems:
+                others.append(key)
+    return images, others
 
 
 def _size_of(file: Path) -> int:

@@ -21,6 +21,7 @@ from diffratio_fast.metrics.features.dinov2 import load_dinov2
 from diffratio_fast.metrics.features.efficientnet import load_efficientnet_lite0
 from diffratio_fast.metrics.features.inception import load_inception
 from diffratio_fast.metrics.features.pixels import load_pixels
+from diffratio_fast.metrics.features.random import load_random
 
 __all__ = ["EXTRACTORS", "Extractor", "FeatureSet", "extract", "load_extractor"]
 
@@ -29,6 +30,7 @@ EXTRACTORS: dict[str, Callable[[Path | None, tuple[int, int, int]], Extractor]] 
     "dinov2": load_dinov2,
     "efficientnet-lite0": load_efficientnet_lite0,
     "pixels": load_pixels,
+    "random": load_random,
 }
 """Arguments: file or directory of the weights (None: the default location), and the shape of an image."""
 
