@@ -4,7 +4,14 @@ An operation runs compiled code where that was built for the device of the tenso
 The noise has the same bits either way.
 """
 
-from diffratio_fast.ops import edm2, reference_edm2, reference_noise, reference_ratio
+from diffratio_fast.ops import (
+    edm2,
+    parameters,
+    reference_edm2,
+    reference_noise,
+    reference_parameters,
+    reference_ratio,
+)
 from diffratio_fast.ops.noise import add_noise, make_rng, normal, random_words, uniform
 from diffratio_fast.ops.purpose import SEPARATE_NOISE, SHARED_NOISE, Purpose
 from diffratio_fast.ops.ratio import log_ratio, pack_weights, ratio_loss, score_difference
@@ -19,10 +26,12 @@ __all__ = [
     "make_rng",
     "normal",
     "pack_weights",
+    "parameters",
     "random_words",
     "ratio_loss",
     "reference_edm2",
     "reference_noise",
+    "reference_parameters",
     "reference_ratio",
     "score_difference",
     "uniform",
