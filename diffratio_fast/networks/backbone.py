@@ -58,7 +58,7 @@ def set_checkpointing(network: nn.Module, on: bool) -> None:
 def set_fused(network: nn.Module, on: bool) -> None:
     """Let the parts of EDM2 networks use the fused operations where they exist, or plain PyTorch."""
     for module in network.modules():
-        if isinstance(module, (Block, MPUNet, MPHead)):
+        if isinstance(module, (Block, MPConv, MPUNet, MPHead)):
             module.fused = on
 
 

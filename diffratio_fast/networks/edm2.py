@@ -9,6 +9,7 @@ training mode the stored weights are normalized too ("forced weight normalizatio
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,6 +36,7 @@ from diffratio_fast.networks.unet import (
     separable_filter,
     upsample,
 )
+from diffratio_fast.ops import parameters
 
 EDM2_CHANNELS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 
@@ -62,12 +64,42 @@ class MPFourier(KeepsPrecision, Drawn):
         return angle.cos() * math.sqrt(2)
 
 
+class Kept:
+    """An optimizer's part in a weight: it normalizes it in store, and may keep the value for the next pass.
+
+    The value holds for one version of the weight. A copy of a network has no such optimizer.
+    """
+
+    def __init__(self, weight: weakref.ref[Tensor], normalized: Tensor | None) -> None:
+        self.weight, self.normalized = weight, normalized
+        self._version = -1
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def take_note(self) -> None:
+        """The value is that of the weight as it is now."""
+        weight = self.weight()
+        self._version = -1 if weight is None else weight._version
+
+    def value(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The normalized weight, if it is known in this type."""
+        known = self.normalized
+        if known is None or known.dtype != dtype or weight is not self.weight():
+            return None
+        return known if weight._version == self._version else None
+
+
 class MPConv(Drawn):
     """Linear map ([N, in], ``kernel`` 0) or convolution of same size ([N, in, H, W], ``kernel`` odd).
 
     The weights of each output are normalized to unit length in use (Eq. 47); ``force_normalization`` also
     normalizes the stored weights. ``gain`` multiplies the output.
+    ``fused``: by ``ops.parameters`` where it has compiled code.
     """
+
+    fused = True
+    kept: Kept | None = None
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
         super().__init__()
@@ -81,10 +113,21 @@ class MPConv(Drawn):
         self.weight.copy_(draws.normal(*self.weight.shape))
 
     def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The normalized weights, multiplied by ``gain``."""
+        """The normalized weights, multiplied by ``gain``; in autocast's type where they are fused."""
+        if self.fused and parameters.compiled_for(self.weight):
+            return self._normalized() if isinstance(gain, float) and gain == 1 else self._normalized() * gain
         weight = at_least_float32(self.weight)
         scaled = normalize(weight, range(1, weight.ndim)) * (gain / math.sqrt(weight[0].numel()))
         return scaled.to(self.weight.dtype)
+
+    def _normalized(self) -> Tensor:
+        kind = self.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        if self.kept is not None and not torch.compiler.is_compiling():
+            known = self.kept.value(self.weight, dtype)
+            if known is not None:
+                return parameters.known_normalized(self.weight, known)
+        return parameters.normalize_weight(self.weight, dtype)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = self.effective_weight(gain)
@@ -97,10 +140,11 @@ def force_normalization(network: nn.Module) -> None:
 
     Not recorded by autograd, so graphs of earlier forward passes stay valid: after the first call the
     weights change by rounding only. Excluded from compilation: a compiled backward pass may recompute
-    parts of the forward pass, and would use the weights normalized in between.
+    parts of the forward pass, and would use the weights normalized in between. Weights whose optimizer
+    normalizes them are skipped.
     """
     for module in network.modules():
-        if isinstance(module, MPConv) and module.training:
+        if isinstance(module, MPConv) and module.training and module.kept is None:
             stored = module.weight.data
             if hasattr(stored, "to_local"):  # sharded: each process has a part of the rows
                 stored = stored.to_local()

@@ -32,7 +32,7 @@ def compiled_for(weight: Tensor) -> bool:
 
 
 def normalize_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """weight [out, in, ...] with each row divided by (1e-4 + its rms) sqrt(its length), in ``dtype`` (Eq. 47).
+    """weight [out, in, ...], each row divided by (1e-4 + its rms) sqrt(its length), in ``dtype`` (Eq. 47).
 
     Differentiable; saves weight. Bytes an element to bfloat16: forward 6, backward 10, both the minimum.
     Raises ``ValueError`` for a vector or scalar and ``TypeError`` for integers.

@@ -67,5 +67,11 @@ def update_average(average: nn.Module, network: nn.Module, weight: float | Tenso
         torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
     else:
         torch._foreach_lerp_(averages, parameters, weight)
+    copy_buffers(average, network)
+
+
+@torch.no_grad()
+def copy_buffers(average: nn.Module, network: nn.Module) -> None:
+    """Let an average have the network's buffers."""
     for target, source in zip(average.buffers(), network.buffers(), strict=True):
         target.copy_(source)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from diffratio_fast.config.run import RunConfig
 from diffratio_fast.errors import UserError
+from diffratio_fast.ops.parameters import MAX_AVERAGES
+from diffratio_fast.training.state import fused_adam
 
 
 def make_optimizer(
@@ -27,6 +29,13 @@ def make_optimizer(
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
     if config.capture:  # a graph reads the rate from memory
         settings["lr"] = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
+    averages = 1 + len(config.posthoc_widths)
+    if config.fused == "auto" and averages <= MAX_AVERAGES and fused_adam.supports(network):
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        return fused_adam.FusedAdam(
+            network, settings, decoupled=config.optimizer == "adamw", dtype=None if config.compile else dtype
+        )
+    if config.capture:
         settings["capturable"] = True
     return kind(parameters, **settings, fused=True)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from diffratio_fast.config.run import RunConfig
-from diffratio_fast.training.state.ema import averaged_copy, power_decay, power_exponent, update_average
+from diffratio_fast.training.state.ema import averaged_copy, power_decay, power_exponent
 
 
 class Profile(NamedTuple):
@@ -70,13 +70,12 @@ def kept_weights(config: RunConfig, update: int) -> dict[str, float]:
     return {f"kept {width}": 1 - power_decay(update, width) for width in _others(config)}
 
 
-def update_kept(
-    config: RunConfig, kept: nn.ModuleList | None, network: nn.Module, weights: Mapping[str, float | Tensor]
-) -> None:
-    """Add the network to the averages of ``kept_averages``, by the ``weights`` of ``kept_weights``."""
-    if kept is not None:
-        for width, average in zip(_others(config), kept, strict=True):
-            update_average(average, network, weights[f"kept {width}"])
+def kept_with_weights(
+    config: RunConfig, kept: nn.ModuleList | None, weights: Mapping[str, float | Tensor]
+) -> list[tuple[nn.Module, float | Tensor]]:
+    """Each of ``kept_averages`` with its weight of ``kept_weights``."""
+    widths = _others(config)
+    return [(average, weights[f"kept {width}"]) for width, average in zip(widths, kept or [], strict=False)]
 
 
 def averages_by_width(

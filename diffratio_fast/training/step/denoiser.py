@@ -18,9 +18,9 @@ from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.training.processes.parallel import Parallel
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.state.denoiser import WATCHED, PretrainState
-from diffratio_fast.training.state.ema import average_decay, update_average
+from diffratio_fast.training.state.ema import average_decay
 from diffratio_fast.training.state.optimizers import set_rate
-from diffratio_fast.training.state.posthoc_ema import kept_weights, update_kept
+from diffratio_fast.training.state.posthoc_ema import kept_weights, kept_with_weights
 from diffratio_fast.training.state.watch import Watch
 from diffratio_fast.training.step.finite import FiniteCheck
 from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_factor
@@ -87,12 +87,10 @@ class PretrainIteration(Stepper):
         state.sums[:2] += means
         state.sums[2] += 1
         check = self.checks["denoiser"]
-        allowed = check.allows(self.rng[1], {"the loss": means[0]})
+        averages = [(state.average, self.numbers["average"])]
+        averages += kept_with_weights(self.config, state.kept, self.numbers)
+        self.update(check, {"the loss": means[0]}, state.optimizer, averages)
         self.watch.note(check.latest)
-        if allowed:
-            state.optimizer.step()
-            update_average(state.average, state.denoiser, self.numbers["average"])
-            update_kept(self.config, state.kept, state.denoiser, self.numbers)
 
     def _loss(self, x0: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a part of a batch, and its mean error (float64, detached)."""

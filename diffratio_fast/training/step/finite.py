@@ -31,13 +31,14 @@ class FiniteCheck:
         self.names: list[str]
 
     @torch.no_grad()
-    def allows(self, step: Tensor, others: Mapping[str, Tensor]) -> bool:
+    def allows(self, step: Tensor, others: Mapping[str, Tensor], norms: Tensor | None = None) -> bool:
         """Whether the update of ``step`` may be made, given the gradients and scalars ``others`` by name.
 
-        ``step`` is an int64 scalar on the device. Leaves the norm of the gradient in ``gradient_norm``.
+        ``step`` is an int64 scalar on the device; ``norms``: of the gradients (of this process's part), where
+        they are known. Leaves the norm of the gradient in ``gradient_norm``.
         """
         pairs = [(name, p.grad) for name, p in self.network.named_parameters() if p.grad is not None]
-        norms = self._norms([gradient for _, gradient in pairs])
+        norms = self._norms([gradient for _, gradient in pairs], norms)
         self.gradient_norm = norms.norm()
         self.latest = [*others.values(), self.gradient_norm]
         values = torch.cat([torch.stack([value.detach().to(norms) for value in others.values()]), norms])
@@ -56,9 +57,10 @@ class FiniteCheck:
         self.step.copy_(torch.where(first, step, self.step))
         return True
 
-    def _norms(self, gradients: list[Tensor]) -> Tensor:
+    def _norms(self, gradients: list[Tensor], norms: Tensor | None) -> Tensor:
         """Norms of the gradients; of sharded ones over all their parts."""
-        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
+        if norms is None:
+            norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
         sharded = [is_sharded(gradient) for gradient in gradients]
         if not any(sharded):
             return norms

@@ -25,10 +25,11 @@ from diffratio_fast.objectives.weights import WEIGHTS, loss_weight
 from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training.processes.parallel import Parallel
 from diffratio_fast.training.processes.world import ALONE, World
-from diffratio_fast.training.state.ema import average_decay, ema_decay, update_average
+from diffratio_fast.training.state.ema import average_decay, ema_decay
+from diffratio_fast.training.state.fused_adam import Averages
 from diffratio_fast.training.state.generator import WATCHED, TrainState
 from diffratio_fast.training.state.optimizers import set_rate
-from diffratio_fast.training.state.posthoc_ema import kept_weights, update_kept
+from diffratio_fast.training.state.posthoc_ema import kept_weights, kept_with_weights
 from diffratio_fast.training.state.watch import Watch
 from diffratio_fast.training.step.finite import FiniteCheck
 from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_factor
@@ -126,7 +127,9 @@ class Iteration(Stepper):
             gradient_penalty=self.config.ratio_gradient_penalty,
         )  # fmt: skip
 
-    def _ratio_step(self, batch: Batch, substep: int, keep_graph: bool) -> tuple[Tensor, Tensor]:
+    def _ratio_step(
+        self, batch: Batch, substep: int, keep_graph: bool, averages: Averages
+    ) -> tuple[Tensor, Tensor]:
         """One update of the ratio network; the last part's fakes (with their graph, if kept) and labels."""
         state = self.state
         self.loss_of.prepare()
@@ -148,8 +151,8 @@ class Iteration(Stepper):
         if substep == 0:
             state.sums[:5] += values
             state.sums[6] += 1
-        if self.checks["ratio"].allows(self.rng[1], {"the ratio loss": values[0]}):
-            state.ratio_optimizer.step()
+        losses = {"the ratio loss": values[0]}
+        self.update(self.checks["ratio"], losses, state.ratio_optimizer, averages)
         return fake, labels
 
     @staticmethod
@@ -192,8 +195,8 @@ class Iteration(Stepper):
             outcome = diffratio.score_difference(network, *arguments, **keywords)
         return outcome, bin_of
 
-    def _generator_step(self, batch: Batch, whole: tuple[Tensor, Tensor] | None) -> bool:
-        """One update of the generator, from the batch's fakes where they were kept; whether it was made."""
+    def _generator_step(self, batch: Batch, whole: tuple[Tensor, Tensor] | None) -> None:
+        """One update of the generator and its averages, from the batch's fakes where they were kept."""
         config, state = self.config, self.state
         if not self.loss_of.sharded:  # FSDP2 keeps account of what takes gradients
             state.ratio.requires_grad_(False)
@@ -221,10 +224,9 @@ class Iteration(Stepper):
             update_means(state.h_means, self.world.sum(sums))
         if self.divergence.clamp is not None:
             state.sums[5] += clamped
-        made = self.checks["generator"].allows(self.rng[1], {self.SOURCE: log_ratio})
-        if made:
-            state.generator_optimizer.step()
-        return made
+        averages = [(state.average, self.numbers["average"])]
+        averages += kept_with_weights(config, state.kept, self.numbers)
+        self.update(self.checks["generator"], {self.SOURCE: log_ratio}, state.generator_optimizer, averages)
 
     def settle(self, batch: Batch) -> None:
         state = self.state
@@ -268,15 +270,15 @@ class Iteration(Stepper):
         # one forward serves both steps: detached for the ratio, with its graph for the generator; unless the
         # batch comes in parts, of which only one graph may be in memory at a time
         keeps = trains and len(self.parts) == 1
-        whole = self._ratio_step(batches[0], 0, keeps)
-        for substep, batch in enumerate(batches[1:], 1):
-            self._ratio_step(batch, substep, False)
+        averages: Averages = ()
         if state.ratio_average is not None:
-            update_average(state.ratio_average, state.ratio, self.numbers["ratio_average"])
+            averages = [(state.ratio_average, self.numbers["ratio_average"])]
+        last = len(batches) - 1
+        whole = self._ratio_step(batches[0], 0, keeps, averages if last == 0 else ())
+        for substep, batch in enumerate(batches[1:], 1):
+            self._ratio_step(batch, substep, False, averages if substep == last else ())
         if trains:
             state.ratio.eval()
-            if self._generator_step(batches[0], whole if keeps else None):
-                update_average(state.average, state.generator, self.numbers["average"])
-                update_kept(self.config, state.kept, state.generator, self.numbers)
+            self._generator_step(batches[0], whole if keeps else None)
         ratio, generator = self.checks["ratio"], self.checks["generator"]
         self.watch.note([*ratio.latest, generator.gradient_norm] if trains else ratio.latest)

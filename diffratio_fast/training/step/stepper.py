@@ -14,6 +14,8 @@ from diffratio_fast.config.run import RunConfig
 from diffratio_fast.data.scaling import Scaling, to_model
 from diffratio_fast.objectives.augmentation import flip
 from diffratio_fast.training.processes.world import World
+from diffratio_fast.training.state.ema import copy_buffers, update_average
+from diffratio_fast.training.state.fused_adam import Averages, FusedAdam
 from diffratio_fast.training.state.run_state import RunState, run_dtype
 from diffratio_fast.training.state.watch import Watch
 from diffratio_fast.training.step.finite import FiniteCheck
@@ -112,6 +114,32 @@ class Stepper:
             return output.float()
 
         return call
+
+    def update(
+        self,
+        check: FiniteCheck,
+        others: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        averages: Averages = (),
+    ) -> bool:
+        """Update the checked network and its averages, unless the check skips that; whether it was done.
+
+        ``others``: scalars by name that must be finite too.
+        """
+        fused, network = isinstance(optimizer, FusedAdam), check.network
+        if (check.skip or not fused) and not check.allows(self.rng[1], others):
+            return False
+        if isinstance(optimizer, FusedAdam):
+            squares = optimizer.update(averages)
+            if not check.skip:
+                check.allows(self.rng[1], others, squares.sqrt())
+            for average, _ in averages:
+                copy_buffers(average, network)
+        else:
+            optimizer.step()
+            for average, weight in averages:
+                update_average(average, network, weight)
+        return True
 
     def to_device(
         self, batch: Batch, rng: Tensor | None = None, index: Tensor | None = None, *, substep: int = 0
