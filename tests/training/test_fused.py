@@ -125,7 +125,7 @@ def test_a_bad_update_is_skipped_or_reported(tmp_path: Path) -> None:
         run = run_of("pretrain", tmp_path / policy, 1, on_nonfinite=policy)
         said: list[str] = []
         (check,) = run.iteration.checks.values()  # type: ignore[attr-defined]
-        check.say = said.append
+        check.warn = said.append
         before = tensors(run)
         weight = run.state.denoiser.unet.out_gain  # type: ignore[attr-defined]
         hook = weight.register_hook(lambda g: g * float("nan"))
