@@ -95,7 +95,8 @@ class Pretrainer(Run):
             self.iteration.dtype
         )
         images = heun(self.measured.average, noise, labels)
-        return png(grid(viewable(images, self.dataset.scaling), columns))
+        names = self.dataset.class_names[:rows] if rows > 1 else ()
+        return png(grid(viewable(images, self.dataset.scaling), columns, labels=names))
 
     def snapshot(self) -> None:
         self._save(self.directory.snapshot("denoiser", self.state.step), self.measured.state.average)

@@ -345,7 +345,8 @@ class Evaluation:
     def grid_png(self) -> bytes:
         """Fixed latents through the EMA generator, a row per class, as PNG."""
         images = networks.generate(self.iteration.state.average, self._grid_labels(), GRID_SEED)
-        return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS))
+        names = self.dataset.class_names[:GRID_ROWS] if len(self.dataset.class_names) > 1 else ()
+        return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS, labels=names))
 
     def neighbors_png(self) -> bytes | None:
         """A row per sample: itself, then its nearest training images; None without features."""
