@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Tests are small: a second thread brings nothing, and where something else runs too, threads that wait for
 # one another make them ten times slower. Processes that tests start inherit it.
@@ -18,6 +19,14 @@ from diffratio_fast import train
 
 # The CUDA checks need a CUDA device; without one they are not collected at all (no row of skips).
 collect_ignore: list[str] = [] if torch.cuda.is_available() else ["gpu"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``, one worker runs all tests of a file: fixtures of a file are made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
