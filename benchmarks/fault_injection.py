@@ -280,7 +280,7 @@ class Case:
         self.data.put(self.where, 1)
         attempt = self.attempt()
         words = self.ended(attempt, f"{words}; then other data", {2, pulse.STATUS})
-        if "was trained on data with the digest" not in attempt.output():
+        if "trained on data with the digest" not in attempt.output():
             raise RuntimeError(f"other data are not noticed: {attempt.output()[-2000:]}")
         self.data.put(self.where, 0)
         return words

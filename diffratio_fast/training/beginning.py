@@ -1,4 +1,4 @@
-"""How a run begins: from nothing, from its own newest checkpoint, or from another run's. Imports no torch."""
+"""The start of a run: new, from its own newest checkpoint, or from another run's. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Source:
         return f"{self.run}" if self.step is None else f"{self.run}@{self.step}"
 
     def require_config(self) -> Path:
-        """The run's config.yaml; a ``UserError`` where there is none."""
+        """The run's config.yaml; raises ``UserError`` if it does not exist."""
         path = self.run / "config.yaml"
         if not path.is_file():
-            raise UserError(f"--resume-from {self}: {self.run} is no run directory (it holds no config.yaml)")
+            raise UserError(f"--resume-from {self}: {self.run} has no config.yaml; expected a run directory")
         return path
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the command line says of the start of a run, beside its configuration.
+    """Options of the command line about the start of a run, not part of its configuration.
 
-    ``fresh`` removes the run that is there; ``accept_data`` continues on other data than those of the
-    checkpoint; ``source`` is whose checkpoint a run without one of its own begins from.
+    ``fresh`` removes an existing run; ``accept_data`` resumes with other data than those of the checkpoint;
+    ``source`` is the checkpoint that a run without a checkpoint of its own begins from.
     """
 
     fresh: bool = False

@@ -1,4 +1,4 @@
-"""The command line of ``train`` and ``pretrain``: presets, options, files of options."""
+"""The command line of ``train`` and ``pretrain``: presets, options, option files."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def run_parser(name: str, description: str, kind: type[Options], default: str, s
         "--config", type=Path, metavar="FILE", help="YAML file of options; command-line options override it"
     )
     result.add_argument(
-        "--dry-run", action="store_true", help="print the plan of the run, with its memory, and stop"
+        "--dry-run", action="store_true", help="print the plan of the run, including its memory, and exit"
     )
     result.add_argument(
         "--plan-memory", type=float, default=argparse.SUPPRESS, metavar="GIB",
-        help="dry run: plan for a device with so much memory, in place of --device",
+        help="dry run: plan for a device with this memory instead of --device",
     )  # fmt: skip
-    result.add_argument("--fresh", action="store_true", help="start over: remove the run that is there")
+    result.add_argument("--fresh", action="store_true", help="remove the existing run and start again")
     result.add_argument(
         "--resume-from", metavar="RUN@STEP",
-        help="begin a new run (in --run-dir) from a checkpoint of another one (without @STEP: its newest), "
-        "with that run's options and, in their place, those given here",
+        help="start a new run (in --run-dir) from a checkpoint of another run (without @STEP: the newest), "
+        "with the options of that run, which options on the command line override",
     )  # fmt: skip
     result.add_argument(
         "--accept-data", action="store_true",
-        help="continue although the data set is another than the one that the checkpoint was trained on",
+        help="resume with another data set than that of the checkpoint",
     )  # fmt: skip
     add_options(result, kind(**shown))
     return result
@@ -82,7 +82,7 @@ class _BriefHelp(argparse.Action):
 def act(
     argv: list[str], parser: command.Parser, resolve: Callable[..., Any], train: Callable[..., int]
 ) -> int:
-    """Do what the command line asks for: print the plan, or ``train(preset, config, beginning)``."""
+    """Run the command line: print the plan, or call ``train(preset, config, beginning)``."""
     rank, world_size = launch.process()
     try:
         arguments = vars(parser.parse_args(argv))
@@ -91,18 +91,18 @@ def act(
         preset, config = resolve(arguments)
         parse_loggers(config.logger)
         if memory is not None and not memory > 0:
-            raise command.UserError(f"--plan-memory must be above 0, not {memory}")
+            raise command.UserError(f"--plan-memory {memory}: out of range; expected above 0")
         if config.batch_size % world_size:
             raise command.UserError(
-                f"--batch-size {config.batch_size} cannot be shared out equally among {world_size} processes"
+                f"--batch-size {config.batch_size}: expected a multiple of the {world_size} processes"
             )
     except command.UserError:
-        if rank:  # every process finds the same fault with its options
+        if rank:  # every process detects the same error
             raise command.ReportedElsewhere from None
         raise
     if not dry_run:
         return train(preset, config, beginning)
-    # torch is imported only once the command line is known to be good
+    # torch is imported only after the command line has been checked
     from diffratio_fast.training.plan import print_plan
 
     print_plan(preset, config, memory=memory)
@@ -110,16 +110,16 @@ def act(
 
 
 def _beginning(arguments: dict[str, Any]) -> Beginning:
-    """How the run begins; the options of ``--resume-from``'s run become those of --config."""
+    """The start of the run; the options of ``--resume-from``'s run replace those of --config."""
     fresh, accept, text = (arguments.pop(name) for name in ("fresh", "accept_data", "resume_from"))
     if text is None:
         return Beginning(fresh, accept)
     source = Source.parse(text)
     if "run_dir" not in arguments:
-        raise command.UserError("--resume-from begins a new run: give it a directory with --run-dir")
+        raise command.UserError("--resume-from starts a new run: set its directory with --run-dir")
     file = source.require_config()
     if Path(arguments["run_dir"]).resolve() == source.run.resolve():
-        raise command.UserError("--resume-from: --run-dir is the run itself; name another directory")
+        raise command.UserError("--resume-from: --run-dir is the same run; choose another directory")
     if arguments["config"] is None:
         arguments["config"] = file
         arguments["preset"] = preset_of(file) or arguments["preset"]
@@ -127,7 +127,7 @@ def _beginning(arguments: dict[str, Any]) -> Beginning:
 
 
 def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: type[Options]) -> Any:
-    """(the preset's name, the options from --config and, before them, the command line)."""
+    """(preset name, options of --config overridden by those of the command line)."""
     preset = arguments.pop("preset")
     if preset not in presets:
         known = command.did_you_mean(preset, presets) or f"; known: {', '.join(presets)}"
@@ -137,6 +137,6 @@ def chosen_options(arguments: dict[str, Any], presets: Mapping[str, Any], kind: 
 
 
 def over_preset(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's values under the options chosen; those of its backbone go with it."""
+    """A preset's values overridden by the chosen options; another backbone drops its backbone options."""
     other = "backbone" in chosen and chosen["backbone"] != values.get("backbone")
     return {**values, **({"backbone_options": "{}"} if other else {}), **chosen}

@@ -1,4 +1,4 @@
-"""Pre-training runs: a denoiser by the EDM or EDM2 objective, ``train`` starts from its result."""
+"""Pre-training runs: a denoiser with the objective of EDM or EDM2, for ``train --init``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from diffratio_fast.training.step.denoiser import PretrainIteration
 from diffratio_fast.training.step.stepper import Batch
 
 HELD_OUT = 512
-"""Validation images behind a validation loss, at most."""
+"""Maximum number of validation images for the validation loss."""
 GRID_SEED = 1
 GRID_ROWS, GRID_COLUMNS = 10, 8
 
@@ -132,10 +132,10 @@ class Pretrainer(Run):
 
 
 def pretrain(preset: str, config: PretrainConfig, beginning: Beginning = ORDINARY) -> int:
-    """Start or resume the pre-training that ``config`` describes; the process's exit status."""
+    """Start or resume the pre-training of ``config``; return the exit status."""
     if run(Pretrainer, preset, config, beginning) is not None:
         root = Pretrainer.root(preset, config)
         chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
-        print(f"  look: {root / 'samples'}")
+        print(f"  samples: {root / 'samples'}")
         print(f"  train: python -m diffratio_fast.train {preset}{chosen} --init {root}")
     return 0

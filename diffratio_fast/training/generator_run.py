@@ -34,7 +34,7 @@ class Trainer(Run):
     iteration: Iteration
     measured: Iteration
     refitted: Refitted | None = None
-    """The newest evaluation's copy of the ratio network."""
+    """The refitted copy of the ratio network of the last evaluation."""
 
     @classmethod
     def new_iteration(
@@ -87,16 +87,16 @@ class Trainer(Run):
             measured = {"evaluation_images": images, "evaluation_features": self.evaluation.features}
             fields |= {"frechet_distance_validation": distance, **measured}
         self.record({"step": state.step, **fields, "evaluation_seconds": time.monotonic() - began})
-        said = []
+        messages = []
         if distance is not None:
-            said = [
+            messages = [
                 f"Fréchet distance of {images:,} images to the validation split {distance:.3f} "
                 f"({self.evaluation.features})"
             ]
         if "divergence_refit" in fields:
-            said.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
-        if said:
-            self.progress.print(f"step {state.step:>6}: {', '.join(said)}")
+            messages.append(f"divergence after a refit {fields['divergence_refit']:.3f} nats")
+        if messages:
+            self.progress.print(f"step {state.step:>6}: {', '.join(messages)}")
         best = state.best
         # distances of another number of images, or on other features, do not compare
         if distance is not None and (
@@ -146,17 +146,19 @@ class Trainer(Run):
         )
 
     def _measure(self, refitted: Refitted | None) -> None:
-        """What only the report shows: calibration, noise laws and the samples' nearest training images."""
+        """Measurements for the report only: calibration, noise laws, nearest training images."""
         found = {
             "noise_levels": self.evaluation.noise_histograms(),
             "calibration": self.evaluation.calibrations(refitted),
-            "evaluations": [],  # what is there is of an earlier generator
+            "evaluations": [],  # existing results belong to an earlier generator
         }
         root = self.directory.root
         self.derived.attempt("measurements.json", lambda: keep_measurements(root, **found))
         picture = self.evaluation.neighbors_png()
         if picture is not None:
-            self.derived.attempt("neighbours.png", lambda: replace_file(self.directory.neighbors, picture))
+            self.derived.attempt(
+                "neighbours.png", lambda: replace_file(self.directory.neighbors, picture)
+            )  # words: ok
 
     def results(self) -> dict[str, Any]:
         networks, directory = self.measured.state, self.directory
@@ -179,7 +181,7 @@ class Trainer(Run):
 
 
 def train(preset: str, config: TrainConfig, beginning: Beginning = ORDINARY) -> int:
-    """Start or resume the training that ``config`` describes; the process's exit status."""
+    """Start or resume the training of ``config``; return the exit status."""
     summary = run(Trainer, preset, config, beginning)
     if summary is not None:
         _print_summary(Trainer.root(preset, config), summary)
@@ -198,4 +200,4 @@ def _print_summary(root: Path, summary: dict[str, Any]) -> None:
             f"  class accuracy {summary['class_accuracy']:.1%} "
             f"(real test data: {summary['class_accuracy_test']:.1%})"
         )
-    print(f"  look: {root / 'report.html'}\n  sample: python -m diffratio_fast.sample {root}")
+    print(f"  report: {root / 'report.html'}\n  sample: python -m diffratio_fast.sample {root}")

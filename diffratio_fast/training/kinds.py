@@ -1,4 +1,4 @@
-"""The table of kinds of run: a configuration class to what trains, with its state, step and directory."""
+"""The table of kinds of run: configuration class to run class."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What a step would cost: FLOPs and peak memory, found by running it on tensors without numbers.
+"""Cost of a step: FLOPs and peak memory, measured by running it on fake tensors.
 
-The step is the real one, on ``FakeTensorMode``'s tensors: shapes and types, no storage. Every storage that
-an operation makes is followed until it is freed, as PyTorch's allocator would; the sum's peak is the
-estimate. It leaves out what PyTorch keeps for itself: the device's context, workspaces of libraries,
-fragmentation.
+The real step runs in ``FakeTensorMode``: tensors have shapes and dtypes, but no storage. Every storage that
+an operation allocates is tracked until it is freed, as by PyTorch's allocator; the peak of the sum is the
+estimate. It does not include the device's context, workspaces of libraries and fragmentation.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step: FLOPs (of matrix products, convolutions and attention) and bytes on one device.
+    """Cost of a step: FLOPs (matrix products, convolutions and attention) and bytes on one device.
 
-    ``peak`` is all at its highest; ``state`` networks, average and optimizers; ``gradients`` what is kept of
-    them between operations. ``parameters`` by network.
+    ``peak`` is the peak of the total; ``state`` networks, average and optimizers; ``gradients`` the stored
+    gradients. ``parameters``: number by network.
     """
 
     parameters: dict[str, int]
@@ -52,10 +51,10 @@ class Cost:
 
 
 class Tracker(TorchDispatchMode):
-    """Follows FLOPs and the storages that operations make: bytes now and at most."""
+    """Tracks FLOPs and the storages of operations: current and peak bytes."""
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
-        """``device`` and ``threads`` decide what the fused operations take for themselves."""
+        """``device`` and ``threads`` determine the scratch memory of the fused operations."""
         super().__init__()
         self._device, self._threads = device, threads
         self.flops = 0
@@ -78,7 +77,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _in_passing(self, operation: str, arguments: Any) -> None:
-        """Count what a fused operation takes while it runs, with its arguments and results."""
+        """Count the temporary memory of a fused operation, in addition to its arguments and results."""
         if operation in ("log_ratio", "score_difference", "ratio_loss"):
             weights, images = arguments[:2]
         elif operation == "log_ratio_backward":
@@ -105,7 +104,7 @@ class Tracker(TorchDispatchMode):
 
 
 class _WithoutNumbers(TorchFunctionMode):
-    """Questions about values are answered no, and attention is the one kernel that keeps no map."""
+    """Tests on values return False, and attention uses the kernel that stores no attention map."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__bool__:
@@ -118,9 +117,9 @@ class _WithoutNumbers(TorchFunctionMode):
 
 
 def cost(config: RunConfig, dataset: DataSet, device: torch.device = CPU) -> Cost:
-    """What a step of the run on ``device`` costs once all its networks train; nothing is computed."""
+    """Cost of a step of the run on ``device`` with all networks training; nothing is computed."""
     size = config.micro_batch or config.batch_size
-    simulated = min(config.batch_size, 2 * size)  # the parts of a batch are alike, but the first
+    simulated = min(config.batch_size, 2 * size)  # all parts of a batch except the first are alike
     small = replace(config, batch_size=simulated, on_nonfinite="stop", compile=False, capture=False)
     following = Tracker(device.type, config.threads or torch.get_num_threads())
     with _default_dtype(run_dtype(config)), FakeTensorMode(), following as tracker, _WithoutNumbers():
@@ -133,7 +132,7 @@ def cost(config: RunConfig, dataset: DataSet, device: torch.device = CPU) -> Cos
         )
         batch = (records, torch.zeros(simulated, dtype=torch.int64))
         batches = [batch] * config.batches_per_step
-        iteration.run(batches)  # makes the optimizers' moments, which belong to the state
+        iteration.run(batches)  # creates the moments of the optimizers, which belong to the state
         gradients = sum(
             p.grad.nbytes for network in networks.values() for p in network.parameters() if p.grad is not None
         )

@@ -1,4 +1,4 @@
-"""What a run measures of itself: the divergence on held-out data, the generated images, the pictures."""
+"""Measurements of a run: divergence on held-out data, metrics of generated images, sample grids."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.verifier.calibration import calibrate
 
 SAMPLES = 10_000
-"""Images behind a Fréchet distance, where nothing else is said."""
+"""Default number of images for a Fréchet distance."""
 FEW_SAMPLES, SAMPLES_SHARE = 1_000, 1 / 8
-"""A short run on a CPU generates so many images at least, or this share of what it trains on."""
+"""Images of a short run on a CPU: the minimum, or this fraction of its training images."""
 HELD_OUT = 512
-"""Held-out images behind a divergence estimate, at most; of fewer, each is noised more often."""
+"""Maximum held-out images for a divergence estimate; fewer images are noised several times."""
 CALIBRATION_SAMPLES = 1024
 EVALUATION_SEED = 20_240_217
-"""Seed of the images that are measured: the same for every run, so that figures compare."""
+"""Seed of the measured images, the same in every run, so that metrics are comparable."""
 GRID_SEED = 1
 GRID_COLUMNS = 12
 GRID_ROWS = 10
-NEIGHBOURS = 5
+NEIGHBORS = 5
 HISTOGRAM_BINS = 40
 
 
 def evaluation_images(config: RunConfig, device: torch.device) -> int:
-    """Images that an evaluation generates: ``config.eval_images``, or what the run's length warrants.
+    """Number of images of an evaluation: ``config.eval_images``, or a default for the length of the run.
 
-    A U-Net on a CPU takes longer for ``SAMPLES`` images than a short run for its training. A GPU does not.
+    On a CPU, ``SAMPLES`` images of a U-Net would take longer than a short training.
     """
     if config.eval_images is not None:
         return config.eval_images
@@ -89,7 +89,7 @@ class Evaluation:
 
     @cached_property
     def images(self) -> int:
-        """Images that are generated, where a figure needs many."""
+        """Number of generated images for metrics that need many."""
         return evaluation_images(self.config, self.iteration.device)
 
     @cached_property
@@ -113,7 +113,7 @@ class Evaluation:
         return {name: self._levels(law).tolist() for name, law in laws.items()}
 
     def _passes(self, index: Tensor) -> tuple[Tensor, ...]:
-        """Indices in parts of as many as a step differentiates at once."""
+        """Split indices into parts of the size of a step's forward pass."""
         return index.split(self.config.micro_batch or len(index))
 
     def running(self, mean: dict[str, float]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Evaluation:
         }
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
-        """What the progress display shows of a log line, by a short name."""
+        """Metrics of a log line for the progress bar, by short name."""
         return {
             "JS": f"{format_metric(values['divergence'])} "
             f"(train {format_metric(values['divergence_train'])})",
@@ -148,8 +148,9 @@ class Evaluation:
     def bound(self, split: str, *, every_level: bool = False) -> Bound:
         """The bound of reals of a split and fresh fakes under the online networks, dropout off.
 
-        Each fake has its real partner's label and noise level. Averaged over the ratio network's noise law:
-        its levels are shared out among the images, or all are visited by each with ``every_level``.
+        Each fake has the label and noise level of its real partner. The mean is over the ratio network's
+        noise law: its levels are distributed over the images, or all levels are used for each with
+        ``every_level``.
         """
         iteration, state = self.iteration, self.iteration.state
         real, labels = self._held_out[split]
@@ -172,16 +173,16 @@ class Evaluation:
         pairs = pair_bounds(*halves).double()
         correct = ((halves[0] > 0).double() + (halves[1] < 0).double()) / 2
         hot = torch.nn.functional.one_hot(level.flatten(), LEVELS).double()
-        seen = hot.sum(0)  # none of a level where images are few: nan, and left out of the mean
+        seen = hot.sum(0)  # a level without images gives nan and is excluded from the mean
         by_level, accuracy = (values.flatten() @ hot / seen for values in (pairs, correct))
         error = pairs.mean(1).std() / math.sqrt(len(labels))
         return Bound(float(by_level.nanmean()), float(error), by_level.tolist(), accuracy.tolist())
 
     @torch.no_grad()
     def _generator_gradient(self) -> dict[str, list[float]]:
-        """Norms of grad l at fakes, and the shares of the generator's gradient, over its noise law.
+        """Norms of grad l at fakes, and the fractions of the generator's gradient, over its noise law.
 
-        A level's share is the mean of w(sigma) h(l) |grad l| over images, as a part of their sum.
+        The fraction of a level is the mean of w(sigma) h(l) |grad l| over images, divided by the sum.
         """
         iteration, state = self.iteration, self.iteration.state
         _, labels = self._held_out["validation"]
@@ -215,9 +216,9 @@ class Evaluation:
         }
 
     def refitted(self, steps: int) -> Refitted | None:
-        """A copy of the ratio network, fitted for ``steps`` at most against the averaged generator.
+        """A copy of the ratio network, fitted for at most ``steps`` against the averaged generator.
 
-        None where there is nothing to stop on, or no step.
+        None without validation data or without steps.
         """
         iteration, config = self.iteration, self.config
         held_out = self._held_out["validation"]
@@ -270,7 +271,7 @@ class Evaluation:
         return fields, fitted
 
     def calibrations(self, fitted: Refitted | None) -> dict[str, list[dict[str, Any]]]:
-        """Calibration for the averaged generator, on the validation split, of each ratio network there is."""
+        """Calibration for the averaged generator, on the validation split, of each ratio network."""
         state = self.iteration.state
         real, labels = self._held_out["validation"]
         if len(labels) < 2:
@@ -300,7 +301,7 @@ class Evaluation:
         }
 
     def noise_histograms(self) -> dict[str, Any]:
-        """Shares of both noise laws in equal bins of log sigma, between ``edges``."""
+        """Fractions of both noise laws in equal bins of log sigma, between ``edges``."""
         laws = {"ratio": self.iteration.ratio_law, "generator": self.iteration.generator_law}
         uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
         drawn = {name: law.quantile(uniform).log10() for name, law in laws.items()}
@@ -343,7 +344,7 @@ class Evaluation:
         return torch.arange(min(classes, GRID_ROWS)).repeat_interleave(GRID_COLUMNS)
 
     def grid_png(self) -> bytes:
-        """Fixed latents through the EMA generator, a row per class, as PNG."""
+        """Images of fixed latents by the EMA generator, one row per class, as PNG."""
         images = networks.generate(self.iteration.state.average, self._grid_labels(), GRID_SEED)
         names = self.dataset.class_names[:GRID_ROWS] if len(self.dataset.class_names) > 1 else ()
         return png(grid(viewable(images, self.dataset.scaling), GRID_COLUMNS, labels=names))
@@ -354,7 +355,7 @@ class Evaluation:
             return None
         labels = self._grid_labels()[::GRID_COLUMNS]
         samples = networks.generate(self.iteration.state.average, labels, GRID_SEED)
-        nearest = self.quality.nearest(samples, NEIGHBOURS)
+        nearest = self.quality.nearest(samples, NEIGHBORS)
         records, _ = self.dataset.first("train", len(self.quality.train[1]))
         found = self.quality.x0(records[nearest.flatten()]).double().cpu()
         rows = torch.cat(

@@ -35,7 +35,7 @@ class VSDEvaluation(Evaluation):
 
     @torch.no_grad()
     def loss_by_sigma(self) -> tuple[dict[str, Any], Refitted | None]:
-        """Errors of the student at fresh fakes, and the size of the score difference there."""
+        """Errors of the student at fresh fakes, and the norm of the score difference."""
         iteration, state = self.iteration, self.iteration.state
         assert isinstance(iteration, VSDIteration)
         levels = self._levels(iteration.ratio_law)

@@ -1,4 +1,4 @@
-"""The plan of a run, printed by --dry-run: what it would train, on what, at what cost. Nothing is written."""
+"""The plan of a run, printed by --dry-run: networks, data, cost. Nothing is written."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from diffratio_fast.training.memory import Cost, cost
 GIB = 2**30
 WARMUP, TIMED = 5, 20
 TIMED_FLOPS = 2e11
-"""Steps of more FLOPs are not timed on a CPU: a plan is to be had within seconds."""
+"""Maximum FLOPs of a step to time on a CPU; a plan must take seconds only."""
 
 
 def planned_data(preset: str, config: RunConfig) -> tuple[DataSet, bool]:
-    """The run's data set and True, or an empty one like that which its preset is for and False."""
+    """The run's data set and True, or an empty one of the preset's shape and False."""
     if config.data != PRESETS[preset]["data"] or config.data == "digits" or Path(config.data).exists():
         return open_dataset(config.data, class_conditional=config.class_conditional), True
     kind, shape, classes = DATA_SHAPES[preset]
@@ -47,14 +47,14 @@ def planned_data(preset: str, config: RunConfig) -> tuple[DataSet, bool]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that a device has in all: a GPU's memory, or the machine's."""
+    """Total memory of a device in bytes: of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def advice(config: RunConfig, dataset: DataSet, device: torch.device, needed: Cost, available: float) -> str:
-    """What to change for a run to fit into so many bytes: the least of what would do."""
+    """The smallest change of options that fits a run into ``available`` bytes."""
     if needed.state + needed.gradients < available:
         size = config.micro_batch or config.batch_size
         for checkpointing in sorted({config.activation_checkpointing, True}):
@@ -62,25 +62,25 @@ def advice(config: RunConfig, dataset: DataSet, device: torch.device, needed: Co
             while part >= 1:
                 other = replace(config, micro_batch=part, activation_checkpointing=checkpointing)
                 if (found := cost(other, dataset, device).peak) < available:
-                    words = [] if part == size else [f"--micro-batch {part}"]
-                    words += ["--activation-checkpointing"] * (
+                    options = [] if part == size else [f"--micro-batch {part}"]
+                    options += ["--activation-checkpointing"] * (
                         checkpointing > config.activation_checkpointing
                     )
-                    return f"{' '.join(words)} would do with about {found / GIB:.2f} GiB"
+                    return f"{' '.join(options)} would fit, with about {found / GIB:.2f} GiB"
                 part = part // 4 if part > 3 else part - 1
     if config.precision == "float64":
-        return "float32 takes half of it: --precision float32"
+        return "use --precision float32, which needs half of it"
     return (
-        f"networks, averages and optimizers alone take {(needed.state + needed.gradients) / GIB:.2f} GiB: "
-        "take a smaller preset, or a larger device"
+        f"networks, averages and optimizers alone need {(needed.state + needed.gradients) / GIB:.2f} GiB; "
+        "use a smaller preset, or a larger device"
     )
 
 
 def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -> None:
-    """Print what the run would take, measured where a few steps take seconds.
+    """Print the plan of the run; the step time is measured if a few steps take seconds.
 
-    A run that does not fit into the device's memory (or ``memory`` GiB, where given) is a ``UserError`` that
-    says what to change.
+    Raises ``UserError`` with a change of options if the run does not fit into the device's memory (or
+    ``memory`` GiB, if given).
     """
     root = KINDS[type(config)].root(preset, config)
     directory = RunDirectory(root)
@@ -93,15 +93,15 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     counts = "; " + ", ".join(f"{split} {dataset.count(split):,}" for split in SPLITS) if there else ""
     rows = {
         "preset": preset,
-        "run directory": f"{root}{' (holds a run)' if checkpoints.exists(directory.checkpoint) else ''}",
+        "run directory": f"{root}{' (contains a run)' if checkpoints.exists(directory.checkpoint) else ''}",
         "device": f"{device} ({about['device']}, {about['threads']} threads), {config.precision}",
         "data": f"{dataset.name}: {dataset.kind} {shape}, {len(dataset.class_names)} classes{counts}",
         **{name: f"{architectures[name]}, {n:,} parameters" for name, n in planned.parameters.items()},
         "objective": config.objective_text(),
         "steps": f"{config.steps:,} of {config.batch_size} images"
-        + (f", {config.micro_batch} at a time" if config.micro_batch else ""),
-        "FLOPs a step": f"{planned.flops / 1e9:,.2f} G in matrix products and convolutions",
-        "memory": f"about {_size(planned.peak)} of {_size(available)}, beside PyTorch's own (state "
+        + (f", {config.micro_batch} per part" if config.micro_batch else ""),
+        "FLOPs per step": f"{planned.flops / 1e9:,.2f} G in matrix products and convolutions",
+        "memory": f"about {_size(planned.peak)} of {_size(available)}, without PyTorch's own memory (state "
         f"{_size(planned.state)}, gradients {_size(planned.gradients)}, activations "
         f"{_size(planned.activations)})",
     }
@@ -114,7 +114,7 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
         print(f"{name:>14}  {value}")
     if not fits:
         raise UserError(
-            f"needs about {planned.peak / GIB:.2f} GiB where there are {available / GIB:.2f}: "
+            f"the run needs about {planned.peak / GIB:.2f} GiB; the device has {available / GIB:.2f} GiB; "
             f"{advice(config, dataset, device, planned, available)}"
         )
 
@@ -133,7 +133,7 @@ def _expected_time(preset: str, config: RunConfig, directory: RunDirectory, plan
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[WARMUP:])
-    return f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms a step"
+    return f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms per step"
 
 
 def _size(count: float) -> str:

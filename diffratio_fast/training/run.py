@@ -1,4 +1,4 @@
-"""What runs of every kind share: begin or continue, step, report, save, stop cleanly."""
+"""Base class of runs: start or resume, steps, reports, checkpoints, clean interruption."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """A list that the numbers of ``STOP_SIGNALS`` are added to as they come.
+    """Context: a list of the received ``STOP_SIGNALS``.
 
-    A second signal acts at once, as usual; not so where a launcher started the process: the same request
-    often comes twice there, from the launcher and from whoever told it.
+    A second signal has its usual effect, except under a launcher: there the same signal often arrives twice,
+    from the launcher and from its sender.
     """
     received: list[int] = []
     previous: dict[int, Any] = {}
@@ -71,17 +71,17 @@ def _stop_requests() -> Iterator[list[int]]:
 class Run:
     """One run of any kind: its data, its training, its directory. A subclass defines what it trains.
 
-    Each of several processes has one, and they go through the same steps. Only rank 0 measures, prints and
-    writes: ``figures``, ``shown``, ``evaluate``, ``snapshot`` and ``results`` are called there.
+    Each of several processes has one, and all run the same steps. Only rank 0 measures, prints and writes:
+    ``metrics``, ``shown``, ``evaluate``, ``snapshot`` and ``results`` are called there only.
     """
 
     TRAINS_DENOISER: ClassVar[bool] = False
     """Part of the default directory's name."""
     iteration: Stepper
-    """Trains: its state is this process's."""
+    """The training iteration, with the state of this process."""
     measured: Stepper
-    """Is measured and written: ``iteration``, or on rank 0 a copy with complete networks if its weights are
-    sharded. ``refresh`` updates the copy."""
+    """The iteration to measure and write: ``iteration``, or a copy with complete networks on rank 0 if its
+    weights are sharded. ``refresh`` updates the copy."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Run:
         planned: bool = False,
         world: World = ALONE,
     ) -> Stepper:
-        """The training step on a first state; see ``state.generator.initial_state``."""
+        """Create the training iteration with an initial state; see ``state.generator.initial_state``."""
         raise NotImplementedError
 
     @classmethod
@@ -144,7 +144,7 @@ class Run:
         return self.iteration.state
 
     def refresh(self) -> None:
-        """Bring ``measured`` to the present state; all processes take part."""
+        """Update ``measured`` to the current state; a collective operation."""
         if not self.sharded:
             return
         state, target = self.state, self.measured.state if self.world.main else None
@@ -156,7 +156,7 @@ class Run:
                 getattr(target, name).copy_(getattr(state, name))
 
     def advance(self, batches: list[Batch]) -> None:
-        """Make one step, on ``config.batches_per_step`` batches."""
+        """Run one step on ``config.batches_per_step`` batches."""
         self.step.run(batches)
 
     def noise_levels(self) -> Levels:
@@ -164,15 +164,15 @@ class Run:
         return {}
 
     def figures(self) -> dict[str, Any]:
-        """What a line of metrics.jsonl holds beside step, images, time and memory."""
+        """Fields of a line of metrics.jsonl, except step, images, time and memory."""
         raise NotImplementedError
 
     def shown(self, values: dict[str, Any]) -> dict[str, str]:
-        """The figures of a line that the progress display shows, by a short name."""
+        """Metrics of a line for the progress bar, by short name."""
         raise NotImplementedError
 
     def evaluate(self) -> None:
-        """Measure the state on the validation split, and draw a sample grid."""
+        """Measure the state on the validation split, and write a sample grid."""
         raise NotImplementedError
 
     def snapshot(self) -> None:
@@ -180,11 +180,11 @@ class Run:
         raise NotImplementedError
 
     def results(self) -> dict[str, Any]:
-        """Write the run's networks; the last figures, for summary.json."""
+        """Write the networks of the run; return the final metrics for summary.json."""
         raise NotImplementedError
 
     def description(self) -> dict[str, Any] | None:
-        """The averaged network as ``networks.saved`` describes it; None where a checkpoint needs none."""
+        """Metadata of the averaged network (``networks.saved``); None if a checkpoint does not need it."""
         return None
 
     def batches(self) -> Iterator[list[Batch]]:
@@ -204,7 +204,7 @@ class Run:
             yield [next(source) for _ in range(count)]
 
     def train(self) -> int:
-        """Run to ``config.steps``; the number of the signal that stopped it earlier, or 0."""
+        """Train to ``config.steps``; return the number of the signal that interrupted it, or 0."""
         config, state, world = self.config, self.state, self.world
         self.progress = Progress(config.steps, state.step, config.batch_size, quiet=not world.main)
         if world.main:
@@ -223,7 +223,7 @@ class Run:
             self.progress.print, limit=config.hang_timeout, rank=world.rank, size=world.size,
             store=common_store(world),
         )  # fmt: skip
-        stop = 0  # the signal that all processes know of
+        stop = 0  # the signal that all processes have agreed on
         self.waited = 0.0  # seconds for batches since the last log line
         self.warned: set[str] = set()
         self.saved_at = time.monotonic()
@@ -240,9 +240,9 @@ class Run:
                     stop, failed, due = agreed(
                         [max(received, default=0), self.checkpoints.failed, self._save_is_due()]
                     )
-                    pulse.phase("report", free=True)  # an evaluation, or what goes to disk, may take any time
+                    pulse.phase("report", free=True)  # evaluations and writing have no time limit
                     if failed:
-                        self._say_save_failed()
+                        self._report_failed_save()
                     if last or state.step % config.log_every == 0:
                         self._log()
                     if last or state.step % config.eval_every == 0:
@@ -256,11 +256,11 @@ class Run:
                     if last or stop or due or state.step % config.checkpoint_every == 0:
                         self._check_finite()
                         self._tick()
-                        self._say_save_failed()
+                        self._report_failed_save()
                         self.checkpoints.save(state)
                         self.saved_at = time.monotonic()
                     if last or stop:
-                        self._say_save_failed(stopping=not last)
+                        self._report_failed_save(stopping=not last)
                 agreed.close()
                 return stop if state.step < config.steps else 0
         finally:
@@ -271,12 +271,12 @@ class Run:
             self.progress.close()
 
     def _save_is_due(self) -> bool:
-        """Whether it is time for a checkpoint by the clock: of rank 0, which all follow a step later."""
+        """Whether a checkpoint is due by rank 0's clock; all processes follow one step later."""
         minutes = self.config.checkpoint_minutes
         return self.world.main and minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def _evaluate(self) -> bool:
-        """Evaluate and write the report; whether this state is the best yet and wants a checkpoint."""
+        """Evaluate and write the report; return whether this state is the best and needs a checkpoint."""
         self.evaluate()
         self._warn()
         self._report()
@@ -290,7 +290,7 @@ class Run:
 
     @contextlib.contextmanager
     def _naming_the_lost(self) -> Iterator[None]:
-        """Where a connection to the other processes breaks, the error says which of them has died."""
+        """Context: the error about a broken connection names the process that has died."""
         try:
             yield
         except RuntimeError as error:
@@ -307,14 +307,14 @@ class Run:
         return batch
 
     def _warn(self) -> None:
-        """Say what the figures warn of, each thing when it begins; the report repeats what holds."""
+        """Print each warning when its condition begins; the report shows the active ones."""
         found = dict(warnings(self.log.lines, after=self.config.settled_step))
         for kind in found.keys() - self.warned:
             self.progress.print(f"warning: {found[kind]}")
         self.warned = set(found)
 
-    def _say_save_failed(self, *, stopping: bool = False) -> None:
-        """Wait for the save under way; tell of one that failed: an error by option, or when stopping."""
+    def _report_failed_save(self, *, stopping: bool = False) -> None:
+        """Wait for the save in progress; report a failure: as an error by option, or when stopping."""
         message = self.checkpoints.failure()
         if message is None:
             return
@@ -337,11 +337,11 @@ class Run:
                 kept = self.directory.checkpoint / good[-1] if good else "no checkpoint"
                 raise self._failure(
                     f"training diverged: {message}; lower the learning rates, or skip such updates with "
-                    f"--on-nonfinite skip ({kept} holds the last good state)"
+                    f"--on-nonfinite skip ({kept} has the last good state)"
                 )
 
     def _failure(self, message: str) -> UserError:
-        """The error to raise for what all processes find alike: rank 0 says it."""
+        """The error for a condition that all processes detect: rank 0 reports it."""
         return UserError(message) if self.world.main else ReportedElsewhere(message)
 
     def _log(self) -> None:
@@ -366,8 +366,8 @@ class Run:
         if limit is not None and bad.longest >= limit:
             raise self._failure(
                 f"training stopped: {bad.longest} steps in a row up to about step {state.step} were bad (a "
-                "loss or gradient was not finite, or jumped far above its mean); lower the learning rates, "
-                f"or go on from {self.directory.checkpoint} with a larger --stop-after-bad-steps"
+                "loss or gradient norm was not finite, or far above its mean); lower the learning rates, "
+                f"or resume from {self.directory.checkpoint} with a larger --stop-after-bad-steps"
             )
 
     def _write_line(self, steps: int, seconds: float, bad: BadSteps) -> None:
@@ -388,19 +388,19 @@ class Run:
         self._warn()
 
     def record(self, values: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl, and its numbers for TensorBoard."""
+        """Write a line of metrics.jsonl, and its numbers to TensorBoard."""
         self.log.write(values)
         self.loggers.line(values)
 
     def picture(self, image: bytes) -> None:
-        """Keep the PNG of a sample grid of this step."""
+        """Write the PNG of a sample grid of this step."""
         directory = self.directory
         path = directory.sample_grid(self.state.step)
         self.derived.attempt("a sample grid", lambda: replace_file(path, image, root=directory.root))
         self.loggers.picture("samples", image, self.state.step)
 
     def finish(self) -> dict[str, Any]:
-        """The run's last files: networks, report and summary.json, which marks the run as finished."""
+        """Write the final files: networks, report and summary.json, which marks the run as finished."""
         self.clock = time.monotonic()
         figures = self.results()
         self._tick()
@@ -421,13 +421,13 @@ class Run:
 def run(
     kind: type[Run], preset: str, config: RunConfig, beginning: Beginning = ORDINARY
 ) -> dict[str, Any] | None:
-    """Start or resume a run in its directory; its summary, if this process finished it.
+    """Start or resume a run in its directory; return its summary if this process finished it.
 
-    ``Interrupted`` if a signal stopped it after a save, unless a launcher started this process: a launcher
-    takes any other status than 0 for a failure.
+    Raises ``Interrupted`` if a signal stopped it after a save, except under a launcher: a launcher treats
+    every status except 0 as a failure.
     """
     device = choose_device(config.device)
-    if launch.restarts():  # a launcher that restarts the processes repeats their options
+    if launch.restarts():  # after a restart the launcher passes the same options
         beginning = replace(beginning, fresh=False)
     with joined(device) as world:
         directory = RunDirectory(kind.root(preset, config))
@@ -440,7 +440,7 @@ def run(
                 if world.main:
                     print(
                         f"{directory.root}: finished at step {one.state.step}; nothing to do "
-                        "(a larger --steps continues it, --fresh starts over)"
+                        "(use a larger --steps to extend it, --fresh to start again)"
                     )
                 return None
             world.on_main(lambda: start.open(one))
@@ -453,7 +453,7 @@ def run(
         if stopped:
             if world.main:
                 name = signal.Signals(stopped).name
-                print(f"{name}: saved at step {one.state.step}; the same command continues", flush=True)
+                print(f"{name}: saved at step {one.state.step}; the same command resumes", flush=True)
             if not launch.launched() and stopped in (signal.SIGINT, signal.SIGTERM):
                 raise Interrupted(stopped)
             return None

@@ -1,4 +1,4 @@
-"""The start of a run: what is in its directory, whether that may be continued, from which checkpoint."""
+"""The start of a run: content of its directory, checks, choice of the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 
 class Start:
-    """One start of a run by all its processes; rank 0 looks at the directory, and takes its lock first."""
+    """One start of a run by all its processes; rank 0 locks and inspects the directory."""
 
     def __init__(
         self, directory: RunDirectory, config: RunConfig, beginning: Beginning, world: World
     ) -> None:
-        """A ``UserError`` where what is in the directory must not be touched."""
+        """Raises ``UserError`` if the content of the directory must not be changed."""
         self.directory, self.beginning, self.world = directory, beginning, world
         self.config = config
-        """What the run trains with: a resumed run keeps its values of options that it is older than."""
+        """The configuration; a resumed run keeps its values for options newer than its checkpoint."""
         self.own, self.finished, older = world.on_main(self._look)
-        """Whether the run has a checkpoint of its own, and whether it has finished."""
+        """Whether the run has a checkpoint of its own, and whether it is finished."""
         self.config = replace(config, **older)
         self.source: Source | None = None if self.own else beginning.source
         self._origin: dict[str, Any] = {}
 
     @property
     def continues(self) -> bool:
-        """Whether a checkpoint will replace the first state."""
+        """Whether a checkpoint replaces the initial state."""
         return self.own or self.source is not None
 
     def _look(self) -> tuple[bool, bool, dict[str, Any]]:
@@ -53,13 +53,13 @@ class Start:
         own = checkpoints.exists(directory.checkpoint) and not beginning.fresh
         if not (own or beginning.fresh) and directory.has_results():
             raise UserError(
-                f"{directory.root}: holds a run's results but no checkpoint; use --fresh to start over"
+                f"{directory.root}: results of a run without a checkpoint; use --fresh to start again"
             )
         older = directory.older_values(self.config) if own else {}
         return own, own and directory.finished(), older
 
     def load(self, one: Run) -> None:
-        """Fill the run's state from the checkpoint that it continues, if any; see ``Identity``."""
+        """Load the state of the run from its checkpoint, if any; see ``Identity``."""
         directory, beginning = self.directory, self.beginning
 
         def identity() -> Identity:
@@ -102,19 +102,22 @@ class Start:
         }
 
     def open(self, one: Run) -> None:
-        """Take the directory for the run and note there what it is; rank 0 alone."""
+        """Lock the directory for the run and write its configuration; rank 0 only."""
         directory, step, world = self.directory, one.state.step, self.world
         if not directory.taken:
             directory.open()
             if checkpoints.exists(directory.checkpoint) or directory.has_results():
-                raise UserError(f"{directory.root}: another process has trained there meanwhile; run again")
+                raise UserError(
+                    f"{directory.root}: another process has changed the run in the meantime; run the "
+                    "command again"
+                )
         if self.beginning.fresh:
             directory.clear()
         remove_file(directory.summary)
         derived = Derived(print)
         now = environment(one.device) | {"processes": world.size}
-        self._say_changed_versions(now)
-        if self.own:  # the one that is there agrees in all that decides the training
+        self._print_changed_versions(now)
+        if self.own:  # the existing configuration agrees in all options that affect the training
             derived.attempt(
                 "config.yaml",
                 lambda: directory.write_config(one.preset, one.config, one.device, world.size),
@@ -130,26 +133,26 @@ class Start:
         if self.source is not None:
             derived.attempt("metrics.jsonl", self._copy_log)
         several = f" on {world.size} processes" if world.size > 1 else ""
-        print(f"{directory.root}: {self._words(step)}{several}", flush=True)
+        print(f"{directory.root}: {self._description(step)}{several}", flush=True)
 
-    def _words(self, step: int) -> str:
+    def _description(self, step: int) -> str:
         if self.source is None:
-            return f"continuing at step {step}" if step else "starting"
+            return f"resuming at step {step}" if step else "starting"
         changed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self._origin["changed"].items())
-        return f"continuing {self.source.run} at step {step}" + (f" with {changed}" if changed else "")
+        return f"resuming {self.source.run} at step {step}" + (f" with {changed}" if changed else "")
 
-    def _say_changed_versions(self, now: dict[str, Any]) -> None:
+    def _print_changed_versions(self, now: dict[str, Any]) -> None:
         root = self.directory if self.own else RunPaths(self.source.run) if self.source else None
         before = read_history(root.history) if root is not None else []
         if before and (changed := changes(before[-1]["environment"], now)):
             print(
-                f"{self.directory.root}: what it runs on has changed ({changed}); from here on results may "
-                "be rounded otherwise",
+                f"{self.directory.root}: the environment has changed ({changed}); from here on rounding may "
+                "differ",
                 flush=True,
             )
 
     def _copy_log(self) -> None:
-        """The other run's metrics up to the checkpoint; ``MetricsLog`` drops the later lines."""
+        """Copy the metrics of the other run; ``MetricsLog`` drops the lines after the checkpoint."""
         assert self.source is not None
         path = RunPaths(self.source.run).metrics
         if path.is_file() and not self.directory.metrics.exists():

@@ -47,6 +47,6 @@ def test_a_signal_saves_and_the_job_is_queued_again(slurm: dict[str, str], tmp_p
     job.send_signal(signal.SIGUSR1)
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 0, printed
-    assert "SIGUSR1: saved at step" in printed and "the same command continues" in printed
+    assert "SIGUSR1: saved at step" in printed and "the same command resumes" in printed
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     assert (tmp_path / "run" / "checkpoint").exists() and not (tmp_path / "run" / "summary.json").exists()

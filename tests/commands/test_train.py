@@ -138,13 +138,13 @@ def test_interrupted_and_continued_is_bit_identical(
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 128 + sent
-        assert sent.name in printed and "continues" in printed
+        assert sent.name in printed and "resumes" in printed
     assert newest_checkpoint(tmp_path / "run").is_dir()
     assert not (tmp_path / "run" / "summary.json").exists()
 
     result = run("train", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "continuing at step" in result.stdout
+    assert "resuming at step" in result.stdout
     same_networks(finished, tmp_path / "run")
     assert log_lines(finished) == log_lines(tmp_path / "run")
 
@@ -164,7 +164,7 @@ def test_torchrun_restarts_a_process_that_was_killed(finished: Path, tmp_path: P
     wait_for_step(tmp_path / "run", 8, launcher)
     os.kill(workers(launcher)[0], signal.SIGKILL)
     printed, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == 0 and "starting" in printed and "continuing at step" in printed
+    assert launcher.returncode == 0 and "starting" in printed and "resuming at step" in printed
     same_networks(finished, tmp_path / "run")
     assert log_lines(finished) == log_lines(tmp_path / "run")
 
@@ -288,9 +288,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     damage(newest_checkpoint(target), how)
     assert in_process(target, "--steps", STEPS) == 0
     printed = capsys.readouterr().out
-    assert (
-        "step-00000023: the checkpoint is damaged" in printed and "continuing from step-00000020" in printed
-    )
+    assert "step-00000023: the checkpoint is damaged" in printed and "resuming from step-00000020" in printed
     assert sorted(path.name for path in (target / "checkpoint").iterdir()) == names
     same_networks(finished, target)
     assert log_lines(finished) == log_lines(target)

@@ -53,8 +53,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path, 2)
     go = threading.Event()
-    write = checkpoint._write_whole
-    monkeypatch.setattr(checkpoint, "_write_whole", lambda *a: (go.wait(60), write(*a)))
+    write = checkpoint._write_complete
+    monkeypatch.setattr(checkpoint, "_write_complete", lambda *a: (go.wait(60), write(*a)))
     before = copies(run)
     run.checkpoints.save(run.state)  # has begun, and waits
     batches = run.batches()
@@ -139,7 +139,7 @@ def test_hostile_shards_run_nothing(case: str, tmp_path: Path) -> None:
         (path / f"shard-{number}.safetensors").write_bytes(content)
     sign(path)
     other = trainer(tmp_path)
-    with pytest.raises(UserError, match="does not fit this run"):
+    with pytest.raises(UserError, match="does not match this run"):
         other.checkpoints.load(other.state)
     assert not marker.exists()
 

@@ -133,11 +133,11 @@ def test_only_rank_0_writes_and_prints(tmp_path: Path) -> None:
         assert all(file.read_text() == "" for file in files[1:])
         return files[0].read_text().splitlines()
 
-    assert printed("uneven") == ["error: --batch-size 16 cannot be shared out equally among 3 processes"]
+    assert printed("uneven") == ["error: --batch-size 16: expected a multiple of the 3 processes"]
     (line,) = printed("nowhere")
     assert "no such data set" in line
     assert "starting on 2 processes" in printed("whole")[0] and "nothing to do" in printed("again")[0]
-    assert "continuing at step 9" in printed("longer")[0]
+    assert "resuming at step 9" in printed("longer")[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line["step"] for line in lines if "ratio_loss" in line]
     assert logged == [4, 8, 9, 11]

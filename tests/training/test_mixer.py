@@ -41,7 +41,7 @@ def test_the_command_trains_and_continues(tmp_path: Path) -> None:
     first = run("train", *arguments, 6, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     second = run("train", *arguments, 9, cwd=tmp_path)
-    assert second.returncode == 0 and "continuing at step 6" in second.stdout, second.stderr
+    assert second.returncode == 0 and "resuming at step 6" in second.stdout, second.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "ratio_loss" in line][-1] == 9
 

@@ -158,7 +158,7 @@ def test_a_preset_has_a_plan(preset: str, capsys: pytest.CaptureFixture[str]) ->
     assert (pretrain if preset == "cifar10" else train).main([preset, *fits]) == 0
     printed = capsys.readouterr().out
     assert ("denoiser  edm:ddpmpp, 55,733,891 parameters" in printed) == (preset == "cifar10")
-    assert "FLOPs a step" in printed and "memory  about" in printed
+    assert "FLOPs per step" in printed and "memory  about" in printed
     assert ("not there yet" in printed) == (preset != "digits")
 
 
@@ -184,8 +184,8 @@ def test_what_cannot_fit_is_refused_with_advice(capsys: pytest.CaptureFixture[st
         return str(error.value)
 
     printed = refused(whole.peak / 2**30 / 3)
-    assert "--micro-batch" in printed and "would do" in printed
-    words = printed.partition(": ")[2].split(" would do")[0].split()
+    assert "--micro-batch" in printed and "would fit" in printed
+    words = printed.rpartition("; ")[2].split(" would fit")[0].split()
     assert train.main([*options, "--plan-memory", str(whole.peak / 2**30 / 3), *words]) == 0
     assert "smaller preset" in refused(0.005)
 

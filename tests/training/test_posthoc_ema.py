@@ -111,7 +111,7 @@ def test_a_denoiser_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert distance(load_file(run / "snapshots/ema-0.05-00000020.safetensors"), load_file(out)) < 1e-5
     for arguments, expected in (
         (["--ema-std", "0.13", "--step", "21"], "has no averages at this step"),
-        (["--ema-std", "0.3"], "--ema-std must be above 0 and at most 0.28"),
+        (["--ema-std", "0.3"], "--ema-std 0.3: out of range; expected above 0 and at most 0.28"),
     ):
         with pytest.raises(UserError, match=expected):
             average.main([str(run), *arguments, "--out", str(out)])

@@ -79,7 +79,7 @@ def test_other_data_of_the_same_shape_are_refused(
     assert history(run)[-1]["data"] != index["identity"]["data"]
     shutil.rmtree(other)
     shutil.move(moved, data)
-    assert "was trained on data with the digest" in error("--run-dir", run, "--data", data, "--steps", 8)
+    assert "trained on data with the digest" in error("--run-dir", run, "--data", data, "--steps", 8)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_changed_versions_are_said_and_kept(tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     trained(run, "--steps", 4)
     said = capsys.readouterr().out
-    assert f"what it runs on has changed (torch 1.0.0 -> {torch.__version__})" in said
+    assert f"the environment has changed (torch 1.0.0 -> {torch.__version__})" in said
     assert [line["step"] for line in history(run)] == [0, 2]
     assert history(run)[0]["environment"] == lines[0]["environment"]
     assert history(run)[0]["run"] == history(run)[1]["run"]
@@ -134,11 +134,11 @@ def test_a_new_run_from_a_checkpoint_of_another(tmp_path: Path, capsys: pytest.C
 def test_what_cannot_be_resumed_from(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", "--steps", 4)
     new = ["--run-dir", tmp_path / "new"]
-    assert "there is none of step 3 (those there: 2, 4)" in error(*new, "--resume-from", f"{run}@3")
-    assert "no run directory" in error(*new, "--resume-from", tmp_path / "none")
+    assert "none at step 3 (available: 2, 4)" in error(*new, "--resume-from", f"{run}@3")
+    assert "expected a run directory" in error(*new, "--resume-from", tmp_path / "none")
     assert "--run-dir" in error("--resume-from", run)
     assert "is the run itself" in error("--run-dir", run, "--resume-from", run)
-    assert "does not fit this run" in error(*new, "--resume-from", run, "--generator-width", "17")
+    assert "does not match this run" in error(*new, "--resume-from", run, "--generator-width", "17")
     assert not (tmp_path / "new").exists()
 
 

@@ -247,7 +247,7 @@ def test_command_line_reports_what_is_missing(tmp_path: Path) -> None:
     result = run("train", "digits", "--objective", "vsd", "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert "--teacher RUN" in one_error_line(result)
     options = [*DISTIL, "--teacher", str(tmp_path), "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="holds no finished run of pretrain"):
+    with pytest.raises(UserError, match="not a finished run of pretrain"):
         train.main(["digits", *options])
 
 

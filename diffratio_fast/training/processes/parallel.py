@@ -1,9 +1,9 @@
-"""Data-parallel training of one network, by PyTorch's own engine: DDP or FSDP2.
+"""Data-parallel training of one network with PyTorch's DDP or FSDP2.
 
-Each process takes its slice of a batch; gradients are averaged over the processes while the backward pass
-runs. A step that is captured in a CUDA graph averages them after the backward pass instead: DDP's reducer
-keeps state on the host, which a replay would skip. A step's numbers are those of one process but for the
-order of sums: random numbers belong to a sample's index in the whole batch.
+Each process computes its slice of a batch; gradients are averaged over the processes during the backward
+pass. A step captured in a CUDA graph averages them after the backward pass instead: DDP's reducer has host
+state, which a replay would skip. The result equals that of one process except for the order of sums: random
+numbers depend on a sample's index in the global batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffratio_fast.training.processes.world import World, is_sharded
 
 
 class Objective(nn.Module):
-    """What is computed of a network in a training pass, as a module whose forward pass can be watched."""
+    """A training computation with a network, as a module, so that DDP can hook its forward pass."""
 
     def __init__(self, network: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Objective(nn.Module):
 
 
 class Parallel:
-    """``function`` of a network's weights, called for training; its gradients are means over processes."""
+    """``function`` of a network's weights for training; gradients are averaged over processes."""
 
     def __init__(
         self, network: nn.Module, function: Callable[..., Any], world: World, config: RunConfig
@@ -55,13 +55,13 @@ class Parallel:
         return self._call(*arguments, **keywords)
 
     def prepare(self) -> None:
-        """What comes before the first pass after an update."""
+        """Prepare the network before the first forward pass after an update."""
         if self.sharded:
-            force_normalization(self.network)  # in a pass it would find copies of the weights
+            force_normalization(self.network)  # during a pass the weights are gathered copies
 
     @contextlib.contextmanager
     def part(self, *, last: bool) -> Iterator[None]:
-        """Around both passes over a part of a batch: gradients are exchanged with the last part's alone."""
+        """Context of both passes over a part of a batch; gradients are exchanged only for the last part."""
         if self._replicas is not None:
             with contextlib.nullcontext() if last else self._replicas.no_sync():
                 yield
@@ -90,17 +90,17 @@ class Parallel:
             )
 
     def _average_scalars(self) -> None:
-        """FSDP2 leaves out what has no dimension to cut."""
-        whole = [p.grad for p in self.network.parameters() if not is_sharded(p) and p.grad is not None]
-        if whole:
-            means = self.world.mean(torch.stack(whole))
-            torch._foreach_copy_(whole, list(means.unbind()))
+        """Average gradients of scalars, which FSDP2 cannot shard."""
+        complete = [p.grad for p in self.network.parameters() if not is_sharded(p) and p.grad is not None]
+        if complete:
+            means = self.world.mean(torch.stack(complete))
+            torch._foreach_copy_(complete, list(means.unbind()))
 
 
 def shard(network: nn.Module, world: World, config: RunConfig, device: torch.device) -> None:
-    """Cut the weights of a network into a part for each process, in place, block by block (FSDP2).
+    """Shard the weights of a network over the processes, in place, block by block (FSDP2).
 
-    A RatioMixer stays whole: it is small, and the fused operations take its weights as they are.
+    A RatioMixer is not sharded: it is small, and the fused operations need complete weights.
     """
     if world.size == 1 or config.parallel != "fsdp" or isinstance(network, RatioMixer):
         return
@@ -109,14 +109,14 @@ def shard(network: nn.Module, world: World, config: RunConfig, device: torch.dev
 
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (world.size,)),
-        # weights are parts wherever no pass is under way: optimizers, averages and checkpoints count on it
+        # weights are sharded outside of passes; optimizers, averages and checkpoints depend on it
         "reshard_after_forward": True,
         "ignored_params": {p for p in network.parameters() if not p.dim()},
         "mp_policy": MixedPrecisionPolicy(
             reduce_dtype=torch.bfloat16 if config.reduce_dtype == "bfloat16" else None
         ),
     }
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing here changes its result
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # does not affect the result
     for module in network.modules():
         if isinstance(module, ResidualBlock):
             fully_shard(module, **options)
@@ -126,9 +126,9 @@ def shard(network: nn.Module, world: World, config: RunConfig, device: torch.dev
 
 
 @torch.no_grad()
-def gather(sharded: nn.Module, whole: nn.Module | None) -> None:
-    """Copy the weights of a sharded network to ``whole``, a network like it; all processes take part."""
-    target = None if whole is None else whole.state_dict()
+def gather(sharded: nn.Module, complete: nn.Module | None) -> None:
+    """Copy the weights of a sharded network to ``complete``, an unsharded copy; a collective operation."""
+    target = None if complete is None else complete.state_dict()
     for name, tensor in sharded.state_dict().items():
         value = tensor.full_tensor() if is_sharded(tensor) else tensor
         if target is not None:
@@ -146,7 +146,7 @@ def replicas(objective: nn.Module, config: RunConfig) -> DistributedDataParallel
 
 
 def average_in_bfloat16(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations as strings
-    """DDP's hook for half the traffic (PyTorch's own asks for NCCL, and rounds before it divides)."""
+    """DDP hook with half the traffic (PyTorch's own needs NCCL, and rounds before dividing)."""
     gradients: Tensor = bucket.buffer()
     rounded = (gradients / dist.get_world_size()).to(torch.bfloat16)
     work = dist.all_reduce(rounded, async_op=True)

@@ -1,9 +1,9 @@
-"""A thread that sees to it that a run goes on: it speaks of a stalled loader, and ends a run that hangs.
+"""Watchdog thread: warns about a stalled loader, and ends a run that hangs.
 
-With several processes each puts a beat into their common store every ``BEAT`` seconds, from this thread, and
-reads the others'. A process whose beats stop has died or was stopped; one whose beats go on while its work
-does not hangs in something. In either case every process that still lives says which one it is and ends, so
-that the launcher can start them again. PyTorch's own time-outs end such a run much later, and name nobody.
+Each of several processes writes a heartbeat into their common store every ``BEAT`` seconds, from this thread,
+and reads those of the others. If the heartbeats of a process stop, it has died or was suspended; if they
+continue without progress, it hangs. In both cases every other process reports it and exits, so that the
+launcher can restart them. PyTorch's own timeouts end such a run much later and do not name the process.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Protocol
 from diffratio_fast.errors import ReportedElsewhere, UserError
 
 BEAT = 1.0
-"""Seconds between beats."""
+"""Seconds between heartbeats."""
 STALL = 60.0
-"""Seconds without a batch after which a word is said."""
+"""Seconds without a batch before a warning."""
 DONE = "done"
 STATUS = 3
-"""Exit status of a process that ends because another died or hangs."""
+"""Exit status of a process that ends because another one has died or hangs."""
 
 
 class Store(Protocol):
-    """Of ``torch.distributed.Store`` what is needed here."""
+    """The required methods of ``torch.distributed.Store``."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -42,23 +42,23 @@ class Store(Protocol):
 
 @dataclass
 class Other:
-    """What is known of another process: its last beat and progress, and when they were seen to change."""
+    """State of another process: its last heartbeat and progress, and when they last changed."""
 
     beat: int = -1
     progress: int = -1
     done: bool = False
     phase: str = "start"
-    where: str = "no sign of it yet"
+    where: str = "no heartbeat yet"
     beat_at: float = 0.0
     progress_at: float = 0.0
 
 
 class Pulse:
-    """Watches over a run's main thread, and over the other processes.
+    """Watches the main thread of a run, and the other processes.
 
-    The main thread says with ``phase`` what it begins; work inside a phase ``free`` of limits (an evaluation,
-    a save) may take any time. ``limit`` is in seconds; without a ``store`` there are no others, and only a
-    stalled loader is spoken of.
+    The main thread calls ``phase`` at the start of each phase; a ``free`` phase (an evaluation, a save) has
+    no time limit. ``limit`` is in seconds. Without a ``store`` there are no other processes, and only a
+    stalled loader is reported.
     """
 
     def __init__(
@@ -88,23 +88,23 @@ class Pulse:
         self._thread = threading.Thread(target=self._run, name="diffratio-pulse", daemon=True)
 
     def phase(self, name: str, *, free: bool = False) -> None:
-        """The main thread begins something; ``data`` is waiting for a batch."""
+        """Enter a phase of the main thread; ``data`` waits for a batch."""
         self._phase, self._free, self._began = name, free, time.monotonic()
         self._progress += 1
         self._said = False
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[Pulse]:
-        """Beats while the block runs; where it ends by an error, the others hear of it."""
+        """Context with heartbeats; an error that ends it is sent to the other processes."""
         now = time.monotonic()
         for other in self._others.values():
             other.beat_at = other.progress_at = now
         if self.store is not None:
-            self._send(0)  # so that it can be named, however soon it dies
+            self._send(0)  # so that an early failure can be reported
         self._thread.start()
         try:
             yield self
-        except (UserError, ReportedElsewhere, KeyboardInterrupt):  # whoever needs to know is told otherwise
+        except (UserError, ReportedElsewhere, KeyboardInterrupt):  # reported elsewhere
             self._finish(DONE)
             raise
         except BaseException as error:
@@ -113,8 +113,8 @@ class Pulse:
         self._finish(DONE)
 
     def missing(self) -> str | None:
-        """Which other process gives no beat for a while; to be asked when a connection is lost."""
-        for _ in range(3):  # in the first turn its last beat may yet be seen to come
+        """Find another process without recent heartbeats, after a lost connection."""
+        for _ in range(3):  # in the first iteration its last heartbeat may still arrive
             before = {rank: other.beat for rank, other in self._others.items()}
             time.sleep(4 * self.beat_seconds)
             for rank, other in self._others.items():
@@ -126,29 +126,29 @@ class Pulse:
         self._stop.set()
         self._thread.join()
         if self.store is not None:
-            with contextlib.suppress(Exception):  # the store may have gone with its process
+            with contextlib.suppress(Exception):  # the store may have ended with its process
                 self._send(0, ended)
 
     def _run(self) -> None:
         beat = 0
         while not self._stop.wait(self.beat_seconds):
             beat += 1
-            self._look_at_the_loader()
+            self._check_loader()
             if self.store is None:
                 continue
             try:
                 self._send(beat)
-                lost = self._look_at_others()
-            except Exception as error:  # the store raises RuntimeErrors of many kinds when it is gone
+                lost = self._check_others()
+            except Exception as error:  # a lost store raises many kinds of RuntimeError
                 if self._stop.is_set():
                     return
-                lost = f"the process that keeps the others' common store is gone ({_first_line(error)})"
+                lost = f"the process with the common store has ended ({_first_line(error)})"
             if lost and not self._stop.is_set():
                 print(f"error: process {self.rank}: {lost}; ending", file=sys.stderr, flush=True)
                 self.end(STATUS)
                 return
 
-    def _look_at_the_loader(self) -> None:
+    def _check_loader(self) -> None:
         waited = time.monotonic() - self._began
         if self._phase == "data" and waited > STALL and not self._said:
             self._said = True
@@ -162,8 +162,8 @@ class Pulse:
         }  # fmt: skip
         self.store.set(f"pulse/{self.rank}", json.dumps(content))
 
-    def _look_at_others(self) -> str | None:
-        """What is said of a process that has died or hangs; None where all go on."""
+    def _check_others(self) -> str | None:
+        """The message about a process that has died or hangs; None if all make progress."""
         assert self.store is not None
         now = time.monotonic()
         stuck: list[tuple[int, str]] = []
@@ -184,16 +184,17 @@ class Pulse:
             if other.done:
                 continue
             if now - other.beat_at > self.limit:
-                return f"process {rank} ({other.where}) has died or was stopped: no beat for {self.limit:g} s"
+                silent = f"no heartbeat for {self.limit:g} s"
+                return f"process {rank} ({other.where}) has died or was suspended: {silent}"
             if now - other.progress_at > self.limit:
                 stuck.append((other.progress, f"process {rank} ({other.where}), in {other.phase!r}"))
-        # while one evaluates or saves, the others wait for it, however long it takes
+        # while one process evaluates or saves, the others wait without a limit
         at_work = sum(not other.done for other in self._others.values())
         if anybody_free or not stuck or len(stuck) < at_work or now - self._began <= self.limit:
             return None
         stuck.append((self._progress, f"process {self.rank} (this one), in {self._phase!r}"))
         behind = min(stuck)[1]
-        return f"nothing has gone on for {self.limit:g} s; furthest behind is {behind}"
+        return f"no progress for {self.limit:g} s; furthest behind is {behind}"
 
 
 def _first_line(error: BaseException) -> str:

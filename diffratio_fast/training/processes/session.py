@@ -1,10 +1,10 @@
-"""The processes of one start find one another in a store that still holds what earlier starts left there.
+"""Agreement of the processes of one start on a session name, in a store with entries of earlier starts.
 
-torchrun keeps one store over all its restarts, and gives it to every start's processes. A process group made
-there reads the addresses of processes that are dead. The count of restarts does not tell starts apart either:
-on several nodes only the node with the failure counts it. So the processes agree on a name of their own
-first: each announces itself under a new random token, rank 0 proposes the tokens that it has seen, and the
-proposal holds once every process has found its own token in it and confirmed it.
+torchrun uses one store for all its restarts. A process group created there would read addresses of dead
+processes. The restart count does not distinguish starts either: on several nodes only the node with the
+failure counts it. Therefore the processes first agree on a name: each announces a new random token, rank 0
+proposes the tokens that it has read, and the proposal is final when every process has found its own token in
+it and has confirmed it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PREFIX = "diffratio/session"
 
 
 def agree(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that exactly the ``size`` processes of this start have in common; all of them call it.
+    """Agree on a name that exactly the ``size`` processes of this start share; a collective operation.
 
-    ``UserError`` where that takes longer than ``timeout``.
+    Raises ``UserError`` after ``timeout``.
     """
     token = secrets.token_hex(8)
     store.set(f"{PREFIX}/token/{rank}", token)
@@ -43,13 +43,13 @@ def agree(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
                 return name
         time.sleep(POLL)
     raise UserError(
-        f"not all of the {size} processes came together within {timeout.total_seconds():.0f} s; see the "
-        "launcher's messages"
+        f"only a part of the {size} processes started within {timeout.total_seconds():.0f} s; check the "
+        "messages of the launcher"
     )
 
 
 def _propose(store: dist.Store, size: int, before: list[str] | None) -> list[str] | None:
-    """Propose the tokens that are there now, if they are others than ``before``; what is proposed."""
+    """Propose the current tokens if they differ from ``before``; return the proposal."""
     tokens = [_read(store, f"{PREFIX}/token/{rank}") for rank in range(size)]
     if tokens == before or not all(tokens):
         return before
@@ -59,5 +59,5 @@ def _propose(store: dist.Store, size: int, before: list[str] | None) -> list[str
 
 
 def _read(store: dist.Store, key: str) -> str | None:
-    """A key's value without waiting for it."""
+    """Value of a key, or None; does not wait."""
     return store.get(key).decode() if store.check([key]) else None

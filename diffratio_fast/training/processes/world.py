@@ -1,7 +1,7 @@
-"""Processes that train together: how they find one another, what they add up and what they agree on.
+"""The processes of a run: process group, sums, agreement.
 
-Torch's own process group is made from what torchrun sets in the environment: Gloo between CPUs, NCCL between
-GPUs. Rank 0 writes all files and evaluates; the others wait for it where that may take long.
+The process group is created from torchrun's environment variables: Gloo for CPUs, NCCL for GPUs. Rank 0
+writes all files and evaluates; the other ranks wait.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from diffratio_fast.errors import ReportedElsewhere, UserError
 from diffratio_fast.training.processes.session import agree
 
 STEP_TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for the others within a step."""
+"""Timeout of collectives in a step."""
 MAIN_TIMEOUT = timedelta(hours=6)
-"""How long it waits while rank 0 does something alone, such as an evaluation."""
+"""Timeout while rank 0 works alone, for example in an evaluation."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them. A run of one process has no process group."""
+    """The processes of a run, from the view of one of them. A single process has no process group."""
 
     rank: int = 0
     size: int = 1
     control: dist.ProcessGroup | None = None
-    """Between hosts (Gloo), for what waits for rank 0."""
+    """Gloo group, for waiting for rank 0."""
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints (rank 0)."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` added up over the processes, in place."""
+        """Sum ``values`` over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of ``values`` over the processes, in place."""
+        """Average ``values`` over the processes, in place."""
         return self.sum(values).div_(self.size) if self.size > 1 else values
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """Rank 0's result of ``function``, which only rank 0 calls; the others wait for it.
+        """Call ``function`` on rank 0 only and return its result on all ranks.
 
-        Where it raises, rank 0 tells of the error and the others end too.
+        If it raises, rank 0 reports the error and the other ranks end too.
         """
         if self.size == 1:
             return function()
@@ -76,7 +76,7 @@ class World:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around what each process does by itself, before all go on: of those that fail one says why."""
+        """Context of independent work before a collective step: if processes fail, one reports its error."""
         error = None
         try:
             yield
@@ -95,7 +95,7 @@ ALONE = World()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is sharded (a DTensor); any other as it is."""
+    """This process's part of a sharded tensor (DTensor); other tensors unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -104,9 +104,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 class Agreement:
-    """What the largest of each flag is over all processes, said a turn later so that none waits for it.
+    """Maximum of each flag over all processes, returned one call later so that no process waits.
 
-    All processes learn of it in the same turn, and so can act on it alike. One process learns at once.
+    All processes get it in the same call and can act together. A single process gets it immediately.
     """
 
     def __init__(self, world: World) -> None:
@@ -114,7 +114,7 @@ class Agreement:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, flags: Sequence[int]) -> list[int]:
-        """Give this turn's flags; the largest over the processes of those given in the turn before."""
+        """Submit flags; return the maxima over the processes of the flags of the previous call."""
         if self.world.size == 1:
             return list(flags)
         agreed = self.close() or [0] * len(flags)
@@ -125,7 +125,7 @@ class Agreement:
         return agreed
 
     def close(self) -> list[int] | None:
-        """Wait for what is under way; the flags, if any were."""
+        """Wait for the pending exchange and return its flags, if any."""
         if self._pending is None:
             return None
         work, values = self._pending
@@ -137,18 +137,18 @@ class Agreement:
 LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|Socket|gloo|NCCL|store", re.IGNORECASE
 )
-"""What PyTorch's errors say when another process is gone."""
+"""Patterns of PyTorch's errors after another process has ended."""
 
 
 def lost_others(error: RuntimeError) -> bool:
-    """Whether PyTorch's error says that another process is gone."""
+    """Whether an error of PyTorch means that another process has ended."""
     return isinstance(error, dist.DistError) or LOST.search(str(error)) is not None
 
 
 def common_store(world: World) -> dist.Store | None:
-    """The processes' common store by a connection of its own, for use by a thread beside the others.
+    """A separate connection to the common store, for use by another thread; None for a single process.
 
-    What earlier processes of the launcher have left in it is not seen. None for a single process.
+    Entries of earlier processes of the launcher are not visible.
     """
     if world.size == 1:
         return None
@@ -159,7 +159,7 @@ def common_store(world: World) -> dist.Store | None:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The processes that torchrun started along with this one, as a process group while the block runs."""
+    """Context with the process group of the processes that torchrun started."""
     rank, size = launch.process()
     if size == 1:
         yield ALONE
@@ -168,7 +168,7 @@ def joined(device: torch.device) -> Iterator[World]:
         _, here = launch.local_process()
         if here > torch.cuda.device_count():
             raise UserError(
-                f"{here} processes for {torch.cuda.device_count()} GPUs: start one for each "
+                f"{here} processes for {torch.cuda.device_count()} GPUs; start one process per GPU "
                 f"(--nproc-per-node {torch.cuda.device_count()})"
             )
         torch.cuda.set_device(device)
@@ -188,5 +188,7 @@ def joined(device: torch.device) -> Iterator[World]:
         if not lost_others(error):
             raise
         reason = " ".join(str(error).split())
-        raise UserError(f"process {rank} has lost the others ({reason[:200]})") from error
+        raise UserError(
+            f"process {rank} has lost the connection to the others ({reason[:200]}); see their messages"
+        ) from error
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Networks of a training run, built from its configuration; weights are not yet drawn."""
+"""Networks of a training run, built from its configuration, without drawing weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffratio_fast.networks.unet import Denoiser
 
 
 def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[str, Any]]:
-    """Constructor arguments of the run's generator and ratio network."""
+    """Constructor arguments of the generator and the ratio network."""
     common = {"shape": model_shape(dataset), "classes": len(dataset.class_names)}
     if config.generator == "backbone" or config.ratio_network == "encoder":
         common |= {"backbone": config.backbone, "options": config.backbone_arguments}
@@ -45,12 +45,12 @@ def network_arguments(config: TrainConfig, dataset: DataSet) -> dict[str, dict[s
 
 
 def generator(config: TrainConfig, dataset: DataSet) -> nn.Module:
-    """The generator; a ``UserError`` where options do not fit the data."""
+    """The generator; raises ``UserError`` if options do not match the data."""
     return _built("generator", "generator", config.generator, network_arguments(config, dataset))
 
 
 def ratio_network(config: TrainConfig, dataset: DataSet) -> nn.Module:
-    """The ratio network; a ``UserError`` where options do not fit the data."""
+    """The ratio network; raises ``UserError`` if options do not match the data."""
     return _built("ratio", "ratio-network", config.ratio_network, network_arguments(config, dataset))
 
 
@@ -71,7 +71,7 @@ def backbone(config: RunConfig, dataset: DataSet, **more: Any) -> Denoiser:
 
 
 def denoiser(config: TrainConfig, dataset: DataSet) -> Denoiser:
-    """A teacher or student: the backbone without dropout, as it estimates a posterior mean."""
+    """A teacher or student: the backbone without dropout, because it estimates a posterior mean."""
     network = backbone(config, dataset)
     set_dropout(network, 0.0)
     return network

@@ -1,10 +1,10 @@
-"""Checkpoints: a run's whole state on disk, written atomically in the background.
+"""Checkpoints: the complete state of a run on disk, written atomically in the background.
 
-Several processes write and read them by ``torch.distributed.checkpoint``, each its part, so that any number
-of processes can continue; one process writes the same format. ``storage.checkpoints`` describes the files.
+Several processes write and read them with ``torch.distributed.checkpoint``, each its part, so that any number
+of processes can resume; a single process writes the same format. ``storage.checkpoints`` describes the files.
 
-A checkpoint is written beside its place, flushed to disk, read back and compared with what was meant, and
-only then renamed into place, which is the commit. The one before it is kept too.
+A checkpoint is written to a temporary directory, flushed to disk, read back, compared with the written data,
+and renamed, which is the commit. The previous checkpoint is kept too.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ from diffratio_fast.training.state.run_state import RunState
 
 
 class Checkpoints:
-    """Those of one run: saved one at a time while the run goes on, loaded once at its start."""
+    """The checkpoints of a run: one save at a time in the background, one load at the start."""
 
     def __init__(self, root: Path, world: World, policy: Retention | None = None) -> None:
         self.root, self.world, self.policy = root, world, policy or Retention()
         self.identity: Identity | None = None
-        """Written into each."""
+        """The identity in every checkpoint."""
         self.network: dict[str, Any] | None = None
-        """Description of the averaged generator, by which ``sample`` builds it."""
+        """Metadata of the averaged generator, for ``sample``."""
         self.good: list[str] = []
-        """Names of checkpoints known to be whole, oldest first."""
+        """Names of checkpoints that are known to be intact, oldest first."""
         self.step = 0
-        """Of the state saved last."""
+        """Step of the last saved state."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failure: str | None = None
-        # between the threads that write: they must not get between the collectives of training
+        # separate groups for the writing threads: they must not interleave with the collectives of training
         self._group = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT) if world.size > 1 else None
         self._stager: Any = None
 
@@ -73,14 +73,14 @@ class Checkpoints:
     def load(
         self,
         state: RunState,
-        say: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
         check: Callable[[Path, dict[str, Any]], None] = lambda path, index: None,
     ) -> dict[str, Any]:
-        """Bring ``state`` to the newest complete checkpoint, and its index; ``say`` a line for each damaged.
+        """Load the newest intact checkpoint into ``state`` and return its index; ``warn`` of damaged ones.
 
-        A ``UserError`` where none is complete, or ``check`` refuses it; nothing on disk is changed.
+        Raises ``UserError`` if none is intact, or ``check`` rejects it; nothing on disk is changed.
         """
-        path, index = self.world.on_main(lambda: self._choose(say, check))
+        path, index = self.world.on_main(lambda: self._choose(warn, check))
         try:
             self._fill(state, path, index)
         finally:
@@ -90,7 +90,7 @@ class Checkpoints:
     def load_from(
         self, root: Path, step: int | None, state: RunState, check: Callable[[Path, dict[str, Any]], None]
     ) -> dict[str, Any]:
-        """Bring ``state`` to a checkpoint of another run (default: its newest complete one); its index."""
+        """Load a checkpoint of another run (default: the newest intact one) and return its index."""
         path, index = self.world.on_main(lambda: _chosen_from(root, step, check))
         self._fill(state, path, index)
         return index
@@ -102,32 +102,32 @@ class Checkpoints:
             except (SafetensorError, RuntimeError, AssertionError, *DAMAGE) as error:
                 reason = one_line(error)[:200]
                 raise UserError(
-                    f"{path}: the checkpoint does not fit this run ({reason}); {ADVICE}"
+                    f"{path}: the checkpoint does not match this run ({reason}); {ADVICE}"
                 ) from None
         state.step, state.seconds, state.best = index["step"], index["seconds"], index["best"]
 
     def _choose(
-        self, say: Callable[[str], None], check: Callable[[Path, dict[str, Any]], None]
+        self, warn: Callable[[str], None], check: Callable[[Path, dict[str, Any]], None]
     ) -> tuple[Path, dict[str, Any]]:
-        said = []
+        lines = []
         for path in candidates(self.root):
             try:
                 index = read_index(path)
             except Damaged as damage:
-                said.append(f"{path}: the checkpoint is damaged ({damage})")
+                lines.append(f"{path}: the checkpoint is damaged ({damage})")
                 continue
             check(path, index)
-            for line in said:
-                say(f"{line}; continuing from {path.name}")
+            for line in lines:
+                warn(f"{line}; resuming from {path.name}")
             return path, index
-        if not said:
+        if not lines:
             raise UserError(f"{self.root}: not a checkpoint of this version of diffratio_fast; {ADVICE}")
-        raise UserError(f"{'; '.join(said)}; {ADVICE}")
+        raise UserError(f"{'; '.join(lines)}; {ADVICE}")
 
     # -- saving
 
     def save(self, state: RunState) -> None:
-        """Copy the state and begin to write it; one that is still being written is waited for first."""
+        """Copy the state and begin to write it; waits for a save in progress first."""
         self.wait()
         name, self.step = name_of(state.step), state.step
         if self.good and self.good[-1] == name:
@@ -146,13 +146,13 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has come to grief that ``failure`` has not told of yet."""
+        """Whether a save has failed and ``failure`` has not reported it yet."""
         return self._failure is not None or self._error is not None
 
     def failure(self) -> str | None:
-        """Wait for what is being written; why it could not be saved, told once, or None.
+        """Wait for the save in progress; return the reason of a failure once, or None.
 
-        The same on all processes. What another process's death leaves behind is raised.
+        The result is the same on all processes. Errors after the end of another process are raised.
         """
         self.wait()
         if self._error is not None:
@@ -166,7 +166,7 @@ class Checkpoints:
             self._thread = None
 
     def close(self, patience: float) -> None:
-        """Wait for what is being written, though no longer than ``patience`` seconds."""
+        """Wait at most ``patience`` seconds for the save in progress."""
         if self._thread is not None:
             self._thread.join(patience)
 
@@ -181,7 +181,7 @@ class Checkpoints:
         return staged
 
     def _run(self, name: str, staged: dict[str, Any], about: dict[str, Any]) -> None:
-        """What the thread does."""
+        """Main function of the writing thread."""
         try:
             self._failure = self._write(name, staged, about)
             if self._failure is None:
@@ -190,15 +190,15 @@ class Checkpoints:
             self._error = error
 
     def _write(self, name: str, staged: dict[str, Any], about: dict[str, Any]) -> str | None:
-        """Write a checkpoint and commit it; why that failed (on all processes alike), or None."""
+        """Write and commit a checkpoint; return the reason of a failure, the same on all processes."""
         temporary = self.root / f"{name}.tmp"
         files: dict[str, dict[str, Any]] = {}
         problem = self._shared(self._prepare(temporary) if self.world.main else None)
-        if problem is not None:  # before any process enters the collectives of write_part
+        if problem is not None:  # no process has entered the collectives of write_part yet
             return problem
         try:
             if self._group is None:
-                _write_whole(temporary, staged, files)
+                _write_complete(temporary, staged, files)
             else:
                 from diffratio_fast.training.state.sharded import write_part
 
@@ -221,14 +221,14 @@ class Checkpoints:
         return self._shared(problem)
 
     def _shared(self, problem: str | None) -> str | None:
-        """Rank 0's ``problem``, on all processes."""
+        """Broadcast rank 0's ``problem`` to all processes."""
         answer = [problem]
         if self._group is not None:
             dist.broadcast_object_list(answer, 0, group=self._group)
         return answer[0]
 
     def _prepare(self, temporary: Path) -> str | None:
-        """Make room for a checkpoint; why that failed, or None."""
+        """Create the temporary directory; return the reason of a failure, or None."""
         try:
             make_directory(self.root, root=self.root.parent)
         except UserError as error:
@@ -244,7 +244,7 @@ class Checkpoints:
             )
             sync_directory(temporary)
             read_index(temporary)
-            _remove(place)  # a damaged one, which this run has done again
+            _remove(place)  # a damaged checkpoint that this run has repeated
             os.rename(temporary, place)
             sync_directory(self.root)
         except (OSError, Damaged) as error:
@@ -253,8 +253,8 @@ class Checkpoints:
         return None
 
     def _remove_others(self, step: int, best: int | None) -> None:
-        """Remove what the policy does not keep, and what lies after ``step``: of work that was undone."""
-        with contextlib.suppress(OSError):  # tried again with the next checkpoint
+        """Remove checkpoints that the policy does not keep, and those after ``step``, of lost work."""
+        with contextlib.suppress(OSError):  # retried with the next checkpoint
             steps = [found for path in candidates(self.root) if (found := step_of(path.name)) <= step]
             keep = {name_of(one) for one in kept(steps, self.policy, best)}
             for path in self.root.iterdir():
@@ -265,25 +265,25 @@ class Checkpoints:
 def _chosen_from(
     root: Path, step: int | None, check: Callable[[Path, dict[str, Any]], None]
 ) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint of another run, complete and accepted by ``check``; else a ``UserError``."""
+    """Find an intact checkpoint of another run that ``check`` accepts; otherwise raise ``UserError``."""
     found = candidates(root)
     there = ", ".join(str(step_of(path.name)) for path in reversed(found)) or "none"
     if step is not None:
         found = [path for path in found if step_of(path.name) == step]
-    problem = f"there is none of step {step} (those there: {there})" if step is not None else "there is none"
+    problem = f"none at step {step} (available: {there})" if step is not None else "none"
     for path in found:
         try:
             index = read_index(path)
         except Damaged as damage:
-            problem = f"{path.name} is damaged: {damage} (those there: {there})"
+            problem = f"{path.name} is damaged: {damage} (available: {there})"
             continue
         check(path, index)
         return path, index
-    raise UserError(f"--resume-from: no checkpoint to use in {root}: {problem}")
+    raise UserError(f"--resume-from: no usable checkpoint in {root}: {problem}")
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory, or a link or file in its place; nothing happens where that fails."""
+    """Remove a directory, or a link or file in its place; errors are ignored."""
     if path.is_symlink() or path.is_file():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -302,7 +302,7 @@ def _about(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
 
 
-def _write_whole(directory: Path, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
+def _write_complete(directory: Path, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
     directory.mkdir()
     name = "shard-00001-model-00001-of-00001.safetensors"
     content = safetensors.torch.save(tensors)

@@ -63,10 +63,15 @@ def initial_state(
     augment: dict[str, int] = {}
     if config.augment_probability:
         if dataset.kind != "image":
-            raise UserError("--augment-probability is for images: latents cannot be turned or scaled")
+            raise UserError(
+                "--augment-probability: latents cannot be rotated or scaled; use it with images only"
+            )
         augment = {"augment_dim": geometric.LABELS}
         if config.backbone_arguments.get("augment_dim", geometric.LABELS) != geometric.LABELS:
-            raise UserError(f"--augment-probability needs augment_dim {geometric.LABELS} of the backbone")
+            raise UserError(
+                f"--augment-probability: the backbone needs augment_dim {geometric.LABELS}; set it in "
+                "--backbone-options"
+            )
     denoiser = builders.backbone(config, dataset, **augment)
     if not planned:
         networks.initialize(denoiser, config.seed, stream=0)

@@ -14,7 +14,7 @@ from diffratio_fast.training.processes.world import local
 
 
 def average_decay(config: RunConfig, update: int, step: int) -> float:
-    """Decay of a run's average at its update number ``update``, in training step ``step`` (both from 0)."""
+    """Decay of the run's average at update ``update``, in training step ``step`` (both from 0)."""
     if config.ema_std is not None:
         return power_decay(update, config.ema_std)
     return ema_decay(step, config.batch_size, config.ema_half_life_images, config.ema_rampup_ratio)
@@ -23,8 +23,8 @@ def average_decay(config: RunConfig, update: int, step: int) -> float:
 def ema_decay(step: int, batch_size: int, half_life_images: float, rampup_ratio: float | None) -> float:
     """Decay of the average at update number ``step`` (from 0): 2^(-batch / half-life).
 
-    The half-life is at most ``rampup_ratio`` of the images seen before, so that the average forgets the
-    random start (the ramp-up of Karras et al. 2022).
+    The half-life is at most ``rampup_ratio`` of the number of previous images, so that the initial weights
+    lose their influence (the ramp-up of Karras et al. 2022).
     """
     half_life = half_life_images
     if rampup_ratio is not None:
@@ -35,7 +35,7 @@ def ema_decay(step: int, batch_size: int, half_life_images: float, rampup_ratio:
 def power_exponent(std: float) -> float:
     """The exponent gamma of the power-function average of relative width ``std``, below 0.29.
 
-    Weights grow as t^gamma up to the present t (Karras et al. 2024, Section 3.1). For a profile gamma + 1
+    Weights grow as t^gamma up to the current t (Karras et al. 2024, Section 3.1). For a profile gamma + 1
     times t^gamma on [0, 1], variance is (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = std^2, a cubic in gamma.
     """
     inverse = std**-2
@@ -48,8 +48,8 @@ def power_decay(update: int, std: float) -> float:
 
 
 def averaged_copy(network: nn.Module) -> nn.Module:
-    """A copy in eval mode that takes no gradient."""
-    # tensors are cloned beforehand: those without numbers (of a plan) cannot be copied deeply
+    """A copy in eval mode without gradients."""
+    # clone tensors first: fake tensors of a plan do not support deepcopy
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone()) for p in network.parameters()}
     memo |= {id(b): b.clone() for b in network.buffers()}
     return copy.deepcopy(network, memo).eval().requires_grad_(False)

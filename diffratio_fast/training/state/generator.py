@@ -71,10 +71,10 @@ def initial_state(
     planned: bool = False,
     world: World = ALONE,
 ) -> TrainState:
-    """The state before the first step: networks drawn from the seed, or read from ``config.init``.
+    """The initial state: networks drawn from the seed, or loaded from ``config.init``.
 
-    Without ``init`` ``config.init`` is not read (a checkpoint will replace the weights). A ``planned`` state
-    is on tensors without numbers: nothing is drawn or read. Each process of ``world`` may get a part of it
+    With ``init=False``, ``config.init`` is not read (a checkpoint replaces the weights). A ``planned`` state
+    has fake tensors: nothing is drawn or read. The state may be sharded over the processes of ``world``
     (``parallel.shard``).
     """
     generator, ratio = builders.generator(config, dataset), config.row.load("network")(config, dataset)
@@ -117,7 +117,7 @@ def initial_state(
 def _start(
     config: TrainConfig, generator: nn.Module, ratio: nn.Module, teacher: Denoiser | None, dataset: DataSet
 ) -> None:
-    """Give networks the weights that ``init`` and ``teacher`` name."""
+    """Load the weights of ``init`` and ``teacher`` into the networks."""
     chosen = config.init_networks
     if config.init is not None and (teacher is None or isinstance(generator, BackboneGenerator)):
         load_initial(

@@ -1,4 +1,4 @@
-"""What a checkpoint is of: the run, its configuration and its data set."""
+"""Identity of a checkpoint: its run, configuration and data set."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from diffratio_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Identity:
-    """Written into every checkpoint; ``data`` is a digest, ``configuration`` the fixed options' values.
+    """Stored in every checkpoint; ``data`` is a digest, ``configuration`` the values of the fixed options.
 
-    ``run`` is empty where the directory's history does not name the run: then a checkpoint does.
+    ``run`` is empty if the history of the directory has no run ID; then the checkpoint has it.
     """
 
     run: str
@@ -28,15 +28,15 @@ class Identity:
     configuration: dict[str, Any]
 
     def check(self, index: dict[str, Any], where: object, *, accept_data: bool = False) -> None:
-        """See that the checkpoint with this index may be continued; else a ``UserError`` with both values.
+        """Raise ``UserError`` with both values if the run cannot resume from the checkpoint of ``index``.
 
-        A checkpoint of an earlier version, without an identity, may.
+        A checkpoint of an earlier version, without an identity, is accepted.
         """
         run = run_of(index)
         if run is not None and self.run and run != self.run:
             raise UserError(
-                f"{where}: is of run {run}, but the directory is of run {self.run}; give each run a "
-                "directory of its own, or continue from it with --resume-from"
+                f"{where}: belongs to run {run}; the directory belongs to run {self.run}; use one directory "
+                "per run, or start from this checkpoint with --resume-from"
             )
         found = index.get("identity")
         options = found.get("configuration") if isinstance(found, dict) else None
@@ -48,33 +48,33 @@ class Identity:
             ]
             if changed:
                 raise UserError(
-                    f"{where}: was trained with other settings ({', '.join(changed)}); repeat its options, "
-                    "or continue from it in another directory with --resume-from"
+                    f"{where}: trained with other settings ({', '.join(changed)}); repeat its options, or "
+                    "start "
+                    "from it in another directory with --resume-from"
                 )
         self.check_data(index, where, accept_data=accept_data)
 
     def check_data(self, index: dict[str, Any], where: object, *, accept_data: bool = False) -> None:
-        """See that the checkpoint was trained on these data, unless others are accepted on purpose."""
+        """Raise ``UserError`` if the checkpoint was trained on other data, unless ``accept_data``."""
         found = index.get("identity")
         data = found.get("data") if isinstance(found, dict) else None
         if data is None or data == self.data or accept_data:
             return
         raise UserError(
-            f"{where}: was trained on data with the digest {data}, but --data "
-            f"{self.configuration.get('data')} now has {self.data}; restore the data set, or pass "
-            "--accept-data to continue on these data on purpose"
+            f"{where}: trained on data with the digest {data}; --data {self.configuration.get('data')} has "
+            f"the digest {self.data}; restore the data set, or pass --accept-data to resume with the new data"
         )
 
 
 def run_of(index: dict[str, Any]) -> str | None:
-    """The run of a checkpoint, as its index names it."""
+    """The run ID in the index of a checkpoint."""
     found = index.get("identity")
     run = found.get("run") if isinstance(found, dict) else None
     return run if isinstance(run, str) else None
 
 
 def fixed_options(config: RunConfig) -> dict[str, Any]:
-    """The options that decide the training, by name."""
+    """The options that determine the training, by name."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -85,8 +85,8 @@ def fixed_options(config: RunConfig) -> dict[str, Any]:
 def data_digest(dataset: DataSet) -> str:
     """A digest (32 hexadecimal digits) of a data set's records, labels, splits and scaling.
 
-    Of prepared data it is made of the digests in the manifest, not of the records themselves: what the files
-    hold is checked against those while they are read (``--verify``). It does not depend on their place.
+    For prepared data it depends on the digests in the manifest, not on the records: reading checks the files
+    against these digests (``--verify``). It does not depend on the directory.
     """
     state = hashlib.sha256()
     while isinstance(dataset, OneClass):

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from: ``--init`` of another run, of a file, of published weights."""
+"""Initial weights of a run: ``--init`` from another run, a file, or published weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from diffratio_fast.storage.reading import parse_json, require_regular
 def load_initial(
     source: Path, generator: nn.Module | None, ratio: nn.Module | None, dataset: DataSet
 ) -> None:
-    """Copy initial weights into the networks that are given, in place; what does not fit is a ``UserError``.
+    """Copy initial weights into the given networks, in place; raises ``UserError`` if they do not match.
 
-    A directory of ``train`` gives generator and ratio network, a generator's file that alone. A denoiser
-    (a directory of ``pretrain``, or a file of ``convert``) gives the generator, and half of it the ratio
-    network where that is an encoder.
+    A directory of ``train`` has a generator and a ratio network, the file of a generator only a generator. A
+    denoiser (a directory of ``pretrain``, or a file of ``convert``) initializes the generator, and its
+    encoder initializes a ratio network of kind ``encoder``.
     """
     if source.is_dir():
         run = RunPaths(source)
@@ -35,7 +35,7 @@ def load_initial(
             return
         if not run.generator.exists():
             raise UserError(
-                f"--init {source}: holds no finished run (no {run.generator.name} or {run.denoiser.name})"
+                f"--init {source}: not a finished run (no {run.generator.name} or {run.denoiser.name})"
             )
         if generator is not None:
             _copy(run.generator, "generator", generator)
@@ -46,21 +46,23 @@ def load_initial(
     elif generator is not None:
         _copy(source, "generator", generator)
     else:
-        raise UserError(f"--init {source}: holds a generator and nothing for a ratio network")
+        raise UserError(
+            f"--init {source}: contains a generator only; expected weights for a ratio network too"
+        )
 
 
 def load_teacher(source: Path, denoisers: tuple[Denoiser, Denoiser], dataset: DataSet) -> None:
     """Copy a denoiser's weights into the teacher and the student of score distillation, in place."""
     denoiser = RunPaths(source).denoiser
     if source.is_dir() and not denoiser.exists():
-        raise UserError(f"--teacher {source}: holds no finished run of pretrain (no {denoiser.name})")
+        raise UserError(f"--teacher {source}: not a finished run of pretrain (no {denoiser.name})")
     loaded = load_denoiser(source, dataset, option="--teacher")
     for network in denoisers:
         take(source, network, loaded, option="--teacher")
 
 
 def load_denoiser(source: Path, dataset: DataSet, *, option: str = "--init") -> Denoiser:
-    """The denoiser of a ``pretrain`` directory or a converted file, for data scaled as ``dataset`` is."""
+    """Load the denoiser of a ``pretrain`` directory or a converted file; checks its data scaling."""
     path = RunPaths(source).denoiser if source.is_dir() else source
     denoiser, metadata = load_published(path)
     theirs = EDM_PIXELS if dataset.kind == "image" else None
@@ -71,8 +73,9 @@ def load_denoiser(source: Path, dataset: DataSet, *, option: str = "--init") -> 
             raise UserError(f"--init {path}: damaged ({error})") from None
     if theirs is not None and theirs != dataset.scaling:
         raise UserError(
-            f"{option} {path}: was trained on data of mean {list(theirs.mean)} and std {list(theirs.std)}, "
-            f"not {list(dataset.scaling.mean)} and {list(dataset.scaling.std)}; prepare the data with that "
+            f"{option} {path}: trained on data with mean {list(theirs.mean)} and std {list(theirs.std)}; "
+            "this data "
+            f"set has {list(dataset.scaling.mean)} and {list(dataset.scaling.std)}; prepare it with the same "
             "--scaling (published weights: edm)"
         )
     return denoiser
@@ -82,9 +85,9 @@ def _from_denoiser(
     path: Path, generator: nn.Module | None, ratio: nn.Module | None, dataset: DataSet
 ) -> None:
     if generator is not None and not isinstance(generator, BackboneGenerator):
-        raise UserError(f"--init {path}: is a denoiser, which needs --generator backbone")
+        raise UserError(f"--init {path}: a denoiser; use --generator backbone")
     if generator is None and not isinstance(ratio, EncoderRatio):
-        raise UserError(f"--init {path}: is a denoiser, which needs --ratio-network encoder")
+        raise UserError(f"--init {path}: a denoiser; use --ratio-network encoder")
     denoiser = load_denoiser(path, dataset)
     for network in (generator, ratio):
         if isinstance(network, (BackboneGenerator, EncoderRatio)):
@@ -98,14 +101,14 @@ def take(
     *,
     option: str = "--init",
 ) -> None:
-    """``network`` takes the weights; the ``UserError`` advises the options that would fit."""
+    """Copy the weights of a denoiser to ``network``; a ``UserError`` suggests matching options."""
     try:
         copy_weights(network if isinstance(network, Denoiser) else network.denoiser, denoiser)
     except ValueError as error:
         data = ("img_resolution", "img_channels", "label_dim", "augment_dim")
         options = {name: value for name, value in denoiser.config.items() if name not in data}
         raise UserError(
-            f"{option} {path}: another network than this run's ({error}); it is of --backbone "
+            f"{option} {path}: another network than this run's ({error}); its options are --backbone "
             f"{denoiser.architecture} --backbone-options '{json.dumps(options)}', for images "
             f"[{denoiser.img_channels}, {denoiser.img_resolution}, {denoiser.img_resolution}] and "
             f"{denoiser.label_dim or 'no'} classes"

@@ -1,4 +1,4 @@
-"""The optimizers a run can choose from."""
+"""The optimizers of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_optimizer(
     if config.optimizer == "apex":
         return _apex()(parameters, **settings, adam_w_mode=True)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    if config.capture:  # a graph reads the rate from memory
+    if config.capture:  # a graph reads the learning rate from device memory
         settings["lr"] = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
     averages = 1 + len(config.posthoc_widths)
     if config.fused == "auto" and averages <= MAX_AVERAGES and fused_adam.supports(network):
@@ -45,14 +45,14 @@ def _apex() -> Any:
         from apex.optimizers import FusedAdam
     except ImportError as error:
         raise UserError(
-            f"--optimizer apex: NVIDIA apex with its CUDA extensions is not installed ({error}); PyTorch's "
-            "own fused Adam is --optimizer adamw"
+            f"--optimizer apex: NVIDIA apex with its CUDA extensions is not installed ({error}); use "
+            "--optimizer adamw, PyTorch's fused Adam"
         ) from None
     return FusedAdam
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate, rounded to float32: what a kernel that reads it from memory takes."""
+    """Set the learning rate, rounded to float32 as in a kernel that reads it from device memory."""
     rounded = struct.unpack("f", struct.pack("f", rate))[0]
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -62,7 +62,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class PlannedAdam(torch.optim.Optimizer):
-    """Adam without numbers, for planning: it takes the memory that Adam would."""
+    """Adam for planning: it allocates the memory of Adam and computes nothing."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:

@@ -1,10 +1,10 @@
 """Post-hoc averages: a power-function average of any width, from snapshots of two (Karras et al. 2024).
 
-The average of relative width std at time t weighs the weights of time tau by p(tau) = (gamma + 1) tau^gamma /
-t^(gamma + 1) up to t (``ema.power_exponent`` gives gamma). A linear combination of the profiles of snapshots,
-taken at several times and widths, comes near to the profile wanted; the same combination of the snapshots is
-then near to the average that was never kept. ``ema.power_decay`` makes a step's share of an average exactly
-the integral of p over that step, so time is counted in updates.
+The average of relative width std at time t gives the weights of time tau the density p(tau) = (gamma + 1)
+tau^gamma / t^(gamma + 1) up to t (``ema.power_exponent`` gives gamma). A linear combination of the profiles
+of snapshots at several times and widths approximates the requested profile; the same combination of the
+snapshots approximates the requested average. With ``ema.power_decay`` the fraction of a step in an average is
+exactly the integral of p over that step, with time in updates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffratio_fast.training.state.ema import averaged_copy, power_decay, power_
 
 
 class Profile(NamedTuple):
-    """An average's relative width, and the updates after which it is looked at."""
+    """Relative width of an average, and its number of updates."""
 
     std: float
     updates: int
@@ -36,15 +36,15 @@ def inner_product(a: Profile, b: Profile) -> float:
 
 
 def combination(snapshots: Sequence[Profile], wanted: Profile) -> tuple[npt.NDArray[np.float64], float]:
-    """The weights of the snapshots, and the profile's relative error |sum_i w_i p_i - p| / |p|.
+    """The weights of the snapshots, and the relative error of the profile |sum_i w_i p_i - p| / |p|.
 
-    Least squares among weights that sum to one: what does not change during training stays as it is.
+    Least squares with weights that sum to one, so that constant tensors are unchanged.
     """
     products = np.array([[inner_product(a, b) for b in snapshots] for a in snapshots])
     target = np.array([inner_product(a, wanted) for a in snapshots])
     norm = inner_product(wanted, wanted)
-    # with a multiplier for the constraint; scaled to numbers near one, and by pseudo-inverse, as snapshots of
-    # neighbouring times are nearly dependent
+    # Lagrange multiplier for the constraint; scaled to numbers near one; pseudo-inverse, because snapshots of
+    # neighboring times are nearly dependent
     count = len(snapshots)
     system = np.ones((count + 1, count + 1))
     system[:count, :count] = products / norm
@@ -60,13 +60,13 @@ def _others(config: RunConfig) -> list[float]:
 
 
 def kept_averages(config: RunConfig, network: nn.Module) -> nn.ModuleList | None:
-    """An average of ``network`` for each width but the run's own, whose average there is anyway."""
+    """An average of ``network`` for each width except the run's own, which already has an average."""
     others = _others(config)
     return nn.ModuleList([averaged_copy(network) for _ in others]) if others else None
 
 
 def kept_weights(config: RunConfig, update: int) -> dict[str, float]:
-    """By name what the network counts for in each of ``kept_averages`` at an update (from 0)."""
+    """Weight of the network in each of ``kept_averages`` at an update (from 0), by name."""
     return {f"kept {width}": 1 - power_decay(update, width) for width in _others(config)}
 
 
@@ -87,5 +87,5 @@ def averages_by_width(
 
 
 def stored(config: RunConfig, average: nn.Module) -> nn.Module:
-    """An average as its snapshot keeps it."""
+    """The average in the form of a snapshot."""
     return averaged_copy(average).half() if config.posthoc_ema_half else average

@@ -1,7 +1,7 @@
 """The state of a training run.
 
-A step is a pure function of (state, step): all randomness comes from the noise contract, so the networks,
-their average, the optimizers and a few running sums are all there is to keep.
+A step is a pure function of (state, step): all random numbers are Philox draws, so the state consists of the
+networks, their average, the optimizers and a few running sums.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from diffratio_fast.training.processes.world import is_sharded
 
 @dataclass
 class RunState:
-    """What a run of any kind keeps: the names of its parts, and counters after ``step`` steps."""
+    """Base class of the state of a run: names of its parts, and counters after ``step`` steps."""
 
     NETWORKS: ClassVar[tuple[str, ...]]
     OPTIMIZERS: ClassVar[tuple[str, ...]]
     TENSORS: ClassVar[tuple[str, ...]]
-    """Names of attributes; a network that is None is not kept."""
+    """Names of attributes; a network that is None is not saved."""
 
     sums: Tensor = field(kw_only=True)
     statistics: Tensor = field(kw_only=True)
@@ -34,7 +34,7 @@ class RunState:
     best: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def networks(self) -> list[str]:
-        """Names of the networks that the state has."""
+        """Names of the networks in the state."""
         return [name for name in self.NETWORKS if getattr(self, name) is not None]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -54,11 +54,11 @@ class RunState:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process has only a part of each weight (of some network at least)."""
+        """Whether any network is sharded over the processes."""
         return any(is_sharded(p) for name in self.networks() for p in getattr(self, name).parameters())
 
     def blank(self, sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
-        """Tensors to read a checkpoint with tensors of these sizes and types into, for ``restore``."""
+        """Empty tensors of these shapes and dtypes, for reading a checkpoint before ``restore``."""
         tensors: dict[str, Tensor] = {}
         for part in self.networks():
             for name, tensor in getattr(self, part).state_dict().items():
@@ -79,7 +79,7 @@ class RunState:
         return tensors | {part: getattr(self, part) for part in self.TENSORS}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a checkpoint's tensors; what does not fit is a Key-, Runtime- or ``ValueError``."""
+        """Load the tensors of a checkpoint; raises Key-, Runtime- or ``ValueError`` if they do not match."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -102,12 +102,12 @@ class RunState:
 
 
 def run_dtype(config: RunConfig) -> torch.dtype:
-    """Of weights and images; bfloat16 is a matter of autocast."""
+    """Dtype of weights and images; bfloat16 uses autocast."""
     return torch.float64 if config.precision == "float64" else torch.float32
 
 
 def place(config: RunConfig, network: nn.Module, device: torch.device) -> None:
-    """Bring a network to device, dtype and memory format as configured, in place."""
+    """Move a network to the configured device, dtype and memory format, in place."""
     network.to(device, run_dtype(config))
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
-"""Reading and writing a state in parts, one of each process, by ``torch.distributed.checkpoint``.
+"""Read and write a state in parts, one per process, with ``torch.distributed.checkpoint``.
 
-Its storage in safetensors is used: names, shapes and places in a JSON header. (The default keeps a pickle.)
-Imported where several processes save, or a checkpoint of several is read: the import takes a second.
+Uses its safetensors storage, with names, shapes and offsets in a JSON header. (The default storage contains a
+pickle.) Imported only for checkpoints of several processes: the import takes a second.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from diffratio_fast.training.state.run_state import RunState
 
 
 def stager() -> DefaultStager:
-    """Copies states to the CPU, each time to the same (pinned) memory."""
+    """Stager that copies states to the same (pinned) CPU memory each time."""
     return DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
 
 
 class _Stream:
-    """A file that digests what is written to it."""
+    """A file that computes a digest of the written bytes."""
 
     def __init__(self, file: io.IOBase) -> None:
         self.file, self.bytes, self.digest = file, 0, xxhash.xxh3_128()
@@ -49,7 +49,7 @@ class _Stream:
 
 
 class _Files(FileSystem):
-    """The file system, noting sizes and digests of what is written in ``files``."""
+    """A file system that records sizes and digests of written files in ``files``."""
 
     def __init__(self, files: dict[str, dict[str, Any]]) -> None:
         self.files = files
@@ -65,9 +65,9 @@ class _Files(FileSystem):
 def write_part(
     directory: Path, tensors: dict[str, Any], files: dict[str, dict[str, Any]], group: dist.ProcessGroup
 ) -> None:
-    """Write this process's part below ``directory`` and note its file in ``files``.
+    """Write this process's part below ``directory`` and record its file in ``files``.
 
-    All of ``group`` call it; where it fails on one of them it is an ``OSError`` on all.
+    A collective operation of ``group``; a failure on one process raises ``OSError`` on all.
     """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     writer.fs = _Files(files)
@@ -78,7 +78,7 @@ def write_part(
 
 
 def read_parts(directory: Path, state: RunState) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, each in the part that ``state`` has of it."""
+    """Read the tensors of a checkpoint, each in the part that ``state`` has."""
     reader = HuggingFaceStorageReader(str(directory))
     sizes = {
         name: (tuple(about.size), about.properties.dtype)
@@ -89,14 +89,16 @@ def read_parts(directory: Path, state: RunState) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)  # each process finds what it needs
+            dcp.load(
+                tensors, storage_reader=reader, no_dist=True
+            )  # each process reads the parts that it needs
     except CheckpointException as failed:
         raise ValueError(str(_cause(failed))) from None
     return tensors
 
 
 def _cause(failed: CheckpointException) -> OSError:
-    """The first of the failures, as an ``OSError`` with its number where it has one."""
+    """The first failure as an ``OSError``, with its error number if it has one."""
     error = next(iter(failed.failures.values()))[0]
     if isinstance(error, OSError):
         return error

@@ -1,8 +1,8 @@
-"""Watching a run's losses and gradients, step by step and without waiting for the device.
+"""Monitor losses and gradient norms in each step, without synchronization.
 
-Each watched number has a running mean and variance. A step is bad where one of them is not finite, or jumps
-far above its mean. What is watched and how many steps were bad is part of the training state, so that a run
-that was stopped and continued says and does the same.
+Each monitored number has a running mean and variance. A step is bad if one of the numbers is not finite, or
+far above its mean. The statistics and counts are part of the training state, so that a resumed run has the
+same warnings.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 HORIZON = 100
-"""Steps over which a mean looks back."""
+"""Time constant of the running means in steps."""
 LEARNING = 20
-"""First steps of a number, of which none is bad unless it is not finite."""
+"""Initial steps of a number; they are bad only if the number is not finite."""
 DEVIATIONS = 6.0
-"""Standard deviations above its mean at which a number jumps, if ``Watched.jump`` says so too."""
+"""Standard deviations above the mean for a jump; ``Watched.jump`` must be exceeded too."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A number to watch: its name, and the share of its mean by which it must rise above it to be bad."""
+    """A monitored number: its name, and the relative rise above its mean that makes a step bad."""
 
     name: str
     jump: float
@@ -39,12 +39,12 @@ def initial_statistics(count: int, device: torch.device) -> Tensor:
 
 
 def initial_bad_steps(device: torch.device) -> Tensor:
-    """Bad steps since the last log line, in a row up to now, most in a row since then: float64 [3]."""
+    """Bad steps since the last log line, current run of bad steps, longest run since then: float64 [3]."""
     return torch.zeros(3, dtype=torch.float64, device=device)
 
 
 class Watch:
-    """Notes a step's numbers in the state's statistics and counts of bad steps."""
+    """Updates the statistics and the counts of bad steps in the state."""
 
     def __init__(self, watched: Sequence[Watched], statistics: Tensor, bad: Tensor) -> None:
         self.watched, self.statistics, self.bad = watched, statistics, bad
@@ -52,14 +52,14 @@ class Watch:
 
     @torch.no_grad()
     def note(self, values: Sequence[Tensor]) -> None:
-        """Note a step's scalars, in the order of ``watched``; of fewer, the first so many."""
+        """Add the scalars of a step, in the order of ``watched`` (possibly only the first ones)."""
         found = torch.stack([value.detach().double() for value in values])
         mean, variance, age = self.statistics[: len(values)].unbind(1)
         limit = mean + torch.maximum(DEVIATIONS * variance.sqrt(), self._jumps[: len(values)] * mean.abs())
         finite = found.isfinite()
         jumps = (found > limit) & (age >= LEARNING)
         step_is_bad = (jumps | ~finite).any().double()
-        # a jump moves the mean a little and the variance not at all, so that it stays one while it lasts
+        # a jump changes the mean slightly and the variance not at all, so that it stays a jump while it lasts
         rate = torch.where(jumps, 1 / HORIZON, torch.clamp(1 / (age + 1), min=1 / HORIZON))
         step = torch.where(finite, torch.where(jumps, limit, found), mean) - mean
         usual = finite & ~jumps
@@ -71,7 +71,7 @@ class Watch:
         self.bad[2].copy_(torch.maximum(self.bad[2], self.bad[1]))
 
     def take(self) -> BadSteps:
-        """Bad steps since this was last called; waits for the device."""
+        """Bad steps since the last call; synchronizes with the device."""
         number, in_a_row, longest = (int(value) for value in self.bad.tolist())
         self.bad[0].zero_()
         self.bad[2].fill_(in_a_row)
@@ -79,7 +79,7 @@ class Watch:
 
 
 class BadSteps(NamedTuple):
-    """How many steps of an interval were bad, and the most in a row (which may have begun before it)."""
+    """Number of bad steps in an interval, and the longest run of bad steps (it may begin earlier)."""
 
     number: int
     longest: int

@@ -1,9 +1,9 @@
 """A training step as CUDA graphs: captured once, then replayed without Python.
 
-What a step reads that changes from step to step lies in memory that stays where it is: seed and step,
-learning rates, weights of the averages, the batches. ``Stepper.begin`` writes the numbers, ``Captured``
-copies the batches, and ``Stepper.compute`` is what is captured. The first steps run in the ordinary way, on
-the same memory, because libraries choose algorithms and workspaces in them.
+Inputs that change from step to step are in fixed memory: seed and step, learning rates, weights of the
+averages, batches. ``Stepper.begin`` writes the scalars, ``Captured`` copies the batches, and
+``Stepper.compute`` is captured. The first steps run eagerly on the same memory, because libraries choose
+algorithms and workspaces then.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from diffratio_fast.errors import UserError
 from diffratio_fast.training.step.stepper import Batch, Stepper
 
 WARMUP = 3
-"""Ordinary steps of each kind before it is captured."""
+"""Eager steps of each variant before its capture."""
 
 
 class Step(Protocol):
-    """What advances a run's state by one step."""
+    """Advances the state of a run by one step."""
 
     def run(self, batches: list[Batch]) -> None: ...
 
 
 class Recorder(Protocol):
-    """Runs functions in the ordinary way, and makes others that repeat what they do on the device."""
+    """Runs functions eagerly, and records functions that replay their device work."""
 
     def ordinary(self, function: Callable[[], None]) -> None: ...
 
@@ -36,7 +36,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs of one device; ordinary runs share the stream on which graphs are captured."""
+    """CUDA graphs of one device; eager runs use the stream of the capture."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -51,15 +51,15 @@ class CudaGraphs:
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.stream.device)
-        torch.cuda.empty_cache()  # a graph has memory of its own
-        # loaders' threads allocate and copy meanwhile
+        torch.cuda.empty_cache()  # a graph has its own memory
+        # threads of the loader allocate and copy during the capture
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
 
 
 class Captured:
-    """Steps of ``stepper``, by graphs as soon as there are any: one for each variant of a step."""
+    """Runs the steps of ``stepper``, with one graph per variant as soon as it is captured."""
 
     def __init__(self, stepper: Stepper, recorder: Recorder) -> None:
         self.stepper, self.recorder = stepper, recorder
@@ -82,7 +82,7 @@ class Captured:
         self.stepper.state.step += 1
 
     def _take(self, batches: list[Batch]) -> None:
-        """Copy the batches to where the graphs read them."""
+        """Copy the batches to the input memory of the graphs."""
         device = self.stepper.device
         if not self._batches:
             self._batches = [
@@ -95,22 +95,27 @@ class Captured:
 
 
 def check_capture(config: RunConfig, device: torch.device, processes: int = 1) -> None:
-    """Refuse ``--capture`` where a step cannot be captured."""
+    """Raise ``UserError`` if a step cannot be captured."""
     if not config.capture:
         return
     if device.type != "cuda":
-        raise UserError(f"--capture makes CUDA graphs, and the device is {device.type}; leave it out")
+        raise UserError(f"--capture: CUDA graphs need a GPU, and the device is {device.type}; omit --capture")
     if processes > 1 and config.parallel == "fsdp":
         raise UserError(
-            "--capture: FSDP gathers weights by steps of Python, which a CUDA graph does not repeat; use "
-            "--parallel ddp, or leave --capture out"
+            "--capture: FSDP gathers weights in Python, which a CUDA graph does not replay; use --parallel "
+            "ddp, or "
+            "omit --capture"
         )
     if config.on_nonfinite == "skip":
-        raise UserError("--capture: --on-nonfinite skip must ask the device in each step; use one of the two")
+        raise UserError(
+            "--capture: --on-nonfinite skip synchronizes with the device in each step; use only one of them"
+        )
     if config.optimizer == "apex":
-        raise UserError("--capture: use --optimizer adamw or adam, whose step a CUDA graph can hold")
+        raise UserError(
+            "--capture: the optimizer does not support CUDA graphs; use --optimizer adamw or adam"
+        )
 
 
 def stepping(config: RunConfig, stepper: Stepper) -> Step:
-    """What makes a run's steps: graphs where ``config.capture`` asks for them, else ``stepper`` itself."""
+    """The step function of a run: CUDA graphs with ``config.capture``, otherwise ``stepper``."""
     return Captured(stepper, CudaGraphs(stepper.device)) if config.capture else stepper

@@ -93,14 +93,14 @@ class PretrainIteration(Stepper):
         self.watch.note(check.latest)
 
     def _loss(self, x0: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a part of a batch, and its mean error (float64, detached)."""
+        """Loss of a part of a batch, and its mean error (float64, detached)."""
         sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0].to(self.dtype)
         denoiser, x0 = self._augmented(x0, index)
         errors = denoising_errors(denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE)
         return denoising_loss(errors, self._log_variance(sigma)), errors.detach().double().mean()
 
     def _augmented(self, x0: Tensor, index: Tensor) -> tuple[DenoiserCall, Tensor]:
-        """The images after their random transforms, and the denoiser told of those."""
+        """The randomly transformed images, and the denoiser with the labels of the transforms."""
         probability = self.config.augment_probability
         if probability == 0:
             return self.denoiser, x0
@@ -114,7 +114,7 @@ class PretrainIteration(Stepper):
 
     @torch.no_grad()
     def validation_error(self, held_out: Batch) -> float:
-        """The mean weighted error of the average over held-out images; the same noise every time."""
+        """Mean weighted error of the average over held-out images, with fixed noise."""
         rng = ops.make_rng(self.config.seed, 0, self.device)
         total = 0.0
         x0, labels = held_out

@@ -1,4 +1,4 @@
-"""Finding the first tensor that is NaN or infinite, by name and step, and what then happens to the update."""
+"""Detection of the first tensor that is NaN or infinite, by name and step, and skipping of updates."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from diffratio_fast.training.processes.world import ALONE, World, is_sharded, lo
 
 
 class FiniteCheck:
-    """Watches one network's loss and gradients before each update.
+    """Checks the loss and gradients of one network before each update.
 
-    With ``skip`` an update with a tensor that is not finite is left out and said at once, for which the host
-    waits for the device once an update. Without it nothing waits: the first such step is remembered on the
-    device, and ``message`` tells of it when a log line is due.
+    With ``skip`` an update with a tensor that is not finite is skipped and reported immediately; the host
+    synchronizes once per update. Without ``skip`` there is no synchronization: the device stores the first
+    such step, and ``message`` reports it with the next log line.
     """
 
     def __init__(self, role: str, network: nn.Module, *, skip: bool, world: World = ALONE) -> None:
         self.role, self.network, self.skip, self.world = role, network, skip, world
         self._counted: Tensor | None = None
         self.warn: Callable[[str], None] = print
-        self.skipped = 0  # updates since it was last set to zero
+        self.skipped = 0  # updates since the last reset
         self.gradient_norm = torch.zeros(())
         self.latest: list[Tensor] = []
-        """Scalars of the last update, its gradient's norm after them."""
+        """Scalars of the last update, followed by the gradient norm."""
         self.step: Tensor | None = None
         self.bad: Tensor
         self.names: list[str]
@@ -58,19 +58,19 @@ class FiniteCheck:
         return True
 
     def _norms(self, gradients: list[Tensor], norms: Tensor | None) -> Tensor:
-        """Norms of the gradients; of sharded ones over all their parts."""
+        """Norms of the gradients; for sharded gradients, over all parts."""
         if norms is None:
             norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
         sharded = [is_sharded(gradient) for gradient in gradients]
         if not any(sharded):
             return norms
-        if self._counted is None or len(self._counted) != len(norms):  # what is whole counts once
+        if self._counted is None or len(self._counted) != len(norms):  # unsharded gradients count once
             self._counted = torch.tensor(sharded, device=norms.device) | self.world.main
         squares = torch.where(self._counted, norms.double().square(), 0.0)
         return self.world.sum(squares).sqrt().to(norms.dtype)
 
     def message(self) -> str | None:
-        """The first step with a tensor that was not finite, and the tensor; None where all were finite."""
+        """The first step with a tensor that was not finite, and the tensor; None if all were finite."""
         step = -1 if self.step is None else int(self.step)
         return None if step < 0 else self._describe(step, self.bad)
 

@@ -1,4 +1,4 @@
-"""One training iteration: ratio steps, one generator step, the average. Nothing here waits for the device."""
+"""One training iteration: ratio steps, one generator step, the average. Nothing here synchronizes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from diffratio_fast.training.step.stepper import Batch, Stepper, learning_rate_f
 
 
 def generator_factor(config: TrainConfig, step: int) -> float:
-    """What warm-up and ramp make of the generator's rate: 0 in the warm-up, then rising to 1."""
+    """Factor of warm-up and ramp for the generator's learning rate: 0 in the warm-up, then rising to 1."""
     warmup, ramp = config.warmup_and_ramp()
     since = step - warmup
     return 0.0 if since < 0 else min(1.0, (since + 1) / (ramp + 1))
@@ -46,7 +46,7 @@ class Iteration(Stepper):
     """The pure function (state, step, batches) -> state, for one configuration on a device per process."""
 
     SOURCE = "the log ratio of fakes"
-    """What a generator step's score difference comes from, in the words of an error."""
+    """Source of the score difference, for error messages."""
 
     state: TrainState
 
@@ -68,8 +68,7 @@ class Iteration(Stepper):
         self.ratio: RatioNetwork = self.in_precision(state.ratio)
         self.purposes = ops.SHARED_NOISE if config.ratio_shared_noise else ops.SEPARATE_NOISE
         self.loss_weight = loss_weight(config.ratio_loss_weight, self.ratio_law, SIGMA_DATA)
-        # the fused operations add the noise and average the loss themselves: rolls, penalty and weights are
-        # composed from autograd
+        # the fused operations include noise and mean loss: rolls, penalty and weights use autograd instead
         plain = (
             config.ratio_roll_probability == 0
             and config.ratio_gradient_penalty == 0
@@ -78,7 +77,7 @@ class Iteration(Stepper):
         fits = isinstance(state.ratio, RatioMixer) and plain
         self.mixer = cast(RatioMixer, state.ratio) if fits else None
         self.mixer_dtype = torch.bfloat16 if config.precision == "bfloat16" else None
-        # what takes part in training; evaluation calls the networks themselves
+        # callables for training; evaluation calls the networks directly
         self.fakes_of = Parallel(state.generator, self.generator, world, config)
         self.loss_of = Parallel(state.ratio, self.online_loss, world, config)
         skip = config.on_nonfinite == "skip"
@@ -92,7 +91,7 @@ class Iteration(Stepper):
         return {"generator": self.state.generator, self.config.row.label: self.state.ratio}
 
     def _augmented(self, index: Tensor, copies: int, *, substep: int, draws: int = 1) -> RatioNetwork:
-        """The ratio network behind this step's random rolls, the same for all ``copies`` of a sample."""
+        """The ratio network after this step's random rolls, the same for all ``copies`` of a sample."""
         probability, reach = self.config.ratio_roll_probability, self.config.ratio_roll_reach
         if probability == 0:
             return self.ratio
@@ -111,7 +110,7 @@ class Iteration(Stepper):
     def online_loss(
         self, real: Tensor, fake: Tensor, labels: Tensor, index: Tensor, substep: int
     ) -> RatioLoss:
-        """Loss of the online network on clean images of a part of a batch: what an objective overrides."""
+        """Loss of the online network on clean images of a part of a batch; overridden by objectives."""
         sigma, _ = sample_sigma(self.ratio_law, self.rng, index, ops.Purpose.SIGMA_RATIO, substep=substep)
         level = sigma[:, 0].to(self.dtype)
         if self.config.ratio_matched_pairs:
@@ -139,14 +138,14 @@ class Iteration(Stepper):
             real, labels, index = self.part(batch, part, substep)
             with contextlib.nullcontext() if keep_graph else torch.no_grad():
                 fake = self._fakes(index, labels, substep)
-            # both halves of a pair share their masks of dropout, as they share augmentation
+            # both halves of a pair share dropout masks and augmentation
             with (
                 dropout_stream(state.ratio, self.rng, torch.cat((index, index)), substep=substep),
                 self.loss_of.part(last=self.is_last(part)),
             ):
                 outcome = self.loss_of(real, fake, labels, index, substep)
                 (outcome.loss * self.share(index)).backward()
-            values += self._figures(outcome) * self.share(index)
+            values += self._metrics(outcome) * self.share(index)
         self.world.mean(values)
         if substep == 0:
             state.sums[:5] += values
@@ -156,7 +155,7 @@ class Iteration(Stepper):
         return fake, labels
 
     @staticmethod
-    def _figures(outcome: RatioLoss) -> Tensor:
+    def _metrics(outcome: RatioLoss) -> Tensor:
         real_half, fake_half = outcome.log_ratio_real, outcome.log_ratio_fake
         values = (
             outcome.loss.detach(),
@@ -170,9 +169,9 @@ class Iteration(Stepper):
     def generator_direction(
         self, fake: Tensor, labels: Tensor, index: Tensor
     ) -> tuple[ScoreDifference, Tensor | None]:
-        """What the generator descends, per fake of a part: what an objective overrides.
+        """Gradient for each fake of a part; objectives override this method.
 
-        With ``normalize_h`` also the noise-level bins of its h, else None.
+        With ``normalize_h`` also the noise-level bins of h, otherwise None.
         """
         config, state = self.config, self.state
         draws = config.noise_draws
@@ -190,7 +189,7 @@ class Iteration(Stepper):
         if self.mixer is not None:
             outcome = fused.score_difference(self.mixer, *arguments, **keywords, dtype=self.mixer_dtype)
         else:
-            # rolls of the generator step have a substep of their own, after those of the ratio steps
+            # rolls of the generator step use a separate substep, after those of the ratio steps
             network = self._augmented(index, 1, substep=255, draws=draws)
             outcome = diffratio.score_difference(network, *arguments, **keywords)
         return outcome, bin_of
@@ -198,10 +197,10 @@ class Iteration(Stepper):
     def _generator_step(self, batch: Batch, whole: tuple[Tensor, Tensor] | None) -> None:
         """One update of the generator and its averages, from the batch's fakes where they were kept."""
         config, state = self.config, self.state
-        if not self.loss_of.sharded:  # FSDP2 keeps account of what takes gradients
+        if not self.loss_of.sharded:  # FSDP2 tracks which tensors require gradients
             state.ratio.requires_grad_(False)
         state.generator_optimizer.zero_grad(set_to_none=True)
-        # of clamped logits and of log ratios the means, and what the normalisation of h needs
+        # means of clamped logits and of log ratios, and the input of the normalization of h
         means = torch.zeros(2, dtype=torch.float64, device=self.device)
         sums = torch.zeros(2, BINS, dtype=torch.float64, device=self.device)
         for part in self.parts:
@@ -209,7 +208,7 @@ class Iteration(Stepper):
             with self.fakes_of.part(last=self.is_last(part)):
                 if whole is None:
                     labels = batch[1][part].to(self.device, non_blocking=True)
-                    fake = self._fakes(index, labels, 0)  # the same again, now with a graph
+                    fake = self._fakes(index, labels, 0)  # the same images again, with a graph
                 else:
                     fake, labels = whole
                 outcome, bin_of = self.generator_direction(fake, labels, index)
@@ -244,7 +243,7 @@ class Iteration(Stepper):
         """See ``Stepper.begin``; the variant is whether the generator trains in this step."""
         config, state = self.config, self.state
         step = state.step
-        self.rng[1].fill_(step)  # in place: a new tensor each step would make the host wait for a GPU
+        self.rng[1].fill_(step)  # in place: a new tensor in each step would synchronize
         factor = learning_rate_factor(config, step)
         set_rate(state.ratio_optimizer, config.ratio_lr * factor)
         generator_share = generator_factor(config, step)

@@ -37,16 +37,16 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
 
 
 class Stepper:
-    """Images, precision and parts of a batch: what the steps of every kind of run share.
+    """Common parts of all training steps: images, precision, gradient accumulation.
 
-    A process takes its slice of a step's batch in parts of ``micro_batch`` images; their gradients add up to
-    the slice's. ``index`` holds the slice's places in the complete batch: the sample indices of all random
-    numbers.
+    A process divides its slice of a batch into parts of ``micro_batch`` images and accumulates their
+    gradients. ``index`` contains the positions of the slice in the global batch: the sample indices of all
+    random numbers.
     """
 
     state: RunState
     checks: Mapping[str, FiniteCheck]
-    """One for each network that trains."""
+    """One check per trained network."""
     watch: Watch
 
     def __init__(
@@ -62,31 +62,31 @@ class Stepper:
         self.numbers: dict[str, Any] = {}
 
     def trained(self) -> dict[str, nn.Module]:
-        """The networks that take gradients, by the names that a plan prints."""
+        """The trained networks, by their names in a plan."""
         raise NotImplementedError
 
     def settle(self, batch: Batch) -> None:
-        """Let DDP run a backward pass of each network before the first step; the state does not change.
+        """Run a backward pass of each network with DDP before the first step, without changing the state.
 
-        DDP lays out its buckets anew after its first pass. If that were the first step's, sums over processes
-        would be taken in another order in the first step after a restart than in a run without one.
+        DDP rebuilds its buckets after the first pass. If this happened in the first step, the first step
+        after a restart would sum over processes in another order than an uninterrupted run.
         """
         raise NotImplementedError
 
     def begin(self) -> Hashable:
-        """Host-side part of the step: write step-dependent scalars; return what selects the variant."""
+        """Host-side part of the step: write step-dependent scalars; return the variant."""
         raise NotImplementedError
 
     def compute(self, batches: list[Batch], variant: Hashable) -> None:
         """Device-side part of the step, for the variant that ``begin`` returned.
 
-        Nothing here waits for the device, and no other Python value depends on the step, so that it can be
-        captured in a CUDA graph.
+        Nothing here synchronizes, and no other Python value depends on the step, so that a CUDA graph can
+        capture it.
         """
         raise NotImplementedError
 
     def run(self, batches: list[Batch]) -> None:
-        """Advance the state by one step, on as many batches of (records, labels) as the step takes."""
+        """Advance the state by one step, on the step's batches of (records, labels)."""
         self.compute(batches, self.begin())
         self.state.step += 1
 
@@ -146,7 +146,7 @@ class Stepper:
     ) -> Batch:
         """Records and labels as x0 in the run's dtype and labels, on its device.
 
-        Latents are drawn from their moments under (rng, index, substep); without ``rng`` always the same.
+        Latents are drawn from their moments with (rng, index, substep); without ``rng`` they are fixed.
         """
         records, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         if rng is None or index is None:

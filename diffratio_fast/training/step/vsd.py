@@ -1,4 +1,4 @@
-"""Score distillation in the trainer: what its iteration and its measurements have of their own."""
+"""The training iteration of score distillation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffratio_fast.training.step.generator import Iteration
 
 
 class VSDIteration(Iteration):
-    """An iteration whose online network is a student denoiser, and whose score difference is that of two."""
+    """An iteration with a student denoiser as online network and the score difference of two denoisers."""
 
     SOURCE = "the difference of the denoisers"
 
@@ -60,5 +60,5 @@ class VSDIteration(Iteration):
             weight=self.weight(sigma, SIGMA_DATA), normalize=self.config.vsd_normalize,
         )  # fmt: skip
         never = torch.zeros_like(outcome.distance, dtype=torch.bool)
-        # the mean that ``Iteration`` watches for NaN is that of the distance
+        # the mean that ``Iteration`` checks for NaN is that of the distance
         return ScoreDifference(outcome.gradient, outcome.distance, never, torch.ones_like(sigma)), None
