@@ -29,6 +29,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -64,6 +65,8 @@ from diffratio_fast.storage import checkpoints
 from diffratio_fast.training.processes import pulse
 
 TIMED = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
+TRACEBACK = re.compile(r"^Traceback \(most recent call last\)", re.MULTILINE)
+"""A process's own; torchrun's agent logs what it knows of a killed worker in another form."""
 REFUSALS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES)
 
 
@@ -159,8 +162,9 @@ class Case:
         """Wait for the processes' end; an error unless every status is allowed."""
         statuses = attempt.wait()
         output = attempt.output()
-        self.tracebacks += "Traceback (most recent call last)" in output
-        if not set(statuses) <= allowed or "Traceback (most recent call last)" in output:
+        traced = TRACEBACK.search(output) is not None
+        self.tracebacks += traced
+        if not set(statuses) <= allowed or traced:
             raise RuntimeError(f"exit statuses {statuses} after {words}: {output[-3000:]}")
         late = " (the launcher ended the others)" if getattr(attempt, "launcher_ended", False) else ""
         return words + late

@@ -162,7 +162,9 @@ class Launched(Output):
             shutil.rmtree(where / "workers", ignore_errors=True)
 
             def work() -> None:
-                os._exit(_status_of(arguments))
+                if status := _status_of(arguments):
+                    os._exit(status)
+                # else the agent waits for what the function returns
 
             self.job = Job(
                 where / "workers", work, self._sink, processes=processes // nodes, nodes=nodes,

@@ -15,6 +15,7 @@ from diffratio_fast import command
 from diffratio_fast.config.run import LARGEST_WIDTH
 from diffratio_fast.errors import UserError
 from diffratio_fast.runs.paths import RunPaths
+from diffratio_fast.storage.reading import require_regular
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -62,6 +63,7 @@ def snapshots(run: Path) -> list[Snapshot]:
     found = []
     for path in RunPaths(run).kept_averages():
         try:
+            require_regular(path)
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
             about = metadata if "architecture" in metadata else json.loads(metadata["about"])["training"]

@@ -9,6 +9,7 @@ finds all shards recorded writes the index files and, last, the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -270,7 +271,8 @@ def _write_shard(
     records = read(entries)
     chunk = max(1, CHUNK_BYTES // plan.record_bytes)
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a link in its place is not followed
             for start in range(0, len(entries), chunk):
                 kept: list[np.ndarray] = []
                 training = 0  # splits follow each other, so the training records of a chunk come first
@@ -311,7 +313,8 @@ def _write_shard(
         why = error.strerror or error
         raise UserError(f"cannot write {temporary}: {why}; fix the cause and rerun to resume") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide the error that led here
+            temporary.unlink(missing_ok=True)
     content_of = {"file": name, "records": len(labels), "size": size, "sha256": sha256.hexdigest()}
     content_of |= {"counts": counts, "labels": labels, "checksums": checksums, "unreadable": unreadable}
     content_of |= {"moments": moments.to_json()}

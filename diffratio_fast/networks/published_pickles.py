@@ -22,7 +22,7 @@ from diffratio_fast.networks.edm2 import EDM2_CHANNELS, EDM2Denoiser
 from diffratio_fast.networks.published import EDM_VARIANTS, Config
 from diffratio_fast.storage import pickles
 from diffratio_fast.storage.pickles import Record
-from diffratio_fast.storage.reading import one_line
+from diffratio_fast.storage.reading import one_line, open_regular
 
 MAX_DEPTH = 16  # nesting of modules; the published networks have five levels
 
@@ -42,7 +42,7 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     Raises ``UserError`` if the file is damaged, is not a snapshot, or refers to a disallowed global.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(2) == b"PK":
                 raise ValueError("a zip archive written by torch.save, not a published snapshot")
             file.seek(0)

@@ -12,6 +12,7 @@ import io
 import pickletools
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -410,21 +411,25 @@ def check_torch_file(file: BinaryIO) -> None:
     file.seek(0)
     packed = file.read(2) == b"PK"
     file.seek(0)
-    if packed:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                if sum(info.file_size for info in archive.infolist()) > size:
-                    raise ValueError("a compressed archive, or one that overlaps; torch.save stores as it is")
-                for info in archive.infolist():
-                    if info.filename.endswith(".pkl"):
-                        _check_storages(read(io.BytesIO(archive.read(info)), any_name=True), size)
-        except (RuntimeError, *DAMAGE) as error:  # zipfile wants a password by a RuntimeError
-            raise ValueError(_shown(str(error), 200)) from None
-        file.seek(0)
-        return
-    for _ in range(_LEGACY_PICKLES):
-        _check_storages(read(file, any_name=True), size)
+    try:
+        for content in _pickles_of_archive(file, size) if packed else _legacy_pickles(file):
+            _check_storages(content, size)
+    except (RuntimeError, *DAMAGE) as error:  # zipfile wants a password by a RuntimeError
+        raise ValueError(_shown(str(error), 200)) from None
     file.seek(0)
+
+
+def _legacy_pickles(file: BinaryIO) -> Iterator[Any]:
+    return (read(file, any_name=True) for _ in range(_LEGACY_PICKLES))
+
+
+def _pickles_of_archive(file: BinaryIO, size: int) -> Iterator[Any]:
+    with zipfile.ZipFile(file) as archive:
+        if sum(info.file_size for info in archive.infolist()) > size:
+            raise ValueError("a compressed archive, or one that overlaps; torch.save stores as it is")
+        for info in archive.infolist():
+            if info.filename.endswith(".pkl"):
+                yield read(io.BytesIO(archive.read(info)), any_name=True)
 
 
 def _check_storages(content: Any, size: int) -> None:
@@ -444,6 +449,8 @@ def _check_storages(content: Any, size: int) -> None:
             todo.append(item.state)
             if item.name == PERSISTENT_ID and isinstance(item.arguments[0], tuple):
                 _, _, key, _, numbers, *_ = item.arguments[0]
+                if type(numbers) is not int or numbers < 0:
+                    raise ValueError("a storage's size is no whole number")
                 declared[_key(key)] = max(declared.get(key, 0), numbers)
         else:
             continue

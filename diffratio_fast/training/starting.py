@@ -63,11 +63,11 @@ class Start:
         directory, beginning = self.directory, self.beginning
 
         def identity() -> Identity:
-            run = (directory.run_id() or "") if self.own else ""
+            run = "" if beginning.fresh else directory.run_id() or ""
             return Identity(run, data_digest(one.dataset), fixed_options(self.config))
 
         found = self.world.on_main(identity)
-        run: str | None = None
+        run: str | None = found.run
         if self.own:
             index = one.checkpoints.load(
                 one.state,

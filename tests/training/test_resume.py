@@ -92,6 +92,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert "seed 1 -> 0" in error("--run-dir", one, "--steps", 4)
 
 
+def test_a_start_that_came_to_no_checkpoint_leaves_the_run_its_name(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "--steps", 2)
+    first = history(run)[0]["run"]
+    shutil.rmtree(run / "checkpoint")
+    for path in (run / "summary.json", *run.glob("*.safetensors")):
+        path.unlink()
+    trained(run, "--steps", 2)
+    trained(run, "--steps", 4)
+    assert [line["run"] for line in history(run)] == [first] * 3
+    trained(run, "--steps", 2, "--fresh")
+    assert len(history(run)) == 1 and history(run)[0]["run"] != first
+
+
 def test_changed_versions_are_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path / "run", "--steps", 2)
     lines = history(run)
