@@ -124,10 +124,15 @@ def test_an_exported_classifier(samples: Path, tmp_path: Path, capsys: pytest.Ca
     )
     torch.export.save(program, tmp_path / "seven.pt2")
     arguments = (samples / "images.npz", "--reference", "digits", "--device", "cpu", "--metrics", "kernel")
-    found = result_of(capsys, *arguments, "--classifier", tmp_path / "seven.pt2")
+    options = ("--classifier", tmp_path / "seven.pt2", "--trust-classifier")
+    found = result_of(capsys, *arguments, *options)
     assert found["results"][0]["class_accuracy"] == 0.1
     with pytest.raises(UserError, match=r"expected svm or a file of torch\.export\.save"):
-        evaluate.main([*map(str, arguments), "--classifier", str(samples / "images.npz")])
+        evaluate.main(
+            [*map(str, arguments), "--classifier", str(samples / "images.npz"), "--trust-classifier"]
+        )
+    with pytest.raises(UserError, match="--trust-classifier"):
+        evaluate.main([*map(str, arguments), "--classifier", str(tmp_path / "seven.pt2")])
 
 
 # ------------------------------------------------------------------------------- published statistics

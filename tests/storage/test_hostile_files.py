@@ -203,6 +203,8 @@ def test_a_classifier_with_a_pickle_in_it(tmp_path: Path, marker: Path) -> None:
             archive.writestr(name, torch_file(Payload(marker)) if hostile else content)
     np.savez(tmp_path / "few.npz", images=np.zeros((80, 8, 8, 1), np.uint8), labels=np.arange(80) % 10)
     arguments = ["--reference", "digits", "--metrics", "kernel", "--classifier", path]
+    assert "--trust-classifier" in refused(evaluate.main, [tmp_path / "few.npz", *arguments], marker)
+    arguments.append("--trust-classifier")
     assert "seven.pt2" in refused(evaluate.main, [tmp_path / "few.npz", *arguments], marker)
 
 
