@@ -89,8 +89,14 @@ def flow_logitnormal(mean: float = 0.0, std: float = 1.0) -> NoiseLaw:
     return lognormal(mean, std)
 
 
+def fixed(sigma: float) -> NoiseLaw:
+    """One noise level."""
+    _require(0 < sigma < math.inf, "fixed(sigma) needs sigma > 0")
+    return NoiseLaw(f"fixed({sigma:g})", lambda u: u * 0 + sigma, sigma, sigma)
+
+
 LAWS: dict[str, Callable[..., NoiseLaw]] = {
-    law.__name__: law for law in (loguniform, lognormal, karras, flow_uniform, flow_logitnormal)
+    law.__name__: law for law in (fixed, loguniform, lognormal, karras, flow_uniform, flow_logitnormal)
 }
 
 

@@ -63,12 +63,23 @@ def _needs_teacher(config: TrainConfig) -> None:
         )
 
 
+def _needs_one_level(config: TrainConfig) -> None:
+    """A GAN's loss softplus(-l) of the generator has the factor h = sigmoid(-l): softened_reverse_kl."""
+    for law in config.noise_laws():
+        if law.low != law.high:
+            raise UserError(
+                f"--objective gan is trained at one noise level: --ratio-noise 'fixed(0.05)', not {law.name}"
+            )
+
+
 _NO_RATIO: dict[str, Any] = {
     "divergence": "reverse_kl",
     "normalize_h": False,
     "ratio_roll_probability": 0.0,
     "ratio_gradient_penalty": 0.0,
     "ratio_ema_half_life_images": None,
+    "ratio_matched_pairs": False,
+    "ratio_loss_weight": "uniform",
 }
 """What an objective without log ratio requires."""
 _NO_RATIO_PRESET: dict[str, Any] = {
@@ -93,9 +104,34 @@ OBJECTIVES: dict[str, Objective] = {
         has_ratio=False,
         has_teacher=True,
         preset=_NO_RATIO_PRESET,
-        options=("teacher", "vsd_normalize"),
+        options=("teacher", "vsd_normalize", "stable_targets"),
         requires=_NO_RATIO,
         check=_needs_teacher,
+    ),
+    "conditional": Objective(
+        title="conditional denoiser, weight {weight}, sigma {ratio_noise}",
+        step="diffratio_fast.training.step.conditional:ConditionalIteration",
+        monitor="diffratio_fast.training.monitor_vsd:VSDEvaluation",
+        label="conditional denoiser",
+        network="diffratio_fast.training.step.conditional:network",
+        has_ratio=False,
+        preset=_NO_RATIO_PRESET,
+        options=("conditional_rate", "stable_targets"),
+        requires=_NO_RATIO,
+    ),
+    "gan": Objective(
+        title="non-saturating GAN, sigma {ratio_noise}",
+        step="diffratio_fast.training.step.generator:Iteration",
+        monitor="diffratio_fast.training.monitor:Evaluation",
+        label="discriminator",
+        preset={
+            "divergence": "softened_reverse_kl",
+            "weight": "uniform",
+            "ratio_noise": "fixed(0.05)",
+            "generator_noise": None,
+        },
+        requires={"divergence": "softened_reverse_kl", "weight": "uniform"},
+        check=_needs_one_level,
     ),
 }
 """By the name that ``--objective`` takes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from diffratio_fast.config.options import Options, option
 from diffratio_fast.config.run import AugmentationOptions, NetworkOptions, OptimizationOptions, RunConfig
+from diffratio_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class PretrainOptimizationOptions(OptimizationOptions):
 @dataclass(frozen=True)
 class DenoisingOptions(Options, group="objective"):
     noise: str = option("lognormal(-1.2, 1.2)", "law of sigma")
+    stable_targets: bool = option(
+        False,
+        "denoise to the posterior mean of the pass's images of a class; depends on --micro-batch and the "
+        "number of processes",
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class PretrainConfig(
     def __post_init__(self) -> None:
         super().__post_init__()
         self.noise_law("noise")
+        if self.stable_targets and self.augment_probability:
+            raise UserError(
+                "--stable-targets is for images without augmentation; set --augment-probability 0, or leave "
+                "it out"
+            )
 
     def networks_text(self) -> dict[str, str]:
         return {"denoiser": self.backbone}

@@ -119,12 +119,21 @@ class TrainOptimizationOptions(OptimizationOptions):
 class ObjectiveOptions(Options, group="objective"):
     objective: str = option(
         "diffratio",
-        "how the generator is trained: by a ratio network, or (vsd) by a teacher and a student denoiser of "
-        "--backbone, which takes the options of the ratio network",
+        "how the generator is trained: by a ratio network; as a GAN; or by denoisers of --backbone, a "
+        "teacher and a student (vsd) or one of real and generated images (conditional), to which the options "
+        "ratio-lr, -noise, -steps and -warmup-steps then belong",
         choices=OBJECTIVES,
     )
     vsd_normalize: bool = option(
         False, "vsd: divide an image's gradient by its distance to the teacher's, as DMD does"
+    )
+    stable_targets: bool = option(
+        False,
+        "vsd, conditional: denoise to the posterior mean of the pass's images of a class; depends on "
+        "--micro-batch and the number of processes",
+    )
+    conditional_rate: float = option(
+        10.0, "conditional: learning rate of the read-out of tau, as a multiple of --ratio-lr", above=0
     )
     divergence: str = option("reverse_kl", "divergence that the generator descends", choices=DIVERGENCE_NAMES)
     weight: str = option("bounded", "weight w(sigma) of the generator's gradient", choices=WEIGHT_NAMES)

@@ -123,6 +123,10 @@ class DenseNet(nn.Module):
         self.blocks = nn.ModuleList(Linear(width, width) for _ in range(depth))
         self.last = Linear(width, pixels, gain=0.0)
 
+    def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
+        """What ``forward`` takes: c_in x, of images x [N, C, R, R] and c_in [N], in the network's dtype."""
+        return (c_in[:, None, None, None] * x).to(dtype)
+
     def forward(
         self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
@@ -135,7 +139,7 @@ class DenseNet(nn.Module):
         h = self.first(x.flatten(1))
         for block, bias in zip(self.blocks, biases, strict=True):
             h = h + silu(block(h) + bias)
-        return self.last(h).reshape(x.shape)
+        return self.last(h).reshape(len(x), -1, *x.shape[2:])
 
 
 class MLPDenoiser(Denoiser):

@@ -211,14 +211,25 @@ class Denoiser(nn.Module):
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
+        x = at_least_float32(x)
+        out, c_skip, c_out = self.read(x, sigma, labels, augment_labels)
+        return c_skip * x + c_out * out
+
+    def read(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """F(c_in x; c_noise, c), c_skip and c_out, the factors [N, 1, 1, 1]; arguments as of ``forward``."""
         self.prepare_pass()
         x = at_least_float32(x)
         sigma = self._sigma(x, sigma)
         variance = (sigma**2 + self.sigma_data**2).reshape(-1, 1, 1, 1)
         c_skip = self.sigma_data**2 / variance
         c_out = sigma.reshape(-1, 1, 1, 1) * self.sigma_data * variance.rsqrt()
-        out = self.backbone(*self._inputs(x, sigma, labels, augment_labels))
-        return c_skip * x + c_out * out
+        return self.backbone(*self._inputs(x, sigma, labels, augment_labels)), c_skip, c_out
 
     def encode(
         self,

@@ -28,15 +28,37 @@ def denoising_errors(
     purpose: ops.Purpose,
     *,
     substep: int = 0,
+    stable_targets: bool = False,
 ) -> Tensor:
     """lambda(sigma) |D(x0 + sigma eps; sigma, c) - x0|^2, a mean over pixels, float32 or float64 [B].
 
-    x0 [B, C, H, W], sigma [B], labels int64 [B]. lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
-    makes the error 1 at every noise level for a network that puts out zero (EDM, Table 1).
+    x0 [B, C, H, W], sigma [B], labels int64 [B]; lambda is ``error_weight``. ``stable_targets`` replaces x0
+    by ``posterior_mean``: less variance, a bias that falls as B grows.
     """
     noised = ops.add_noise(x0, sigma, rng, index, purpose, substep=substep)
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    return weight * (denoiser(noised, sigma, labels) - x0).square().flatten(1).mean(1)
+    target = posterior_mean(noised, x0, sigma, labels) if stable_targets else x0
+    return error_weight(sigma) * (denoiser(noised, sigma, labels) - target).square().flatten(1).mean(1)
+
+
+def error_weight(sigma: Tensor) -> Tensor:
+    """lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, like sigma (EDM, Table 1).
+
+    With it the error of a network that puts out zero is 1 at every noise level.
+    """
+    return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+
+
+@torch.no_grad()
+def posterior_mean(noised: Tensor, x0: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+    """E[x0 | x_sigma, c] under the uniform law on the batch's images of a label: [B, C, H, W], like x0.
+
+    Xu et al. 2023, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models".
+    """
+    x, clean = noised.flatten(1), x0.flatten(1)
+    distance = x.square().sum(1, keepdim=True) + clean.square().sum(1) - 2 * x @ clean.T
+    logits = -distance / (2 * sigma[:, None] ** 2)
+    logits = logits.masked_fill(labels[:, None] != labels, -torch.inf)
+    return (logits.softmax(1) @ clean).reshape(x0.shape)
 
 
 def denoising_loss(errors: Tensor, log_variance: Tensor | None) -> Tensor:

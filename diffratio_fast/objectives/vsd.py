@@ -37,6 +37,7 @@ def student_errors(
     index: Tensor,
     *,
     substep: int = 0,
+    stable_targets: bool = False,
 ) -> Tensor:
     """Weighted denoising errors [B] of clean generated images [B, C, H, W] at sigma [B].
 
@@ -44,8 +45,9 @@ def student_errors(
     generator's law.
     """
     return denoising_errors(
-        student, fake.detach(), sigma, labels, rng, index, ops.Purpose.NOISE_FAKE, substep=substep
-    )
+        student, fake.detach(), sigma, labels, rng, index, ops.Purpose.NOISE_FAKE,
+        substep=substep, stable_targets=stable_targets,
+    )  # fmt: skip
 
 
 @torch.no_grad()

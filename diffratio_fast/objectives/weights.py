@@ -36,5 +36,5 @@ def loss_weight(name: str, law: NoiseLaw, sigma_data: float) -> Callable[[Tensor
     """A row of ``LOSS_WEIGHTS`` divided by its mean over the law of sigma: a function of sigma."""
     row = LOSS_WEIGHTS[name]
     middles = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
-    mean = float(row(law.quantile(middles), sigma_data).mean())
+    mean = row(law.quantile(middles), sigma_data).mean()  # a tensor: a plan runs without numbers
     return lambda sigma: row(sigma, sigma_data) / mean

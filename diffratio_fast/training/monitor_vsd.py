@@ -1,4 +1,4 @@
-"""Evaluations of a score-distillation run."""
+"""Evaluations of a run that trains a denoiser online: score distillation, conditional denoiser."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import torch
 from diffratio_fast import ops
 from diffratio_fast.data.scaling import SIGMA_DATA
 from diffratio_fast.networks.generate import latents_for
-from diffratio_fast.objectives import vsd
-from diffratio_fast.objectives.denoising import denoising_errors
 from diffratio_fast.objectives.held_out import in_chunks
 from diffratio_fast.objectives.refit import Refitted
 from diffratio_fast.progress import format_metric
 from diffratio_fast.training.monitor import Evaluation
-from diffratio_fast.training.step.vsd import VSDIteration
+from diffratio_fast.training.step.vsd import DenoisersIteration
 
 
 class VSDEvaluation(Evaluation):
-    """Measurements of a run without ratio network: no divergence, but errors of the student."""
+    """Measurements of a run without ratio network: no divergence, but errors of the online denoiser."""
 
     def running(self, mean: dict[str, float]) -> dict[str, Any]:
         return {"student_loss": mean["ratio_loss"]}
@@ -35,9 +33,9 @@ class VSDEvaluation(Evaluation):
 
     @torch.no_grad()
     def loss_by_sigma(self) -> tuple[dict[str, Any], Refitted | None]:
-        """Errors of the student at fresh fakes, and the norm of the score difference."""
+        """Errors of the online denoiser at fresh fakes, and the size of the score difference there."""
         iteration, state = self.iteration, self.iteration.state
-        assert isinstance(iteration, VSDIteration)
+        assert isinstance(iteration, DenoisersIteration)
         levels = self._levels(iteration.ratio_law)
         fields: dict[str, Any] = {"sigma": levels.tolist()}
         _, labels = self._held_out["validation"]
@@ -51,12 +49,9 @@ class VSDEvaluation(Evaluation):
         for level in levels:
             sigma = level.to(fake.dtype).expand(len(labels))
             found = [
-                denoising_errors(
-                    iteration.student, fake[part], sigma[part], labels[part], rng, part,
-                    ops.Purpose.EVALUATION_FAKE,
-                )
+                iteration.evaluation_errors(fake[part], sigma[part], labels[part], rng, part)
                 for part in self._passes(index)
-            ]  # fmt: skip
+            ]
             errors.append(float(torch.cat(found).double().mean()))
         norms, sizes = [], []
         generator_levels = self._levels(iteration.generator_law)
@@ -64,12 +59,11 @@ class VSDEvaluation(Evaluation):
             sigma = level.to(fake.dtype).expand(len(labels), 1)
             weight = iteration.weight(sigma, SIGMA_DATA)
             found = [
-                vsd.score_difference(
-                    iteration.student, iteration.teacher, fake[part], sigma[part], labels[part], rng, part,
-                    weight=weight[part], normalize=self.config.vsd_normalize,
+                iteration.difference(
+                    fake[part], sigma[part], labels[part], rng, part, weight[part]
                 ).gradient.flatten(1)
                 for part in self._passes(index)
-            ]  # fmt: skip
+            ]
             size = float(torch.cat(found).double().norm(dim=1).mean())
             sizes.append(size)
             norms.append(size / float(weight[0, 0]))

@@ -19,7 +19,7 @@ SHAPE, CLASSES = (2, 3, 3), 4
 def ratio(**options: object) -> MLPRatio:
     arguments = {"shape": SHAPE, "classes": CLASSES, "width": 16, "depth": 2} | options
     network = networks.build("ratio", "mlp", arguments)
-    networks.initialise(network, 0, stream=1)
+    networks.initialize(network, 0, stream=1)
     assert isinstance(network, MLPRatio)
     return network.double()
 

@@ -14,6 +14,7 @@ from diffratio_fast.data.scaling import EDM_PIXELS, Scaling
 from diffratio_fast.errors import UserError
 from diffratio_fast.networks import load_published
 from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio, copy_weights
+from diffratio_fast.networks.conditional import ConditionalDenoiser, copy_denoiser
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.runs.paths import RunPaths
 from diffratio_fast.storage.reading import parse_json, require_regular
@@ -86,24 +87,27 @@ def _from_denoiser(
 ) -> None:
     if generator is not None and not isinstance(generator, BackboneGenerator):
         raise UserError(f"--init {path}: a denoiser; use --generator backbone")
-    if generator is None and not isinstance(ratio, EncoderRatio):
+    if generator is None and not isinstance(ratio, (EncoderRatio, ConditionalDenoiser)):
         raise UserError(f"--init {path}: a denoiser; use --ratio-network encoder")
     denoiser = load_denoiser(path, dataset)
     for network in (generator, ratio):
-        if isinstance(network, (BackboneGenerator, EncoderRatio)):
+        if isinstance(network, (BackboneGenerator, EncoderRatio, ConditionalDenoiser)):
             take(path, network, denoiser)
 
 
 def take(
     path: Path,
-    network: BackboneGenerator | EncoderRatio | Denoiser,
+    network: BackboneGenerator | EncoderRatio | ConditionalDenoiser | Denoiser,
     denoiser: Denoiser,
     *,
     option: str = "--init",
 ) -> None:
     """Copy the weights of a denoiser to ``network``; a ``UserError`` suggests matching options."""
     try:
-        copy_weights(network if isinstance(network, Denoiser) else network.denoiser, denoiser)
+        if isinstance(network, ConditionalDenoiser):
+            copy_denoiser(network, denoiser)
+        else:
+            copy_weights(network if isinstance(network, Denoiser) else network.denoiser, denoiser)
     except ValueError as error:
         data = ("img_resolution", "img_channels", "label_dim", "augment_dim")
         options = {name: value for name, value in denoiser.config.items() if name not in data}

@@ -96,7 +96,10 @@ class PretrainIteration(Stepper):
         """Loss of a part of a batch, and its mean error (float64, detached)."""
         sigma = sample_sigma(self.law, self.rng, index, ops.Purpose.DENOISING_SIGMA)[0][:, 0].to(self.dtype)
         denoiser, x0 = self._augmented(x0, index)
-        errors = denoising_errors(denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE)
+        errors = denoising_errors(
+            denoiser, x0, sigma, labels, self.rng, index, ops.Purpose.DENOISING_NOISE,
+            stable_targets=self.config.stable_targets,
+        )  # fmt: skip
         return denoising_loss(errors, self._log_variance(sigma)), errors.detach().double().mean()
 
     def _augmented(self, x0: Tensor, index: Tensor) -> tuple[DenoiserCall, Tensor]:
