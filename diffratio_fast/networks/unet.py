@@ -255,9 +255,10 @@ class Denoiser(nn.Module):
 
     def _sigma(self, x: Tensor, sigma: Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, device=x.device).to(x.dtype).reshape(-1)
-        if len(sigma) not in (1, len(x)):
-            raise ValueError(f"sigma has {len(sigma)} noise levels for {len(x)} images")
-        return sigma.expand(len(x))
+        count = x.shape[0]  # len(x) would become a constant in torch.export
+        if sigma.shape[0] != 1 and sigma.shape[0] != count:
+            raise ValueError(f"sigma has {len(sigma)} noise levels for {count} images")
+        return sigma.expand(count)
 
     def _inputs(
         self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None
@@ -277,7 +278,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def class_vectors(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
     """Convert labels of ``Denoiser.forward`` to vectors [N, classes] of ``like``'s dtype and device."""
-    count = len(like)
+    count = like.shape[0]
     if labels is None:
         return like.new_zeros(count, classes)
     if labels.is_floating_point() or labels.ndim == 2:
@@ -287,7 +288,7 @@ def class_vectors(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
             )
         return labels.to(like).expand(count, classes)
     labels = labels.to(like.device).reshape(-1)
-    if len(labels) not in (1, count):
+    if labels.shape[0] != count and labels.shape[0] != 1:
         raise ValueError(f"{len(labels)} labels for {count} images")
     outside = (labels < 0) | (labels >= classes)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
