@@ -19,7 +19,8 @@ def build_info() -> dict[str, Any]:
 
     ``built`` (bool): whether they are in use. If not, the reference operations are in use and ``reason``
     (str) is the cause. Otherwise: ``compiler``, ``cuda_archs`` (empty without CUDA), ``cuda_version`` (None
-    without CUDA), ``torch_version``, ``simd_levels`` (compiled), ``simd_level`` (in use), ``openmp``.
+    without CUDA), ``torch_version``, ``simd_levels`` (compiled), ``simd_level`` (in use), ``openmp``,
+    ``cuda_kernels`` ("ahead of time", "run time" through cupy, or "reference").
     """
     from diffratio_fast.ops import compiled  # imports torch, so only on demand
 

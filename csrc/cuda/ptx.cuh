@@ -26,6 +26,16 @@ struct alignas(16) Vector16 {
   uint32_t v[4];
 };
 
+// Test builds (DR_SHARED_MARKS) leave a gap behind each array of shared memory and report it to tests/ptx, by an
+// instruction that nothing else uses.
+#if defined(DR_SHARED_MARKS)
+constexpr uint32_t shared_gap = 128;
+DR_DEVICE void mark_shared(uint64_t end) { asm volatile("prefetchu.L1 [%0];" ::"l"(end) : "memory"); }
+#else
+constexpr uint32_t shared_gap = 0;
+DR_DEVICE void mark_shared(uint64_t) {}
+#endif
+
 // --- synchronization -------------------------------------------------------------------------------------------
 
 DR_DEVICE void block_sync(Site = DR_HERE) { __syncthreads(); }
@@ -58,9 +68,9 @@ DR_DEVICE void grid_sync(uint32_t* arrived, Site = DR_HERE) {
 
 // Declares the contents of this block's shared memory dead, other than the arrays of SharedArena::keep.
 // No synchronization, and nothing at all on a GPU; on the host, using an older value afterwards is an error.
-DR_DEVICE void forget_shared() {}
+DR_DEVICE void forget_shared() { mark_shared(0); }
 
-// The compiler computes what depends on x after here anew, instead of keeping it in registers from before.
+// The compiler computes what depends on x after here again, instead of keeping it in registers from before.
 DR_DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 
 // --- shuffles --------------------------------------------------------------------------------------------------
@@ -168,17 +178,24 @@ class SharedArena {
   }
   template <class T>
   DR_DEVICE Shared<T> take(int count, const char* /*name*/ = "", Site = DR_HERE) {
-    const Shared<T> array(next_);
-    next_ += (count * static_cast<uint32_t>(sizeof(T)) + 15) / 16 * 16;
-    return array;
+    return reserve<T>(count, 0);
   }
   // The same, and forget_shared() leaves it alone.
   template <class T>
-  DR_DEVICE Shared<T> keep(int count, const char* name = "", Site = DR_HERE) {
-    return take<T>(count, name);
+  DR_DEVICE Shared<T> keep(int count, const char* /*name*/ = "", Site = DR_HERE) {
+    return reserve<T>(count, 1);
   }
 
  private:
+  template <class T>
+  DR_DEVICE Shared<T> reserve(int count, uint32_t kept) {
+    const Shared<T> array(next_);
+    next_ += (count * static_cast<uint32_t>(sizeof(T)) + 15) / 16 * 16;
+    mark_shared(next_ + kept);
+    next_ += shared_gap;
+    return array;
+  }
+
   uint32_t next_;
 };
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from diffratio_fast.ops import run_time
+
 # Raised together with interface_version in csrc/bindings.h whenever an operation's schema changes, so that
 # a module left over from older sources is noticed.
 INTERFACE = 4
@@ -82,26 +84,43 @@ CUDA: bool = module is not None and bool(module.build_info()["cuda_archs"])
 
 
 def compiled_for(tensor: torch.Tensor) -> bool:
-    """Whether compiled operations exist for the tensor's device."""
+    """Whether the noise operations exist compiled for the tensor's device, ahead of time or at run time."""
     if module is None:
         return False
     kind = tensor.device.type
-    if kind == "cuda" and not CUDA and not torch.compiler.is_compiling():
-        _warn_without_cuda()
-    return kind == "cpu" or (kind == "cuda" and CUDA)
+    return kind == "cpu" or (kind == "cuda" and (CUDA or cuda_kernels() == "run time"))
+
+
+@torch.compiler.assume_constant_result
+def cuda_kernels() -> str:
+    """How CUDA kernels come into being here: "ahead of time", "run time" or "reference" (none)."""
+    return _decide_cuda_kernels()
 
 
 @functools.cache
-def _warn_without_cuda() -> None:
-    print(
-        "diffratio_fast: the compiled operations were built without CUDA; the slower reference operations "
-        f"run on the GPU. With a CUDA compiler (nvcc) and DIFFRATIO_CUDA=1, {REBUILD}.",
-        file=sys.stderr,
-    )
+def _decide_cuda_kernels() -> str:
+    if CUDA:
+        return "ahead of time"
+    reason = run_time.unavailable()
+    if module is not None and not reason:
+        run_time.register()
+        print(
+            "diffratio_fast: built without CUDA: the noise operations are compiled at run time (NVRTC "
+            f"through cupy), the others run as reference on the GPU. With a CUDA compiler (nvcc), {REBUILD}.",
+            file=sys.stderr,
+        )
+        return "run time"
+    if module is not None and torch.cuda.is_available():
+        print(
+            "diffratio_fast: built without CUDA: the slower reference operations run on the GPU "
+            f"({reason}). With a CUDA compiler (nvcc) and DIFFRATIO_CUDA=1, {REBUILD}.",
+            file=sys.stderr,
+        )
+    return "reference"
 
 
 def build_info() -> dict[str, Any]:
     """See :func:`diffratio_fast.build_info`."""
     if module is None:
         return {"built": False, "reason": _state()[1]}
-    return {"built": True, **module.build_info()}
+    return {"built": True, **module.build_info(), "cuda_kernels": cuda_kernels()}
