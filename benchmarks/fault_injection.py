@@ -66,7 +66,7 @@ from diffratio_fast.training.processes import pulse
 
 TIMED = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
 TRACEBACK = re.compile(r"^Traceback \(most recent call last\)", re.MULTILINE)
-"""A process's own; torchrun's agent logs what it knows of a killed worker in another form."""
+"""A process's own; torchrun's agent logs a killed worker in another form."""
 REFUSALS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES)
 
 
@@ -387,9 +387,10 @@ def main() -> int:
         for seed in range(first, first + step * options.cases, step):
             row = run_case(seed, processes, references, data)
             rows.append(row)
-            verdict, told = "LOST" if row["lost"] else "same", "; ".join(row["faults"])
+            verdict, faults_text = "LOST" if row["lost"] else "same", "; ".join(row["faults"])
             print(
-                f"{seed:>5}  {row['processes']} {row['parallel']}  {verdict}  {row['seconds']} s  {told}  "
+                f"{seed:>5}  {row['processes']} {row['parallel']}  {verdict}  {row['seconds']} s  "
+                f"{faults_text}  "
                 f"{row.get('error', '')}",
                 flush=True,
             )

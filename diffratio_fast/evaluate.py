@@ -60,7 +60,7 @@ def parser() -> command.Parser:
     add("--weights", type=Path, metavar="PATH", help="weights of the features: file or directory")
     add(
         "--metrics", default="frechet,kernel,neighbours,score", metavar="LIST",
-        help="which metrics; neighbours are precision, recall, density, coverage; fid, kid, is and fdd also "
+        help="which metrics; neighbors are precision, recall, density, coverage; fid, kid, is and fdd also "
         "choose the features",
     )  # fmt: skip
     add("--count", type=int, metavar="N", help=f"images to generate for each seed [{DEFAULTS['count']:,}]")

@@ -195,7 +195,7 @@ def splits_of(source: Source, options: argparse.Namespace) -> np.ndarray:
     if options.protocol is None:
         return cut_splits(source.splits, options.validation, options.test, options.seed)
     if options.test is not None:
-        raise UserError("--protocol takes no records from the training set; leave --test out")
+        raise UserError("--test: --protocol takes no records from the training set; omit --test")
     return whole_train(source.splits, options.validation, options.seed)
 
 

@@ -80,11 +80,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "MLP, energy, 2 ratio steps": _MLP | {"ratio_steps": 2},
     "MLP, energy, weight dmd": _MLP | {"weight": "dmd"},
     "conditional denoiser": {
-        "objective": "conditional", "weight": "sigma2", "ratio_lr": 4e-4,
+        "objective": "conditional",
+        "weight": "sigma2",
+        "ratio_lr": 4e-4,
         "ratio_noise": "lognormal(-0.5, 1.2)",
     },
     "GAN": {
-        "objective": "gan", "divergence": "softened_reverse_kl", "weight": "uniform",
+        "objective": "gan",
+        "divergence": "softened_reverse_kl",
+        "weight": "uniform",
         "ratio_noise": "fixed(0.05)",
     },
 }

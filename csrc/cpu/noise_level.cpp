@@ -72,7 +72,7 @@ void normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int
   });
 }
 
-// The common case in one pass over memory: whole stripes of float32 images; `inputs` of them get the same eps.
+// The common case in one pass over memory: complete stripes of float32 images; `inputs` of them get the same eps.
 template <int inputs>
 void add_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
                  const float* const (&x)[inputs], float sigma, float scale, float* const (&out)[inputs]) {

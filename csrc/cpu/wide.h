@@ -162,7 +162,7 @@ using Wide = One;
 
 #endif
 
-// Orders streamed stores before whatever tells other threads of them.
+// Orders streamed stores before a later signal to other threads.
 DR_HOST_DEVICE void finish_streaming() {
 #if defined(DR_LEVEL_AVX512) || defined(DR_LEVEL_AVX2)
   _mm_sfence();

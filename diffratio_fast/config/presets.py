@@ -1,4 +1,4 @@
-"""Named configurations: what each sets apart from the defaults. docs/presets.md says where numbers come from.
+"""Named configurations: differences from the defaults. docs/presets.md lists the sources of the numbers.
 
 A preset has up to three parts: what ``train`` and ``pretrain`` share (data and backbone), and what each adds.
 """
@@ -77,7 +77,7 @@ _IMAGENET64 = {
 }
 _IMAGENET512 = {"data": "data/imagenet512", "precision": "bfloat16", "channels_last": True}
 
-_KINDRED: Values = {  # what the presets of published backbones have in common
+_BACKBONE: Values = {  # common to all presets with published backbones
     "generator": "backbone",
     "ratio_network": "encoder",
     "optimizer": "adam",
@@ -133,7 +133,7 @@ _SMALL_PRETRAIN: Values = {
     "ema_half_life_images": 100_000.0,
     "noise": "lognormal(-1.2, 1.2)",
 }
-_CIFAR10_TRAIN: Values = _KINDRED | {
+_CIFAR10_TRAIN: Values = _BACKBONE | {
     "steps": 100_000,
     "batch_size": 256,
     "generator_lr": 1e-5,
@@ -142,7 +142,7 @@ _CIFAR10_TRAIN: Values = _KINDRED | {
     "ema_half_life_images": 500_000.0,
     "ema_rampup_ratio": 0.05,
 }
-_IMAGENET64_TRAIN: Values = _KINDRED | {
+_IMAGENET64_TRAIN: Values = _BACKBONE | {
     "steps": 200_000,
     "batch_size": 512,
     "micro_batch": 64,
@@ -152,7 +152,7 @@ _IMAGENET64_TRAIN: Values = _KINDRED | {
     "ema_half_life_images": 1_000_000.0,
     "ema_rampup_ratio": 0.05,
 }
-_IMAGENET512_TRAIN: Values = _KINDRED | {
+_IMAGENET512_TRAIN: Values = _BACKBONE | {
     "steps": 100_000,
     "batch_size": 512,
     "generator_lr": 5e-5,
@@ -179,7 +179,7 @@ _CIFAR10_PRETRAIN: Values = _EDM | {
     "lr_warmup_steps": 19_531,
     "dropout": 0.13,
     "augment_probability": 0.12,
-    "flip_probability": 0.0,  # the network is told of mirrored images instead
+    "flip_probability": 0.0,  # mirrored images have an augment label instead
     "ema_half_life_images": 500_000.0,
 }
 _IMAGENET64_PRETRAIN: Values = _EDM | {

@@ -113,7 +113,9 @@ U_NET_SIZES = {
 def _whole_numbers(name: str, text: str) -> list[int]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"{flag(name)} {text}: whole numbers above 0 are expected, with commas between")
+        raise UserError(
+            f"{flag(name)} {text}: not a list of integers; expected integers above 0, separated by commas"
+        )
     return [int(word) for word in words]
 
 

@@ -211,9 +211,7 @@ class TrainConfig(
         if self.ratio_network == "mixer":
             for name in ("ratio_head", "ratio_scaled_logit"):
                 if getattr(self, name) != self.default(name):
-                    raise UserError(
-                        f"{flag(name)} is for --ratio-network mlp and encoder, not mixer; leave one out"
-                    )
+                    raise UserError(f"{flag(name)} does not apply to --ratio-network mixer; omit one of them")
         self.noise_laws()
 
     @property

@@ -96,7 +96,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if options.classifier not in (None, "svm") and not options.trust_classifier:
         raise UserError(
             f"--classifier {options.classifier}: the file is a program, and evaluating runs it with your "
-            "rights; add --trust-classifier if you trust whoever made it"
+            "rights; add --trust-classifier if you trust its author"
         )
     device = choose_device(options.device)
     sampler = _sampler(options, device)

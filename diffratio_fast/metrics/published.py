@@ -55,7 +55,8 @@ def resolve(name: str | None, given: Mapping[str, Any], defaults: Mapping[str, A
         value = given[option]
         if option in fixed and value is not None and value != fixed[option]:
             raise UserError(
-                f"--protocol {name} fixes --{option} {_text(fixed[option])}, not {_text(value)}; leave it out"
+                f"--{option} {_text(value)}: --protocol {name} sets it to {_text(fixed[option])}; omit "
+                f"--{option}"
             )
         chosen[option] = fixed.get(option, default if value is None else value)
     return chosen

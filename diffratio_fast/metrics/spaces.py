@@ -102,7 +102,7 @@ def choose_space(name: str, dataset: DataSet, device: torch.device, vae: Path | 
         return None
     latents = dataset.kind == "latent_moments"
     if not latents and vae is not None:
-        raise UserError("--vae decodes latents, but the data are images; leave it out")
+        raise UserError("--vae: the data are images, not latents; omit --vae")
     shape = model_shape(dataset)
     decoder = None
     if latents:

@@ -33,7 +33,7 @@ def load_average(checkpoints: Path) -> tuple[nn.Module, SavedNetwork, Path, str]
         if about.role != "generator":
             raise ValueError(f"the network of a {about.role}")
     except DAMAGE as error:
-        raise UserError(f"{path}: says nothing of a generator ({one_line(error)})") from None
+        raise UserError(f"{path}: no description of a generator ({one_line(error)})") from None
     try:
         state = _average(path, sorted(index["files"]))
         network = built(about, state)

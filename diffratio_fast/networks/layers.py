@@ -36,11 +36,11 @@ class _SeededDraws(Draws):
         return {"substep": self.substep - 1, "draw": self.stream}
 
     def normal(self, *shape: int) -> Tensor:
-        return ops.normal(self.rng, self.index, shape, ops.Purpose.INITIALISATION, **self._keywords())[0]
+        return ops.normal(self.rng, self.index, shape, ops.Purpose.INITIALIZATION, **self._keywords())[0]
 
     def uniform(self, *shape: int) -> Tensor:
         count = math.prod(shape)
-        values = ops.uniform(self.rng, self.index, ops.Purpose.INITIALISATION, count, **self._keywords())
+        values = ops.uniform(self.rng, self.index, ops.Purpose.INITIALIZATION, count, **self._keywords())
         return values.reshape(shape)
 
 
@@ -98,7 +98,7 @@ class Weight(Drawn):
 def initialize(network: nn.Module, seed: int, stream: int) -> None:
     """Draw the weights of every ``Drawn`` layer; all other weights are constants.
 
-    The numbers are Philox draws of purpose ``INITIALISATION``, with the layer's ordinal as the sample index
+    The numbers are Philox draws of purpose ``INITIALIZATION``, with the layer's ordinal as the sample index
     and ``stream`` as the draw (one per network of a run). A seed gives the same network on every device and
     torch version.
     """

@@ -1,7 +1,7 @@
 """Augmentation of the ratio network's input: the same random transform on both halves of a pair.
 
 A density ratio is unchanged by an invertible transform of x, so what real and fake share costs the ratio
-nothing and keeps it from memorising small data. The transform sits in front of the network, so autograd
+nothing and keeps it from memorizing small data. The transform sits in front of the network, so autograd
 carries the generator's gradient through its transpose. Evaluation and verification never use it.
 """
 

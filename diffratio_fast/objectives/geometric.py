@@ -1,8 +1,8 @@
-"""Geometric augmentation of pre-training, of which the denoiser is told (Karras et al. 2022, Appendix F.2).
+"""Geometric augmentation of pre-training, an input of the denoiser (Karras et al. 2022, Appendix F.2).
 
-An image is flipped, scaled, turned, stretched and moved at random, and the network is given what was done to
-it. So it learns from many more images than there are, and yet makes those of the data when told of nothing:
-the label of an image that is left alone is zero, and zero is the same as no label.
+An image is flipped, scaled, rotated, stretched and shifted at random, and the parameters of the transform are
+an input of the network. The number of training images is effectively larger, and without augment labels the
+network still models the data: the label of an unchanged image is zero, which is the same as no label.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Transform(NamedTuple):
     down: Tensor
 
     def labels(self) -> Tensor:
-        """What the network is told, [N, LABELS]."""
+        """Augment labels of the network, [N, LABELS]."""
         columns = (
             self.mirror, self.upend, self.scale, self.angle.cos() - 1, self.angle.sin(),
             self.stretch * self.stretch_angle.cos(), self.stretch * self.stretch_angle.sin(),

@@ -1,8 +1,8 @@
-"""Fitting a copy of the ratio network against a frozen generator, stopped on held-out data.
+"""Fit a copy of the ratio network against a frozen generator, with early stopping on held-out data.
 
-Online, the ratio network follows a generator that moves away from it; refitted against one that stands still,
-it is nearer to that generator's own log ratio. Hence two uses: a bound on the divergence that says how far a
-run has come, and weights that a verifier may trust.
+The online ratio network follows a changing generator. A copy refitted against a frozen generator is closer to
+the log ratio of that generator. Uses: a bound on the divergence that measures the progress of a run, and
+calibrated weights for a verifier.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Images are [N, C, H, W] in float32, bfloat16 or float16 (float64 takes the refer
 channels_last; any other layout is copied first. Arithmetic is float32, each result is rounded once to the
 input's type, and has the layout of the first tensor. Forward and backward are one pass over memory each.
 ``bytes`` in the docstrings are those read and written for each element of the result, with s the bytes of an
-element (2 for bfloat16); what is smaller by the number of channels or pixels is left out.
+element (2 for bfloat16); terms smaller by the number of channels or pixels are not counted.
 
 Operations change no argument, wait for no device and give the same bits whenever they are repeated. They
 compute their first derivatives only: a second derivative needs the reference, ``ops.reference_edm2``, which

@@ -20,7 +20,7 @@ class Purpose(enum.IntEnum):
     AUGMENTATION = 8  # augmentation of both halves of a ratio step; of the images of pre-training
     DATA_ORDER = 9  # the order of records
     DROPOUT = 10  # dropout masks that are keyed by sample
-    INITIALISATION = 11  # parameters of new networks
+    INITIALIZATION = 11  # parameters of new networks
     SAMPLE_LATENT = 12  # z when sampling from a trained generator
     EVALUATION_SIGMA = 13  # noise levels of measurements
     EVALUATION_REAL = 14  # eps added to real images in measurements; likewise with shared noise

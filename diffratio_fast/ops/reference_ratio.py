@@ -1,7 +1,7 @@
 """The ratio operations in plain PyTorch: the definition of the RatioMixer, on any device.
 
 With x [channels, H, W] one noised image at noise level sigma and e = ``conditioning`` its vector of
-D = C + L H numbers (C channels, L layers, H hidden units; docs/ratio_mixer.md says why this and not another):
+D = C + L H numbers (C channels, L layers, H hidden units; docs/ratio_mixer.md gives the reasons):
 
     z = c_in patches(x)                     [T, P]   c_in = 1 / sqrt(sigma^2 + sigma_data^2)
     h = z patch^T + position + e[:C]        [T, C]

@@ -1,4 +1,4 @@
-"""A live view: the report of a run on this machine's loopback address, made anew for every request."""
+"""A live view: the report of a run on this machine's loopback address, regenerated for every request."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def server(root: Path, port: int) -> ThreadingHTTPServer:
             self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Log nothing: a request every few seconds says nothing new."""
+            """Log nothing: a page sends a request every few seconds."""
 
     return ThreadingHTTPServer((ADDRESS, port), Handler)

@@ -12,11 +12,11 @@ from diffratio_fast.storage.reading import parse_json, read_text
 from diffratio_fast.storage.writing import replace_file
 
 COMPARED = ("diffratio_fast", "git_commit", "torch", "numpy", "device", "threads", "simd", "processes")
-"""What a person should know of where it changes: the same step may be rounded otherwise from then on."""
+"""Versions whose changes are reported: rounding may differ from then on."""
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The starts of a run, the first first; damaged lines are left out."""
+    """The starts of a run, in order; damaged lines are skipped."""
     lines = []
     try:
         text = read_text(path)

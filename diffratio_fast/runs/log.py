@@ -29,7 +29,7 @@ class MetricsLog:
         """All lines so far, as read back from the file."""
         self._derived = Derived(say)
         self._file: int | None = None
-        self._complete = True  # whether the file, if any, holds ``lines``: else it is written anew
+        self._complete = True  # whether the file, if any, contains ``lines``; otherwise it is rewritten
         self._read_back = True  # else ``lines`` is not all of it, and it is only appended to
         if path.is_symlink() or path.exists():
             self._read_back = self._derived.attempt("metrics.jsonl", lambda: self._read(step))
@@ -42,9 +42,9 @@ class MetricsLog:
 
     def _rewrite(self) -> None:
         if not self._complete:
-            self._derived.attempt("metrics.jsonl", self._write_anew)
+            self._derived.attempt("metrics.jsonl", self._write_all)
 
-    def _write_anew(self) -> None:
+    def _write_all(self) -> None:
         replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._complete = True
 
@@ -58,7 +58,7 @@ class MetricsLog:
 
     def _append(self, line: dict[str, Any]) -> None:
         if not self._complete:
-            self._write_anew()
+            self._write_all()
             return
         if self._file is None:
             self._file = open_in_place(self.path, os.O_WRONLY | os.O_APPEND)

@@ -1,6 +1,7 @@
 """Where a run's metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, a CSV file (``--logger``).
 
-A logger is derived: one that cannot start, or fails, is reported once and left out, and the run goes on.
+Loggers are derived output: a logger that cannot start, or fails, is reported once and skipped; the run
+continues.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ NAME = re.compile(r"step-\d{8,}")
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was written; the message says in what way."""
+    """A checkpoint differs from what was written; the message describes the difference."""
 
 
 def name_of(step: int) -> str:
@@ -75,7 +75,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, about: dict[str, Any]) -> None:
-    """See that a file has the size and the digest that ``about`` says; else ``Damaged``."""
+    """Raise ``Damaged`` unless a file has the size and digest in ``about``."""
     size = path.stat().st_size
     if size != about["bytes"]:
         raise Damaged(f"{path.name} has {size} bytes in place of {about['bytes']}")

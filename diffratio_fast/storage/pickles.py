@@ -2,7 +2,7 @@
 
 A pickle is a program for a small stack machine; Python's own reader calls whatever the program names. This
 one calls nothing: it carries out the instructions that build plain data, and where the program would call
-something it notes the call down as a ``Record``. Names must be on an allow-list, so a pickle that wants
+something it records the call as a ``Record``. Names must be on an allow-list, so a pickle that needs
 anything else is refused at once, by that name. What a record means is for its reader to decide.
 """
 
@@ -330,7 +330,7 @@ def tensor(value: Any) -> Tensor:
     storage, offset, size, stride = value.arguments[:4]
     flat = _storage(storage)
     if not all(isinstance(v, tuple) and all(type(n) is int and n >= 0 for n in v) for v in (size, stride)):
-        raise ValueError("a tensor's size and stride are no tuples of whole numbers")
+        raise ValueError("a tensor's size and stride are not tuples of integers")
     if len(size) != len(stride) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor's size, stride and offset do not agree")
     count, last = 1, offset
@@ -391,7 +391,7 @@ def _storage(value: Any) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    """What torch.load has against its input, in one line: "Unsupported global: ..." where it says so."""
+    """The reason of an error of torch.load in one line, such as "Unsupported global: ..."."""
     text = " ".join(str(error)[:10_000].split())
     start = max(text.find("Unsupported"), text.find("WeightsUnpickler error:"), 0)
     return _shown(f"{type(error).__name__}: {text[start:]}", 200)
@@ -414,7 +414,7 @@ def check_torch_file(file: BinaryIO) -> None:
     try:
         for content in _pickles_of_archive(file, size) if packed else _legacy_pickles(file):
             _check_storages(content, size)
-    except (RuntimeError, *DAMAGE) as error:  # zipfile wants a password by a RuntimeError
+    except (RuntimeError, *DAMAGE) as error:  # zipfile raises RuntimeError for an encrypted file
         raise ValueError(_shown(str(error), 200)) from None
     file.seek(0)
 
@@ -450,7 +450,7 @@ def _check_storages(content: Any, size: int) -> None:
             if item.name == PERSISTENT_ID and isinstance(item.arguments[0], tuple):
                 _, _, key, _, numbers, *_ = item.arguments[0]
                 if type(numbers) is not int or numbers < 0:
-                    raise ValueError("a storage's size is no whole number")
+                    raise ValueError("a storage's size is not an integer")
                 declared[_key(key)] = max(declared.get(key, 0), numbers)
         else:
             continue

@@ -171,7 +171,7 @@ def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
 def read_npz(
     path: Path, names: set[str] | None = None, *, limit: int = UNPACKED_LIMIT
 ) -> dict[str, np.ndarray]:
-    """The arrays ``names`` (default: all) of an ``.npz``; each is no larger than its header says it is.
+    """The arrays ``names`` (default: all) of an ``.npz``; each is at most as large as its header states.
 
     ``ValueError`` where they are larger than ``limit`` bytes together, before any is read.
     """
@@ -192,7 +192,7 @@ def read_npz(
                     raise ValueError(f"{name} claims {size} bytes")
                 content = member.read(size + 1)
             if len(content) != size:
-                raise ValueError(f"{name} is not of the size that its header says")
+                raise ValueError(f"the size of {name} does not match its header")
             found[name] = np.ndarray(shape, dtype, bytearray(content), order="F" if fortran else "C")
     return found
 

@@ -141,7 +141,7 @@ def test_width_depth_and_multiples_stand_for_json() -> None:
         generator="backbone", backbone_options='{"model_channels": 16, "num_blocks": 1}', width=24
     )
     assert both.backbone_arguments == {"model_channels": 24, "num_blocks": 1}
-    with pytest.raises(UserError, match="--channel-mult 1,x: whole numbers"):
+    with pytest.raises(UserError, match="--channel-mult 1,x: not a list of integers"):
         _ = TrainConfig(generator="backbone", channel_mult="1,x").backbone_arguments
     with pytest.raises(UserError, match="--width is the size of a U-Net"):
         TrainConfig(width=3)

@@ -1,7 +1,7 @@
 """Every command against every class of error: one line on stderr, status 2, never a traceback.
 
 A case runs the command's ``main`` through ``command.run`` in a forked child, whose functions of ``os`` refuse
-as the class says. Rows are commands, columns are classes; a new command is one more row.
+as its class requires. Rows are commands, columns are classes; a new command is one more row.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def outcome(row: Row, where: Path, before: Callable[[], None]) -> tuple[int, str
 
 
 def one_line(outcome: tuple[int, str]) -> str:
-    status, said = outcome
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in said, (status, said[-3000:])
+    status, printed = outcome
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in printed, (status, printed[-3000:])
     assert len(lines[0]) < 2100 and len(lines[0].removeprefix("error: ")) > 10
     return lines[0]
 
@@ -170,8 +170,8 @@ def test_a_result_that_cannot_be_written(
 ) -> None:
     """Cleaning up fails too: ``unlink`` is refused like the rest."""
     row = ROWS[name]
-    said = one_line(outcome(row, where, refuse(monkeypatch, number, row.writes)))
-    assert os.strerror(number) in said
+    printed = one_line(outcome(row, where, refuse(monkeypatch, number, row.writes)))
+    assert os.strerror(number) in printed
 
 
 @pytest.mark.parametrize("name", READING)
@@ -179,8 +179,8 @@ def test_an_input_that_the_disk_does_not_give(
     name: str, where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = ROWS[name]
-    said = one_line(outcome(row, where, refuse(monkeypatch, errno.EIO, row.reads, reading=True)))
-    assert os.strerror(errno.EIO) in said + (where / "stdout").read_text(), said
+    printed = one_line(outcome(row, where, refuse(monkeypatch, errno.EIO, row.reads, reading=True)))
+    assert os.strerror(errno.EIO) in printed + (where / "stdout").read_text(), printed
 
 
 @pytest.mark.parametrize("name", WRITING)
@@ -241,8 +241,8 @@ def test_a_lock_whose_closing_fails_hides_nothing(where: Path, monkeypatch: pyte
 
     row = ROWS["train, resuming"]
     other = Row(row.main, (*row.arguments, "--seed", "5"), "", "")
-    said = one_line(outcome(other, where, lambda: monkeypatch.setattr(os, "close", refused)))
-    assert "seed 0 -> 5" in said
+    printed = one_line(outcome(other, where, lambda: monkeypatch.setattr(os, "close", refused)))
+    assert "seed 0 -> 5" in printed
 
 
 def test_a_reason_is_never_empty_and_never_endless(where: Path) -> None:

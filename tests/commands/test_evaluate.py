@@ -145,7 +145,7 @@ def statistics(size: int) -> dict[str, np.ndarray]:
 
 
 def test_statistics_of_edm_and_edm2_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an extractor of the FID network's name with 24 features: its weights are not to be had here."""
+    """An extractor with the FID network's name and 24 features: the real weights are not available."""
     pixels = load_extractor("pixels", None, (1, 4, 6), torch.device("cpu"))
     extractor = dataclasses.replace(pixels, identity={"name": "inception", "weights_sha256": "0" * 64})
     wanted = statistics(24)
@@ -262,7 +262,10 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         ((trained, "--metrics", "fod"), "no such metric: 'fod'"),
         ((trained, "--metrics", "fid,fdd"), "of different features"),
         ((trained, "--metrics", "fid", "--features", "pixels"), "needs --features inception, not pixels"),
-        ((trained, "--protocol", "fid", "--count", "1000"), "fixes --count 50000, not 1000; leave it out"),
+        (
+            (trained, "--protocol", "fid", "--count", "1000"),
+            "--count 1000: --protocol fid sets it to 50000; omit --count",
+        ),
         ((trained, "--protocol", "edm", "--labels", "proportional"), "fixes --labels uniform"),
         ((trained, "--protocol", "fid"), "1,350 images, not the whole published"),
         ((trained, "--protocol", "edm"), "compares with the published statistics"),
@@ -270,7 +273,7 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         ((trained, "--count", "1"), "--count must be at least 2"),
         ((trained, "--count", "64"), "64 images are too few"),
         ((trained, "--features", "clip"), "no such features: clip"),
-        ((trained, "--features", "pixels", "--weights", "x"), "leave --weights out"),
+        ((trained, "--features", "pixels", "--weights", "x"), "omit --weights"),
         ((trained, "--save-reference", "x.pkl"), "name an .npz"),
         ((trained, "--split", "nothing"), "invalid choice"),
     ]:

@@ -73,7 +73,7 @@ def test_log_ratio_is_the_mean_over_draws(trained: Path) -> None:
     torch.testing.assert_close(found, expected / 3)
     pixels = (records.float() / 16 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     near = generator.log_ratio(pixels, 0.3, labels, seed=2, draws=3)
-    torch.testing.assert_close(near, found, rtol=0.05, atol=0.05)  # 17 grey levels on 256
+    torch.testing.assert_close(near, found, rtol=0.05, atol=0.05)  # 17 gray levels on 256
 
 
 def test_candidates_go_through_the_verifier(refitted: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run directory"):
         diffratio_fast.load_generator(tmp_path / "nothing")
     generator = diffratio_fast.load_generator(trained, device="cpu")
-    for call, says in [
+    for call, expected in [
         (lambda: generator.sample(0), "count must be at least 1"),
         (lambda: generator.sample(1, "eleven"), "no class 'eleven'"),
         (lambda: generator.sample(1, 10), "no class 10"),
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError) as error:
             call()
-        assert says in str(error.value) and "\n" not in str(error.value)
+        assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_latents_come_as_x0_without_a_vae(tmp_path: Path) -> None:

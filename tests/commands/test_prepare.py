@@ -554,7 +554,7 @@ def test_a_protocol_keeps_the_training_set_whole(tmp_path: Path) -> None:
     assert [data.count(split) for split in ("train", "validation", "test")] == [40, 3, 17]
     with pytest.raises(UserError, match="the source has no test records; name them with --test-source"):
         run_prepare(train, tmp_path / "e", "--protocol", "fid")
-    with pytest.raises(UserError, match="leave --test out"):
+    with pytest.raises(UserError, match="omit --test"):
         run_prepare(train, tmp_path / "e", *options, "--test", "3")
     with pytest.raises(UserError, match="lower --validation"):
         run_prepare(train, tmp_path / "e", *options, "--validation", "20")
@@ -565,5 +565,5 @@ def test_a_protocol_with_a_validation_split_of_the_source() -> None:
     assert np.bincount(whole_train(splits, None, 0)).tolist() == [5, 2, 2]
     both = np.array([0] * 5 + [1] * 4 + [2] * 3, np.uint8)
     assert np.array_equal(whole_train(both, None, 0), both)
-    with pytest.raises(UserError, match="leave --validation out"):
+    with pytest.raises(UserError, match="omit --validation"):
         whole_train(both, "2", 0)

@@ -122,11 +122,11 @@ def test_thin_images(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.png").write_bytes(thin_png(1, 200_000))
     assert (folder / "a.png").stat().st_size < 1000
-    said = refused(prepare.main, folder, tmp_path / "out", "--resolution", 64, memory=1 << 30)
-    assert "--max-pixels" in said and "a.png" in said
+    printed = refused(prepare.main, folder, tmp_path / "out", "--resolution", 64, memory=1 << 30)
+    assert "--max-pixels" in printed and "a.png" in printed
     (folder / "a.png").write_bytes(thin_png(2000, 2000))
-    said = refused(prepare.main, folder, tmp_path / "out", "--resolution", 64, "--max-pixels", 1_000_000)
-    assert "an image of 2000 x 2000 pixels, more than 1000000 (--max-pixels)" in said
+    printed = refused(prepare.main, folder, tmp_path / "out", "--resolution", 64, "--max-pixels", 1_000_000)
+    assert "an image of 2000 x 2000 pixels, more than 1000000 (--max-pixels)" in printed
 
 
 def test_sources_held_in_memory(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_sources_held_in_memory(tmp_path: Path) -> None:
                 for _ in range(MANY >> 20 if "images" in what else 0):
                     file.write(bytes(1 << 20))
                 file.write(b"\0")
-    said = refused(prepare.main, folder, tmp_path / "out", "--max-bytes", 1 << 29)
-    assert "--max-bytes" in said and "ubyte" in said
+    printed = refused(prepare.main, folder, tmp_path / "out", "--max-bytes", 1 << 29)
+    assert "--max-bytes" in printed and "ubyte" in printed
 
     path = tmp_path / "cifar.tar.gz"  # a header of a GiB for a name
     info = tarfile.TarInfo("././@LongLink")
@@ -166,14 +166,14 @@ def test_what_is_called_an_image_and_is_no_file(kind: str, tmp_path: Path) -> No
         os.symlink("/dev/zero", path)
     else:
         os.symlink(tmp_path / "nothing", path)
-    said = in_child(lambda: prepare.main([str(folder), str(tmp_path / "out")]))
-    assert "x.png" in said and ("not a regular file" in said or "No such file" in said)
+    printed = in_child(lambda: prepare.main([str(folder), str(tmp_path / "out")]))
+    assert "x.png" in printed and ("not a regular file" in printed or "No such file" in printed)
 
 
 def test_a_source_that_is_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
-    said = in_child(lambda: prepare.main([str(tmp_path / "a.tar"), str(tmp_path / "out")]))
-    assert "neither a regular file nor a directory" in said
+    printed = in_child(lambda: prepare.main([str(tmp_path / "a.tar"), str(tmp_path / "out")]))
+    assert "neither a regular file nor a directory" in printed
     folder = tmp_path / "tars"
     folder.mkdir()
     os.mkfifo(folder / "a.tar")

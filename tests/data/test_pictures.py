@@ -18,10 +18,10 @@ def test_cells_lie_row_by_row_between_white_gaps() -> None:
 
 def test_labels_stand_before_their_rows_and_move_nothing_else() -> None:
     images = torch.zeros(4, 3, 48, 48, dtype=torch.uint8)
-    plain, labelled = grid(images, 2), grid(images, 2, labels=["cat", "a very long name of a class"])
-    margin = labelled.shape[1] - plain.shape[1]
+    plain, labeled = grid(images, 2), grid(images, 2, labels=["cat", "a very long name of a class"])
+    margin = labeled.shape[1] - plain.shape[1]
     assert margin > 0
-    np.testing.assert_array_equal(labelled[:, margin:], plain)
+    np.testing.assert_array_equal(labeled[:, margin:], plain)
     for row in (0, 1):
-        band = labelled[1 + row * 49 : 49 + row * 49, :margin]
+        band = labeled[1 + row * 49 : 49 + row * 49, :margin]
         assert (band < 128).any() and (band[:, 0] == 255).all()

@@ -29,9 +29,9 @@ def png() -> bytes:
 
 
 def opened(names: list[str], root: Path, step: int = 0, **more: Any) -> tuple[Loggers, list[str]]:
-    said: list[str] = []
-    made = Loggers(names, root, step, config={"seed": 3}, levels=LEVELS, say=said.append, **more)
-    return made, said
+    printed: list[str] = []
+    made = Loggers(names, root, step, config={"seed": 3}, levels=LEVELS, say=printed.append, **more)
+    return made, printed
 
 
 def test_numbers_are_grouped_and_named_by_sigma() -> None:
@@ -55,7 +55,7 @@ def test_tensorboard_has_what_was_logged_and_forgets_what_was_undone(tmp_path: P
     for step in (10, 20, 30):
         first.line({"step": step, "loss": float(step), "by_sigma": [1.0, None], "none": None})
     first.close()
-    resumed, said = opened(["tensorboard"], tmp_path, 20)
+    resumed, printed = opened(["tensorboard"], tmp_path, 20)
     resumed.line({"step": 30, "loss": 31.0})
     resumed.picture("samples", png(), 30)
     resumed.close()
@@ -64,7 +64,7 @@ def test_tensorboard_has_what_was_logged_and_forgets_what_was_undone(tmp_path: P
     assert [(e.step, e.value) for e in read.Scalars("loss/loss")] == [(10, 10.0), (20, 20.0), (30, 31.0)]
     assert [e.value for e in read.Scalars("by_sigma/sigma 0.04")] == [1.0, 1.0]
     image = read.Images("samples")[0]
-    assert (image.width, image.height) == (7, 9) and not said
+    assert (image.width, image.height) == (7, 9) and not printed
 
 
 def test_csv_has_a_row_for_each_number(tmp_path: Path) -> None:
@@ -109,11 +109,11 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", stand_in.module())
     for step in (0, 5):
-        made, said = opened(["wandb"], tmp_path, step)
+        made, printed = opened(["wandb"], tmp_path, step)
         made.line({"step": step + 1, "loss": 2.0})
         made.picture("samples", png(), step + 1)
         made.close()
-    assert not said and stand_in.finished == 2
+    assert not printed and stand_in.finished == 2
     assert stand_in.started[0]["id"] == stand_in.started[1]["id"] and stand_in.started[0]["config"] == {
         "seed": 3
     }
@@ -135,11 +135,11 @@ def test_a_logger_that_fails_is_reported_once_and_left_out(
 
     monkeypatch.setitem(loggers.LOGGERS, "csv", Broken)
     monkeypatch.setitem(loggers.LOGGERS, "wandb", cannot_start)
-    made, said = opened(["csv", "wandb", "tensorboard"], tmp_path)
+    made, printed = opened(["csv", "wandb", "tensorboard"], tmp_path)
     for step in (1, 2):
         made.line({"step": step, "loss": 1.0})
     made.close()
-    assert said == [
+    assert printed == [
         "warning: no log for wandb: no network", "warning: the log for csv ends here: disk full really"
     ]  # fmt: skip
 

@@ -1,6 +1,6 @@
-// Which accesses are ordered. Each thread of a block knows, of every thread of its block, up to which of that thread's
-// synchronisations it has heard (a vector clock). Barriers pass that knowledge on; nothing else does. An access that
-// the accessing thread has not told about, directly or through others, is a race, whatever order the threads
+// Which accesses are ordered. Each thread has a vector clock: for every thread of its block, the last synchronization
+// of that thread that it is ordered after. Only barriers merge clocks. An access that is not ordered before another
+// access to the same bytes, directly or through other threads, is a race, whatever order the threads
 // happened to run in.
 #pragma once
 

@@ -98,7 +98,7 @@ void Context::start(void (*entry)(void*), void* argument) {
 void Context::trampoline() {
   Context* self = entered;
 #if defined(SIMT_ASAN)
-  // Tells where the stack lies that was left: of the program's own there is no other way to know.
+  // Reports the bounds of the stack that was left: for the program's own stack there is no other way.
   __sanitizer_finish_switch_fiber(nullptr, &entered_from->bottom_, &entered_from->size_);
 #endif
   self->entry_(self->argument_);

@@ -1,5 +1,5 @@
 // A context is a stack and a place on it: what a thread of a GPU becomes on the CPU. Switching costs a few
-// nanoseconds (x86-64) or two system calls (elsewhere, ucontext). AddressSanitizer is told of every switch.
+// nanoseconds (x86-64) or two system calls (elsewhere, ucontext). AddressSanitizer is notified of every switch.
 #pragma once
 
 #include <cstddef>

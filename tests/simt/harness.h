@@ -1,4 +1,4 @@
-// A program that runs kernels under every schedule, and without each of their synchronisations in turn.
+// A program that runs kernels under every schedule, and without each of their synchronizations in turn.
 #pragma once
 
 #include <functional>
@@ -9,13 +9,13 @@
 
 namespace simt {
 
-// One use of a kernel: launches it and says what differs from what it should give, or nothing.
+// One use of a kernel: launches it and returns the difference from the expected result, or an empty string.
 struct Case {
   std::string name;
   std::function<std::string(Mode)> run;
 };
 
-// A case that must fail in every mode, and how: kinds of Error or "wrong result", as in "race|uninitialised" where it
+// A case that must fail in every mode, and how: kinds of Error or "wrong result", as in "race|uninitialized" where it
 // depends on who comes first.
 struct Planted {
   Case bug;
@@ -24,7 +24,7 @@ struct Planted {
 
 // The programs' main():
 //   check            every case in every mode must pass, every planted bug must be caught as expected in every mode
-//   mutate           without each synchronisation that a case executes, in turn, something must fail
+//   mutate           without each synchronization that a case executes, in turn, something must fail
 //   show CASE MODE   one case or planted bug, for example `show gemm ahead/wait`: prints what is reported, and
 //                    how often lanes met in a bank of shared memory
 // The exit status is 0 if all is as it should be.

@@ -25,7 +25,7 @@ void do_ldmatrix(Warp& warp, void* const* operands, const Site& site) {
       const int lane = 8 * i + j;
       rows[j] = operand(lane)->row;
       uint16_t row[8];
-      // Nothing says which lane reads, so whoever wrote must be ordered with the lane that gives the address and with
+      // It is not defined which lane reads, so the writer must be ordered with the lane that gives the address and with
       // the one that gets the value: even a lane's own store needs a warp_sync before it.
       shared.read(*warp.lanes[lane], rows[j], row, 16, site);
       for (int k = 0; k < 8; ++k) {

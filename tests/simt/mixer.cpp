@@ -1,4 +1,4 @@
-// The ratio kernels under every schedule, and without each of their synchronisations, against the CPU twin.
+// The ratio kernels under every schedule, and without each of their synchronizations, against the CPU implementation.
 #include "mixer_cases.h"
 
 using namespace mixer_cases;

@@ -1,4 +1,4 @@
-// Uses of the ratio kernels, against the CPU twin.
+// Uses of the ratio kernels, against the CPU implementation.
 #pragma once
 
 #include <algorithm>
@@ -89,7 +89,7 @@ struct Outputs {
   float loss = NAN;
 };
 
-// What a call gets: the same numbers for both twins.
+// What a call gets: the same numbers for both implementations.
 struct Problem {
   explicit Problem(const Config& config) : g(config) {
     const MixerSizes& s = g.sizes;
@@ -123,7 +123,7 @@ struct Problem {
     Outputs o;
     const MixerSizes& s = g.sizes;
     o.log_ratio.assign(halves * g.batch * g.draws, NAN);
-    if (wants_image()) o.image.assign(g.batch * s.image(), NAN);
+    if (needs_image()) o.image.assign(g.batch * s.image(), NAN);
     for (int half = 0; half < halves && g.pass == cuda::Pass::weights; ++half) {
       o.conditioning[half].assign(g.batch * s.conditioning(), NAN);
     }
@@ -131,7 +131,7 @@ struct Problem {
     return o;
   }
 
-  bool wants_image() const { return g.pass == cuda::Pass::image || g.objective == Objective::given; }
+  bool needs_image() const { return g.pass == cuda::Pass::image || g.objective == Objective::given; }
 
   Outputs by_cpu() const {
     Outputs o = outputs();
@@ -155,7 +155,7 @@ struct Problem {
     m.objective.upstream = upstream.data();
     m.objective.divergence = static_cast<Divergence>(g.divergence);
     m.results.log_ratio = o.log_ratio.data();
-    m.results.image_gradient = wants_image() ? o.image.data() : nullptr;
+    m.results.image_gradient = needs_image() ? o.image.data() : nullptr;
     for (int i = 0; i < weights && g.pass == cuda::Pass::weights; ++i) m.weight_gradient[i] = o.weight[i].data();
     int count;
     const cpu::Level& level = cpu::levels(&count)[0];
@@ -208,7 +208,7 @@ struct Problem {
     c.objective.upstream = upstream.data();
     c.objective.divergence = static_cast<Divergence>(g.divergence);
     c.results.log_ratio = o.log_ratio.data();
-    c.results.image_gradient = wants_image() ? o.image.data() : nullptr;
+    c.results.image_gradient = needs_image() ? o.image.data() : nullptr;
     GradientCall gradients{};
     gradients.out_type = g.type;
     gradients.loss = g.objective == Objective::logistic ? &o.loss : nullptr;

@@ -1,6 +1,6 @@
-// The CUDA noise kernels, executed on the CPU, against the CPU twin: bit for bit, at odd sizes, unaligned addresses,
-// all types, few blocks and every schedule. Built with the address and undefined-behaviour sanitizers,
-// which see accesses outside the exactly sized buffers and misaligned 16-byte accesses.
+// The CUDA noise kernels, executed on the CPU, against the CPU implementation: bit for bit, at odd sizes, unaligned
+// addresses, all types, few blocks and every schedule. Built with the address and undefined-behavior sanitizers, which
+// see accesses outside the exactly sized buffers and misaligned 16-byte accesses.
 #include "simt.h"
 
 #include "../../csrc/cpu/noise.h"

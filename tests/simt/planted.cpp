@@ -28,7 +28,7 @@ Planted planted(const char* name, const char* expected, std::function<void()> bo
 
 enum class Barriers { no_read, no_reuse, no_end, all };
 
-// Neighbours in another warp exchange values, twice in each of three samples.
+// Neighbors in another warp exchange values, twice in each of three samples.
 template <Barriers missing>
 void exchange() {
   ptx::SharedArena arena;
@@ -246,7 +246,7 @@ Planted watched(Planted p) {
 
 // --- the modes -------------------------------------------------------------------------------------------------
 
-// That the modes are what they say: who comes when, and when a copy lands.
+// The modes: order of the threads, and time of completion of a copy.
 std::string modes_differ(Mode mode) {
   std::vector<int> order;
   float landed = 0;
@@ -281,7 +281,7 @@ int main(int argc, char** argv) {
                           planted("aligned rows", "", row_shifted<0>).bug,
                           {"modes", modes_differ}};
   const std::vector<Planted> bugs = {
-      planted("no barrier before a read", "race|uninitialised", exchange<Barriers::no_read>),
+      planted("no barrier before a read", "race|uninitialized", exchange<Barriers::no_read>),
       planted("no barrier before a buffer's reuse", "race", exchange<Barriers::no_reuse>),
       planted("no barrier at the end of a sample", "race", exchange<Barriers::no_end>),
       planted("a barrier in half a block", "deadlock", barrier_in_half_a_block),
@@ -289,16 +289,16 @@ int main(int argc, char** argv) {
       planted("a thread exits before a barrier", "deadlock", exit_before_barrier),
       planted("a named barrier's counts differ", "divergence", named_barrier_counts),
       planted("a named barrier is never full", "divergence|deadlock", named_barrier_never_full),
-      planted("a named barrier that the reader does not share", "race|uninitialised", named_barrier_of_others),
-      planted("no warp_sync around a warp's staging", "race|uninitialised", staging_without_warp_sync),
-      planted("warp_sync instead of block_sync", "race|uninitialised", warp_sync_is_no_block_sync),
+      planted("a named barrier that the reader does not share", "race|uninitialized", named_barrier_of_others),
+      planted("no warp_sync around a warp's staging", "race|uninitialized", staging_without_warp_sync),
+      planted("warp_sync instead of block_sync", "race|uninitialized", warp_sync_is_no_block_sync),
       planted("two writers", "race", two_writers),
       planted("a shuffle instead of warp_sync", "race", shuffle_does_not_order),
       planted("no commit", "race", copies<Copies::no_commit>),
       planted("no wait", "race", copies<Copies::no_wait>),
       planted("a wait for too few groups", "race", copies<Copies::wrong_count>),
       planted("a wait after the barrier", "race", copies<Copies::wait_after_barrier>),
-      planted("a wait without a barrier", "race|uninitialised", copies<Copies::none_but_own>),
+      planted("a wait without a barrier", "race|uninitialized", copies<Copies::none_but_own>),
       planted("a copy never waited for", "unfinished copy", copies<Copies::never_waited>),
       planted("a copy onto what others read", "race", copies<Copies::onto_read>),
       {reference_cases::gemm<WrongRows>(1, 32, 32, 32, 1, "wrong rows for ldmatrix"), "wrong result"},
@@ -309,7 +309,7 @@ int main(int argc, char** argv) {
       planted("a row of ldmatrix in a redzone", "out of bounds", row_in_redzone),
       planted("a row of ldmatrix off by one", "misaligned", row_shifted<1>),
       planted("a pair at an odd element", "misaligned", pair_misaligned),
-      planted("never written", "uninitialised", never_written),
+      planted("never written", "uninitialized", never_written),
       planted("left from the last sample", "stale", of_the_last_sample),
       planted("more shared memory than the launch gives", "arena", more_than_the_launch_gives),
       planted("half a warp multiplies", "deadlock", half_a_warp_multiplies),

@@ -1,4 +1,4 @@
-// Synchronisation, memory and copies. The matrix operations are in matrix_host.cpp.
+// Synchronization, memory and copies. The matrix operations are in matrix_host.cpp.
 #include "ptx_host.h"
 
 #include "banks.h"
@@ -10,7 +10,7 @@ namespace diffratio::ptx {
 
 using namespace simt;
 
-// --- synchronisation -------------------------------------------------------------------------------------------
+// --- synchronization -------------------------------------------------------------------------------------------
 
 void block_sync(Site site) {
   if (left_out("block_sync", site)) return;

@@ -41,7 +41,7 @@ void wait_for_groups(int pending, const Site& site);
 
 }  // namespace host
 
-// --- synchronisation -------------------------------------------------------------------------------------------
+// --- synchronization -------------------------------------------------------------------------------------------
 
 void block_sync(Site site = DR_HERE);
 void barrier_sync(int id, int threads, Site site = DR_HERE);

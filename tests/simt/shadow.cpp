@@ -4,13 +4,13 @@ namespace simt {
 
 constexpr uint64_t cell_bytes = 2;  // the smallest element there is
 
-void Shadow::reset(uint64_t bytes, bool initialised, Describe describe) {
+void Shadow::reset(uint64_t bytes, bool initialized, Describe describe) {
   describe_ = std::move(describe);
   cells_.resize((bytes + cell_bytes - 1) / cell_bytes);
   for (Cell& cell : cells_) {
     cell.reads.clear();  // and keep their memory: this is called for every block
     cell.written = cell.in_flight = false;
-    cell.initialised = initialised;
+    cell.initialized = initialized;
   }
 }
 
@@ -27,8 +27,8 @@ void Shadow::read(const Accessor& who, uint64_t offset, uint64_t bytes, bool may
     Cell& cell = cells_[i];
     if (cell.in_flight) race(who, "reads", site, cell.write, "has a copy in flight there, issued", i * cell_bytes);
     if (cell.written && !cell.write.before(who)) race(who, "reads", site, cell.write, "wrote", i * cell_bytes);
-    if (!cell.initialised) {
-      throw Error("uninitialised", describe_(i * cell_bytes) + "\n  " + thread_name(who.thread) + " reads at " +
+    if (!cell.initialized) {
+      throw Error("uninitialized", describe_(i * cell_bytes) + "\n  " + thread_name(who.thread) + " reads at " +
                                        to_string(site) + " what nobody has written yet");
     }
     if (cell.written && cell.sample != who.sample && !may_be_old) {
@@ -37,7 +37,7 @@ void Shadow::read(const Accessor& who, uint64_t offset, uint64_t bytes, bool may
                                thread_name(cell.write.thread) + " wrote at " + to_string(cell.write.site) +
                                " in sample " + std::to_string(cell.sample));
     }
-    // Whoever is ordered after this read is ordered after the reads before it: those need not be remembered.
+    // An access ordered after this read is ordered after the earlier reads: those are not stored.
     std::size_t kept = 0;
     for (std::size_t r = 0; r < cell.reads.size(); ++r) {
       if (!cell.reads[r].before(who)) cell.reads[kept++] = cell.reads[r];
@@ -63,7 +63,7 @@ void Shadow::write(const Accessor& who, uint64_t offset, uint64_t bytes, const S
     cell.write = Access(who, site);
     cell.reads.clear();
     cell.sample = who.sample;
-    cell.written = cell.initialised = true;
+    cell.written = cell.initialized = true;
   }
 }
 

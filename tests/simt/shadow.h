@@ -14,8 +14,8 @@ class Shadow {
   // describe: "shared memory 0x1420, element 16 of 'a'" from an offset in bytes, for reports.
   using Describe = std::function<std::string(uint64_t)>;
 
-  // initialised: whether what is there may be read before anybody has written it.
-  void reset(uint64_t bytes, bool initialised, Describe describe);
+  // initialized: whether the content may be read before it is written.
+  void reset(uint64_t bytes, bool initialized, Describe describe);
 
   void read(const Accessor& who, uint64_t offset, uint64_t bytes, bool may_be_old, const Site& site);
   void write(const Accessor& who, uint64_t offset, uint64_t bytes, const Site& site);
@@ -29,7 +29,7 @@ class Shadow {
     Access write;
     std::vector<Access> reads;  // since the last write; only those that are not before another of them
     uint32_t sample = 0;        // of the last write
-    bool written = false, initialised = false, in_flight = false;
+    bool written = false, initialized = false, in_flight = false;
   };
 
   void check_write(const Cell& cell, const Accessor& who, uint64_t offset, const Site& site, const char* what) const;

@@ -1,5 +1,5 @@
 // CUDA kernels executed on the CPU: what a kernel body that is compiled for the host includes instead of PTX.
-// docs/kernels.md says what is checked and how to use it.
+// docs/kernels.md describes the checks and the use.
 #pragma once
 
 #include "machine.h"   // launch(), modes, threadIdx and its like

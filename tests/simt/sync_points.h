@@ -1,4 +1,4 @@
-// Every line at which a kernel synchronises, and the power to leave one of them out: a test does so for each in turn
+// Every line at which a kernel synchronizes, and a switch that skips one of them: a test does so for each in turn
 // and requires that something fails.
 #pragma once
 
@@ -25,7 +25,7 @@ void forget_executed();
 enum class Change { none, remove, weaken };
 void change(std::size_t point, Change change);
 
-// For the operations themselves: whether it is to be left out; and how many groups a copy_wait may leave pending.
+// For the operations themselves: whether it is skipped; and how many groups a copy_wait may leave pending.
 bool left_out(const char* operation, const Site& site, int pending = -1);
 int pending_groups(int pending, const Site& site);
 

@@ -40,9 +40,9 @@ def test_correct_kernels_pass_and_planted_bugs_are_caught(simt_programs: Program
 
 
 def assert_every_line_is_tried(files: Iterable[Path], output: str, least: int, helpers: str = "(?!)") -> None:
-    """Every line of the files that synchronises was left out in turn, and missed in each of the six modes.
+    """Every line of the files that synchronizes was skipped in turn, and missed in each of the six modes.
 
-    ``helpers`` matches calls of functions that synchronise in their caller's place.
+    ``helpers`` matches calls of functions that synchronize in their caller's place.
     """
     mutants = re.findall(r"^mutant (.*): caught in (\d) of 6 modes", output, re.MULTILINE)
     assert len(mutants) >= least and all(modes == "6" for _, modes in mutants), output
@@ -53,14 +53,14 @@ def assert_every_line_is_tried(files: Iterable[Path], output: str, least: int, h
                 assert any(f"{file.name}:{number}" in place for place, _ in mutants), f"{file.name}:{number}"
 
 
-def test_every_synchronisation_is_needed(simt_programs: Programs):
+def test_every_synchronization_is_needed(simt_programs: Programs):
     program = simt_programs.build("kernels", KERNELS, PLAIN)
     result = run(program, "mutate")
     assert result.returncode == 0, result.stdout + result.stderr
     assert_every_line_is_tried((ROOT / "tests/simt/kernels").glob("*.cuh"), result.stdout, least=28)
 
 
-def test_a_synchronisation_that_nothing_needs_is_reported(simt_programs: Programs, tmp_path):
+def test_a_synchronization_that_nothing_needs_is_reported(simt_programs: Programs, tmp_path):
     source = tmp_path / "idle.cpp"
     source.write_text(
         '#include "harness.h"\n#include <simt.h>\n'
@@ -119,7 +119,7 @@ def test_bank_conflicts_are_counted(simt_programs: Programs):
     assert any(int(taken) > int(least) for taken, least in counts)  # the staged output
 
 
-def test_ratio_kernels_give_what_the_cpu_twin_gives(simt_programs: Programs):
+def test_ratio_kernels_match_the_cpu_implementation(simt_programs: Programs):
     result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "check")
     assert failures(result) == 0 and result.returncode == 0, result.stdout + result.stderr
 
@@ -132,7 +132,7 @@ def test_ratio_kernels_stay_within_global_memory(simt_programs: Programs):
     assert result.returncode == 0 and "23 cases" in result.stdout, result.stdout + result.stderr
 
 
-def test_ratio_kernels_need_every_synchronisation(simt_programs: Programs):
+def test_ratio_kernels_need_every_synchronization(simt_programs: Programs):
     result = run(simt_programs.build("mixer", MIXER, PLAIN, PORTABLE), "mutate")
     assert result.returncode == 0, result.stdout + result.stderr
     names = ("mixer_kernel.cuh", "mixer_gradients.cuh", "mixer_sample.cuh")

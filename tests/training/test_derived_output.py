@@ -61,11 +61,11 @@ def test_a_full_disk_that_is_emptied_again(
         at_steps(monkeypatch, {4: lambda: fill(disk), 10: (disk / "filler").unlink})
         run = disk / "run"
         assert train.main([*OPTIONS, "--run-dir", str(run)]) == 0
-        said = capsys.readouterr().out
+        printed = capsys.readouterr().out
         for name in ("metrics.jsonl", "report.html", "a sample grid", "TensorBoard's events"):
-            assert said.count(f"warning: {name} cannot be written now (") == 1, said
-            assert f"{name}: written again" in said
-        assert "warning: the checkpoint of step" in said and "is kept" in said
+            assert printed.count(f"warning: {name} cannot be written now (") == 1, printed
+            assert f"{name}: written again" in printed
+        assert "warning: the checkpoint of step" in printed and "is kept" in printed
         assert steps_logged(run) == list(range(1, 13))
         assert (run / "summary.json").exists() and (run / "report.html").exists()
         assert same(load_file(run / "generator.safetensors"), undisturbed)
@@ -86,10 +86,12 @@ def test_errors_of_every_kind(
     run = tmp_path / "run"
     assert train.main([*OPTIONS, "--run-dir", str(run)]) == 0
     faults.number = 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert faults.refused > 10
-    assert said.count(f"warning: metrics.jsonl cannot be written now ({os.strerror(number)})") == 1, said
-    assert "warning: a sample grid" in said and "warning: report.html" in said
+    assert printed.count(f"warning: metrics.jsonl cannot be written now ({os.strerror(number)})") == 1, (
+        printed
+    )
+    assert "warning: a sample grid" in printed and "warning: report.html" in printed
     assert json.loads((run / "summary.json").read_text())["steps"] == 12
     assert same(load_file(run / "generator.safetensors"), undisturbed)
 
@@ -97,10 +99,10 @@ def test_errors_of_every_kind(
 def test_lines_and_events_are_kept_and_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    said: list[str] = []
+    printed: list[str] = []
     faults = Refusing("metrics.jsonl", "tfevents").install(monkeypatch)
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0, said.append)
-    events = Loggers(["tensorboard"], tmp_path, 0, config={}, levels={}, say=said.append)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, printed.append)
+    events = Loggers(["tensorboard"], tmp_path, 0, config={}, levels={}, say=printed.append)
     for step in range(1, 7):
         faults.number = errno.ENOSPC if step in (2, 3, 5) else 0
         log.write({"step": step, "loss": 1.0})
@@ -111,15 +113,15 @@ def test_lines_and_events_are_kept_and_written_later(tmp_path: Path, monkeypatch
     (file,) = tmp_path.glob("events.out.tfevents.*")
     found = EventAccumulator(str(file)).Reload()
     assert [event.step for event in found.Scalars("loss/loss")] == [1, 2, 3, 4, 5, 6]
-    assert sum("cannot be written" in line for line in said) == 4
-    assert sum("written again" in line for line in said) == 4
+    assert sum("cannot be written" in line for line in printed) == 4
+    assert sum("written again" in line for line in printed) == 4
 
 
 def test_a_log_that_cannot_be_read_is_only_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     os.mkfifo(path)  # would block a reader
-    said: list[str] = []
-    log = MetricsLog(path, 3, said.append)
+    printed: list[str] = []
+    log = MetricsLog(path, 3, printed.append)
     log.write({"step": 4})
     log.close()
-    assert log.lines == [{"step": 4}] and "not a regular file" in said[0]
+    assert log.lines == [{"step": 4}] and "not a regular file" in printed[0]

@@ -123,16 +123,16 @@ def test_weights_are_normalized_once_an_update(tmp_path: Path) -> None:
 def test_a_bad_update_is_skipped_or_reported(tmp_path: Path) -> None:
     for policy in ("skip", "stop"):
         run = run_of("pretrain", tmp_path / policy, 1, on_nonfinite=policy)
-        said: list[str] = []
+        printed: list[str] = []
         (check,) = run.iteration.checks.values()  # type: ignore[attr-defined]
-        check.warn = said.append
+        check.warn = printed.append
         before = tensors(run)
         weight = run.state.denoiser.unet.out_gain  # type: ignore[attr-defined]
         hook = weight.register_hook(lambda g: g * float("nan"))
         run.advance(next(run.batches()))
         hook.remove()
         if policy == "skip":
-            assert len(said) == 1 and "out_gain" in said[0] and "skipped" in said[0]
+            assert len(printed) == 1 and "out_gain" in printed[0] and "skipped" in printed[0]
             after = tensors(run)
             assert all(torch.equal(v, after[n]) for n, v in before.items() if n.startswith("denoiser."))
         else:

@@ -72,8 +72,8 @@ def test_other_data_of_the_same_shape_are_refused(
     assert prepare.main([str(folder), str(other), "--validation", "16", "--test", "16"]) == 0
     assert bytes(content) != (other / "shard-00000.bin").read_bytes()
     index = read_index(candidates(run / "checkpoint")[0])
-    said = error("--run-dir", run, "--data", data, "--steps", 6)
-    assert index["identity"]["data"] in said and "--accept-data" in said and str(data) in said
+    printed = error("--run-dir", run, "--data", data, "--steps", 6)
+    assert index["identity"]["data"] in printed and "--accept-data" in printed and str(data) in printed
     assert steps(run)[-1] == 4
     trained(run, "--data", data, "--steps", 6, "--accept-data")
     assert history(run)[-1]["data"] != index["identity"]["data"]
@@ -86,9 +86,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     one, two = (trained(tmp_path / name, "--steps", 2, "--seed", seed) for seed, name in enumerate("ab"))
     shutil.rmtree(one / "checkpoint")
     shutil.copytree(two / "checkpoint", one / "checkpoint")
-    said = error("--run-dir", one, "--steps", 4)
-    assert str(history(one)[0]["run"]) in said and str(history(two)[0]["run"]) in said
-    (one / "history.jsonl").unlink()  # then the configuration tells
+    printed = error("--run-dir", one, "--steps", 4)
+    assert str(history(one)[0]["run"]) in printed and str(history(two)[0]["run"]) in printed
+    (one / "history.jsonl").unlink()  # then the configuration has the run ID
     assert "seed 1 -> 0" in error("--run-dir", one, "--steps", 4)
 
 
@@ -105,7 +105,7 @@ def test_a_start_that_came_to_no_checkpoint_leaves_the_run_its_name(tmp_path: Pa
     assert len(history(run)) == 1 and history(run)[0]["run"] != first
 
 
-def test_changed_versions_are_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_versions_are_reported_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path / "run", "--steps", 2)
     lines = history(run)
     assert isinstance(lines[0]["environment"], dict)
@@ -113,8 +113,8 @@ def test_changed_versions_are_said_and_kept(tmp_path: Path, capsys: pytest.Captu
     (run / "history.jsonl").write_text(json.dumps(lines[0]) + "\n")
     capsys.readouterr()
     trained(run, "--steps", 4)
-    said = capsys.readouterr().out
-    assert f"the environment has changed (torch 1.0.0 -> {torch.__version__})" in said
+    printed = capsys.readouterr().out
+    assert f"the environment has changed (torch 1.0.0 -> {torch.__version__})" in printed
     assert [line["step"] for line in history(run)] == [0, 2]
     assert history(run)[0]["environment"] == lines[0]["environment"]
     assert history(run)[0]["run"] == history(run)[1]["run"]
@@ -133,8 +133,10 @@ def test_a_new_run_from_a_checkpoint_of_another(tmp_path: Path, capsys: pytest.C
     other = tmp_path / "other"
     options = ["--resume-from", f"{run}@4", "--generator-lr", "0.5", "--divergence", "jeffreys"]
     assert train.main([*options, "--run-dir", str(other), "--steps", "6"]) == 0
-    said = capsys.readouterr().out
-    assert "divergence jensen_shannon -> jeffreys" in said and "generator_lr 0.001 -> 0.5" in said, said
+    printed = capsys.readouterr().out
+    assert "divergence jensen_shannon -> jeffreys" in printed and "generator_lr 0.001 -> 0.5" in printed, (
+        printed
+    )
     first = history(other)[0]
     assert first["resumed_from"] == {"run": history(run)[0]["run"], "directory": str(run), "step": 4}
     assert first["changed"] == {"generator_lr": [0.001, 0.5], "divergence": ["jensen_shannon", "jeffreys"]}
@@ -222,5 +224,5 @@ def test_a_denoiser_has_no_generator_to_sample(tmp_path: Path) -> None:
     options += ["--device", "cpu", "--threads", "1", "--batch-size", "8", "--steps", "1"]
     assert pretrain.main([*options, "--run-dir", str(run)]) == 0
     (run / "summary.json").unlink()
-    with pytest.raises(UserError, match="says nothing of a generator"):
+    with pytest.raises(UserError, match="no description of a generator"):
         sample.main([str(run), "--out", str(tmp_path / "grid.png")])

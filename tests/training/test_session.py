@@ -89,8 +89,8 @@ def test_torchrun_restarts_after_a_kill(tmp_path: Path) -> None:
         )  # fmt: skip
 
     undisturbed = launched("undisturbed")
-    said, _ = undisturbed.communicate(timeout=400)
-    assert undisturbed.returncode == 0, said
+    printed, _ = undisturbed.communicate(timeout=400)
+    assert undisturbed.returncode == 0, printed
     job = launched("killed")
     deadline = time.monotonic() + 300
     while not list((tmp_path / "killed" / "checkpoint").glob("step-????????")):
@@ -98,9 +98,9 @@ def test_torchrun_restarts_after_a_kill(tmp_path: Path) -> None:
         time.sleep(0.02)
     workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    said, _ = job.communicate(timeout=400)
-    assert job.returncode == 0, said
-    assert "resuming at step" in said, said
+    printed, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, printed
+    assert "resuming at step" in printed, printed
     found, wanted = (
         load_file(tmp_path / name / "generator.safetensors") for name in ("killed", "undisturbed")
     )

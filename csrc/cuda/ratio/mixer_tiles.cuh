@@ -1,7 +1,7 @@
 // What a warp does with its tokens: products in bf16 with fp32 accumulators, and moving accumulators about.
 //
 // A warp has `rows` tokens (one or two tiles of 16). Its accumulators of [rows, n] are float[rows / 16][n / 8][4] in
-// the order of mma.m16n8k16. As bf16, two neighbouring 16 x 8 tiles are the operand a of 16 more columns, so an
+// the order of mma.m16n8k16. As bf16, two neighboring 16 x 8 tiles are the operand a of 16 more columns, so an
 // activation goes from one product into the next without leaving the registers.
 #pragma once
 
@@ -15,9 +15,9 @@ using ptx::Vector16;
 
 template <int width_, int rows_, int parts_ = 1>
 struct Shape {
-  static constexpr int width = width_, rows = rows_;     // of a warp's residual sum
-  static constexpr int parts = parts_;                   // in which a thread block processes the tokens, one after the other
-  static constexpr int chunk = chunk_of(width_, rows_);  // hidden units at a time
+  static constexpr int width = width_, rows = rows_;  // of a warp's residual sum
+  static constexpr int parts = parts_;  // in which a thread block processes the tokens, one after the other
+  static constexpr int chunk = chunk_of(width_, rows_);         // hidden units at a time
   static constexpr int tiles = rows / 16, columns = width / 8;  // of a warp's accumulators
   static constexpr int stride = width + 8;                      // of activations in shared memory: no bank conflicts
   static constexpr int most_threads = 256;

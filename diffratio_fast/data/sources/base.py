@@ -66,7 +66,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How image files become records: RGB or grey, cropped square to ``resolution`` (None: as they are).
+    """How image files become records: RGB or gray, cropped square to ``resolution`` (None: as they are).
 
     ``max_pixels`` and ``max_bytes`` bound what a file may unpack to in memory: an image, and a source that is
     held as a whole. They are no part of a source's fingerprint.
@@ -252,11 +252,11 @@ def whole_train(splits: np.ndarray, validation: str | None, seed: int) -> np.nda
     if not len(side):
         raise UserError(
             "--protocol keeps the whole training set and takes validation from the test side, but the source "
-            "has no test records; name them with --test-source, or leave --protocol out"
+            "has no test records; set --test-source, or omit --protocol"
         )
     if np.any(splits == VALIDATION) and np.any(splits == TEST):
         if validation is not None:
-            raise UserError("the source has its own validation split; leave --validation out")
+            raise UserError("--validation: the source has its own validation split; omit --validation")
         return splits
     count = (
         min(len(side) // TEST_SHARE, MOST_VALIDATION)

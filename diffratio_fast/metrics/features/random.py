@@ -39,7 +39,7 @@ class RandomFeatures(nn.Module):
         wide = channels
         for layer, (filters, kernel) in enumerate(zip(FILTERS, KERNELS, strict=True)):
             shape = (filters, wide, kernel, kernel)
-            drawn = ops.normal(rng, torch.tensor([layer]), shape, ops.Purpose.INITIALISATION)[0]
+            drawn = ops.normal(rng, torch.tensor([layer]), shape, ops.Purpose.INITIALIZATION)[0]
             self.register_buffer(f"filters_{layer}", drawn * (2 / (wide * kernel**2)) ** 0.5)
             wide = filters
 
@@ -69,9 +69,9 @@ class _OfPixels(nn.Module):
 
 
 def load_random(weights: Path | None, shape: tuple[int, int, int]) -> Extractor:
-    """Random features of uint8 images of ``shape``, grey or RGB."""
+    """Random features of uint8 images of ``shape``, gray or RGB."""
     if weights is not None:
-        raise UserError("--features random have no weights; leave --weights out")
+        raise UserError("--weights: --features random has no weights; omit --weights")
     network = RandomFeatures(shape[0])
     identity = {"name": "random", "weights_sha256": None, "size": list(shape), "resize": "none"}
     return Extractor(_OfPixels(network), network.dimension, identity, batch=128, color=False)

@@ -82,7 +82,7 @@ class Pulse:
         )
         self.beat_seconds = beat
         self._phase, self._free, self._began, self._progress = "start", True, time.monotonic(), 0
-        self._said = False
+        self._warned = False
         self._others = {other: Other() for other in range(size) if other != rank}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diffratio-pulse", daemon=True)
@@ -91,7 +91,7 @@ class Pulse:
         """Enter a phase of the main thread; ``data`` waits for a batch."""
         self._phase, self._free, self._began = name, free, time.monotonic()
         self._progress += 1
-        self._said = False
+        self._warned = False
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[Pulse]:
@@ -150,8 +150,8 @@ class Pulse:
 
     def _check_loader(self) -> None:
         waited = time.monotonic() - self._began
-        if self._phase == "data" and waited > STALL and not self._said:
-            self._said = True
+        if self._phase == "data" and waited > STALL and not self._warned:
+            self._warned = True
             self.warn(f"warning: the loader has given no batch for {waited:.0f} s; still waiting")
 
     def _send(self, beat: int, ended: str = "") -> None:

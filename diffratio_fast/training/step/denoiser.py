@@ -108,8 +108,10 @@ class PretrainIteration(Stepper):
         if probability == 0:
             return self.denoiser, x0
         transform = geometric.random_transform(self.rng, index, probability)
-        told = transform.labels().to(x0.dtype)
-        return lambda x, sigma, labels: self.denoiser(x, sigma, labels, told), geometric.apply(transform, x0)
+        augment_labels = transform.labels().to(x0.dtype)
+        return lambda x, sigma, labels: self.denoiser(x, sigma, labels, augment_labels), geometric.apply(
+            transform, x0
+        )
 
     def _log_variance(self, sigma: Tensor) -> Tensor | None:
         denoiser = self.state.denoiser

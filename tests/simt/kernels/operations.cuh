@@ -6,7 +6,7 @@
 
 namespace diffratio::reference {
 
-// x: 64 numbers, an 8 x 8 matrix. cases.h says what each lane's words of the output should be.
+// x: 64 numbers, an 8 x 8 matrix. cases.h contains the expected words of each lane.
 constexpr int operations_out = 12;
 constexpr uint32_t operations_shared_bytes = 3 * 64 * 2;
 
