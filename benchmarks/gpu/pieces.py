@@ -55,6 +55,11 @@ def take(run: RunPaths, out: Path) -> None:
     temporary.rename(out)
 
 
+def due(end: float) -> bool:
+    """Whether the training is to save and end now."""
+    return time.monotonic() >= end
+
+
 def main(argv: list[str]) -> int:
     began = time.monotonic()
     parser = command.Parser(prog="python -m benchmarks.gpu.pieces", description=__doc__)
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> int:
         bring(options.source, run)
     line: list[str | Path] = [sys.executable, "-m", "diffratio_fast.train", *training, "--run-dir", run.root]
     end = began + options.time_limit - SAVING
-    outcome = jobs.run(Job("train", line, options.time_limit), until=lambda: time.monotonic() >= end)
+    outcome = jobs.run(Job("train", line, options.time_limit), until=lambda: due(end))
     print((out / "train.log").read_text().splitlines()[-1:])
     newest = newest_checkpoint(run)
     if newest is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -145,9 +146,13 @@ class NetworkOptions(Options, group="networks"):
         try:
             arguments = parse_json(self.backbone_options)
         except ValueError as error:
-            raise UserError(f"--backbone-options is not JSON ({error}): {self.backbone_options}") from None
+            raise UserError(
+                f"--backbone-options is not JSON ({error}): {reprlib.repr(self.backbone_options)}"
+            ) from None
         if not isinstance(arguments, dict):
-            raise UserError(f"--backbone-options must be a JSON object, not {self.backbone_options}")
+            raise UserError(
+                f"--backbone-options must be a JSON object, not {reprlib.repr(self.backbone_options)}"
+            )
         for name, published in U_NET_SIZES.items():
             value = getattr(self, name)
             if value is not None:

@@ -249,7 +249,10 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         ((tmp_path / "beyond.npz", *digits), "some labels are out of range"),
         ((tmp_path / "cut.npz", *digits), "damaged, or not an npz of images"),
         ((tmp_path / "unfinished", *digits), "sampling is not complete"),
-        ((tmp_path / "mixed", *digits, "--metrics", "kernel"), "image [1, 9, 9]; expected [1, 8, 8]"),
+        (
+            (tmp_path / "mixed", *digits, "--metrics", "kernel"),
+            "image [1, 9, 9] among [1, 8, 8]",
+        ),
         ((tmp_path / "statistics.npz", *digits), "use it as --reference"),
         ((samples / "images.npz",), "set --reference"),
         (
@@ -271,7 +274,7 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         ((trained, "--protocol", "edm"), "compares with the published statistics"),
         (("../nosuch",), "../nosuch: no such file or directory; name a run directory"),
         ((trained, "--count", "1"), "--count must be at least 2"),
-        ((trained, "--count", "64"), "64 images are too few"),
+        ((trained, "--count", "64"), "needs at least 65; add images"),
         ((trained, "--features", "clip"), "no such features: clip"),
         ((trained, "--features", "pixels", "--weights", "x"), "omit --weights"),
         ((trained, "--save-reference", "x.pkl"), "name an .npz"),

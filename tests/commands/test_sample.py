@@ -199,7 +199,7 @@ def test_latents_need_their_vae(tmp_path: Path) -> None:
     assert train.main([*SMALL, *options]) == 0
     _, about = networks.load(run / "generator.safetensors", "generator")
     assert about.data["vae"]["name"] == SD_VAE
-    with pytest.raises(UserError, match="set --vae to the directory"):
+    with pytest.raises(UserError, match="with --vae DIR"):
         sample.main([str(run), "--out", str(tmp_path / "a.npz")])
     np.savez(tmp_path / "b.npz", images=np.zeros((9, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match="contains latents; use the data set of the images"):

@@ -61,7 +61,7 @@ def test_an_unreadable_image_names_its_file(tmp_path: Path) -> None:
     source = opened(folder)
     with pytest.raises(Unreadable, match=r"class0/003\.png"):
         source.read(3)
-    with pytest.raises(Unreadable, match=r"class0/005\.png: image \[3, 9, 9\]; expected \[3, 8, 8\]"):
+    with pytest.raises(Unreadable, match=r"class0/005\.png: image \[3, 9, 9\] among \[3, 8, 8\]"):
         source.read(5)
 
 
@@ -392,7 +392,7 @@ def test_broken_idx_files(tmp_path: Path) -> None:
         (whole[:-1], "truncated"),
         (whole + b"x", "damaged"),
         (b"\0\0\x0d" + whole[3:], "not an IDX file"),
-        (whole[:4] + b"\xff" * 12, "header gives"),
+        (whole[:4] + b"\xff" * 12, r"claims 79228162458924105385300197375 bytes, more than 2147483648"),
         (idx_bytes(np.zeros((29, 5, 6), np.uint8)), "29 train images but 30 labels"),
     ):
         images.write_bytes(content)

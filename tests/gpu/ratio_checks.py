@@ -27,6 +27,7 @@ from diffratio_fast.ops.ratio import weight_shapes
 DEVICE = torch.device("cuda")
 SEEDS = (0, 1, 2)
 FEW = 64
+OPERATIONS = ("log_ratio", "log_ratio_backward", "score_difference", "ratio_loss")
 """Results of fewer numbers than this, such as losses, are allowed ``ROUNDING_OF_FEW``."""
 ROUNDING, ROUNDING_OF_FEW = 2e-3, 1e-2
 
@@ -145,7 +146,7 @@ def has_kernels(p: Problem) -> bool:
     """Whether the compiled operations take this network here, by their own decision."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ratio._compiled(p.weights, p.real)
+        return all(ratio._use_compiled(name, p.weights, p.real) for name in OPERATIONS)
 
 
 @contextlib.contextmanager

@@ -277,7 +277,7 @@ def test_modules_in_circles_and_in_crowds_are_refused(tmp_path: Path) -> None:
         outer._modules["inner"] = chain
         chain = outer
     modules["again"] = chain
-    assert "more than 16 deep" in fails(write(tmp_path / "n.pkl", content))
+    assert "nested deeper than 16" in fails(write(tmp_path / "n.pkl", content))
 
 
 @pytest.mark.usefixtures("code")
