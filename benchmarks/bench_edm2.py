@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.harness import Case, Settings, rotation
 from diffratio_fast.networks import magnitude
-from diffratio_fast.ops import edm2, reference_edm2
+from diffratio_fast.ops import edm2, parameters, reference_edm2
 
-SHAPE = {"cpu": (16, 128, 64, 64), "cuda": (64, 128, 64, 64)}
+SHAPE = {"cpu": (8, 128, 64, 64), "cuda": (64, 128, 64, 64)}
 """Images [N, C, H, W] of the first level of imagenet512-xs."""
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -88,10 +89,63 @@ def check(operation: Operation, inputs: Inputs) -> None:
     )
     tolerance = 1e-4 if some[0].dtype == torch.float32 else 3e-2
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.detach().abs().max()))
+
+
+LAYERS = 12
+"""Convolutions of 256 by 256 channels in a parameter step: 7 million weights."""
+
+
+class Parameters:
+    """Weights, gradients and state of a parameter step, and the two ways to make it."""
+
+    def __init__(self, device: torch.device) -> None:
+        def tensors() -> list[Tensor]:
+            return [torch.randn(256, 256, 3, 3, device=device) for _ in range(LAYERS)]
+
+        self.weights, self.gradients, self.average = tensors(), tensors(), tensors()
+        self.first, self.second = tensors(), [x.square() for x in tensors()]
+        self.steps = [torch.ones((), device=device) for _ in self.weights]
+        self.normalized = [x.bfloat16() for x in self.weights]
+
+    @torch.no_grad()
+    def fused(self, i: int) -> Tensor:
+        return parameters.adam_step(
+            self.weights, self.gradients, self.first, self.second, self.steps, rate=1e-3, beta1=0.9,
+            beta2=0.99, averages=[(self.average, 0.01)], normalize=[True] * LAYERS,
+            normalized=self.normalized,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def eager(self, i: int) -> Tensor:
+        norms = torch.stack(torch._foreach_norm(self.gradients))
+        torch._fused_adamw_(
+            self.weights, self.gradients, self.first, self.second, [], self.steps, lr=1e-3, beta1=0.9,
+            beta2=0.99, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        torch._foreach_lerp_(self.average, self.weights, 0.01)
+        for weight, normalized in zip(self.weights, self.normalized, strict=True):
+            rms = magnitude.root_mean_square(weight, [1, 2, 3]).clamp(min=magnitude.EPS)
+            weight.mul_((1 - magnitude.EPS) / rms)
+            normalized.copy_(magnitude.normalize(weight, (1, 2, 3)) / weight[0].numel() ** 0.5)
+        return norms
+
+    def check(self) -> None:
+        """Both ways from one state."""
+        other = copy.deepcopy(self)
+        norms = self.fused(0).sqrt()
+        torch.testing.assert_close(norms, other.eager(0), rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(self.weights, other.weights, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
+    step = Parameters(settings.device)
+    count = sum(x.numel() for x in step.weights)
+    yield Case(
+        "adam_step", f"{count / 1e6:.1f}M", "float32", "forward",
+        {"fused": step.fused, "eager": step.eager}, step.check, bytes=float(count * 42),
+    )  # fmt: skip
     for name, operation in OPERATIONS.items():
         for dtype in DTYPES:
             inputs = Inputs(settings, operation, dtype)

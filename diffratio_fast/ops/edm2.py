@@ -31,7 +31,7 @@ HAS_CUDA = HAS_OPERATIONS and torch._C._dispatch_has_kernel_for_dispatch_key(
     "diffratio::pixel_norm_silu", "CUDA"
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_NORM_CHANNELS, MAX_SCALE_CHANNELS = 2048, 8192
+MAX_NORM_CHANNELS, MAX_SCALE_CHANNELS, MAX_HEAD_SIZE = 2048, 8192, 256
 
 
 def compiled_for(x: Tensor) -> bool:
@@ -217,7 +217,7 @@ def qkv_norm(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [N, tokens, 3, heads, size], got {_describe(qkv)}")
     _floating("qkv", qkv)
-    if not compiled_for(qkv):
+    if not compiled_for(qkv) or qkv.shape[4] > MAX_HEAD_SIZE:
         return reference.qkv_norm(qkv)
     query, key, value = torch.ops.diffratio.qkv_norm(qkv)
     return query, key, value
