@@ -157,7 +157,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                 "eager": lambda *x, o=operation: o.call(magnitude, *x),
                 "compile": torch.compile(lambda *x, o=operation: o.call(magnitude, *x), dynamic=False),
             }
-            for passes, wrap, count in (
+            for passes, wrap, touched in (
                 ("forward", forward, operation.passes[0]),
                 ("full", full, sum(operation.passes)),
             ):
@@ -165,5 +165,5 @@ def cases(settings: Settings) -> Iterator[Case]:
                     name, str(list(shape)), str(dtype).removeprefix("torch."), passes,
                     {provider: wrap(call, inputs) for provider, call in calls.items()},
                     lambda o=operation, i=inputs: check(o, i),  # type: ignore[misc]
-                    bytes=float(size * count),
+                    bytes=float(size * touched),
                 )  # fmt: skip
