@@ -89,6 +89,18 @@ class Ratios(BatchedNetworks):
         return log_ratio.detach(), slope
 
 
+class EnergyRatios(Ratios):
+    """S ratio networks with an energy head: l = f + <c_in x, F> / sqrt(d), as ``networks.mlp.MLPRatio``."""
+
+    def __init__(self, count: int, dimensions: int, width: int, depth: int, generator: torch.Generator):
+        BatchedNetworks.__init__(self, count, dimensions, 1 + dimensions, width, depth, generator)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        out = BatchedNetworks.__call__(self, x, sigma)
+        scaled = x * (sigma**2 + SIGMA_DATA**2).rsqrt()[..., None]
+        return out[..., 0] + (scaled * out[..., 1:]).sum(-1) / math.sqrt(x.shape[-1])
+
+
 class Denoisers(BatchedNetworks):
     """S denoisers with the preconditioning of Karras et al. 2022 (Table 1): x0 [S, N, d] from x_sigma."""
 

@@ -45,6 +45,8 @@ def tables(found: dict[str, Any]) -> str:
         parts.append(_training_table(found["training"]))
     if "knobs" in found:
         parts.append(_knob_table(found["knobs"]))
+    if "switches" in found:
+        parts.append(_training_table(found["switches"]))
     return "\n\n".join(parts)
 
 

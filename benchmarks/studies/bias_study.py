@@ -4,13 +4,17 @@
 
 Data and generators are mixtures of Gaussians in 2, 16 and 64 dimensions, so noised densities and scores are
 known. All networks are residual networks with equal numbers of parameters, steps and samples; each is trained
-several times with different seeds, in one batch. Three parts:
+several times with different seeds, in one batch. Parts:
 
 - ``scores``: a frozen generator; error of the score difference at each noise level, as a cosine and a
 relative
   error with its squared bias (mean over trainings) and variance;
 - ``training``: generators trained to the end; their exact distance to the data against steps;
-- ``knobs``: the same in 16 dimensions with one setting changed at a time.
+- ``knobs``: the same in 16 dimensions with one setting changed at a time;
+- ``switches``: shared noise, energy head, matched pairs and ratio steps, one after another, and stable
+  targets of score distillation, in 16 and 64 dimensions.
+
+The first three parts use separate noise and scalar heads, as the package did when they were computed.
 
 A part takes about two minutes on one core. This command writes the figures and tables of docs/bias_study.md.
 """
@@ -28,7 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.studies.batched_networks import Denoisers, Ratios, matched_width, parameter_count
+from benchmarks.studies.batched_networks import (
+    Denoisers,
+    EnergyRatios,
+    Ratios,
+    matched_width,
+    parameter_count,
+)
 from benchmarks.studies.bias_training import Recipe, exact_slope, train_generators
 from benchmarks.studies.figures import Figures
 from benchmarks.studies.mixtures import Mixture, clusters
@@ -91,6 +101,22 @@ KNOBS: dict[str, Recipe] = {
     ),
 }
 
+SWITCH_DIMENSIONS = (16, 64)
+_OLD = replace(DIFFRATIO, generator_rate=2e-3)
+_SHARED = replace(_OLD, online=replace(ONLINE_RATIO, shared=True))
+_ENERGY = replace(_SHARED, energy=True)
+_MATCHED = replace(_ENERGY, online=replace(_ENERGY.online, matched=True))
+SWITCHES: dict[str, Recipe] = {
+    "DiffRatio, separate noise": _OLD,
+    "+ shared noise": _SHARED,
+    "+ energy head": _ENERGY,
+    "+ matched pairs": _MATCHED,
+    "+ 2 ratio steps": replace(_MATCHED, online_steps=2),
+    "VSD, learned teacher": replace(VSD, generator_rate=2e-3),
+    "VSD, stable targets": replace(VSD, generator_rate=2e-3, online=replace(ONLINE_STUDENT, stable=True)),
+}
+"""One switch after another, all with one generator rate; the teacher has stable targets with the student."""
+
 
 def single(mixture: Mixture) -> Mixture:
     return Mixture(mixture.weights.float(), mixture.means.float(), mixture.stds.float())
@@ -152,12 +178,14 @@ class Study:
     def settings(self, settings: Settings) -> Settings:
         return replace(settings, steps=self.steps(settings.steps))
 
-    def networks(self, dimensions: int, generator: torch.Generator) -> tuple[Ratios, Denoisers]:
+    def networks(
+        self, dimensions: int, generator: torch.Generator, *, energy: bool = False
+    ) -> tuple[Ratios, Denoisers]:
         """Networks with almost equal numbers of parameters; the ratio network never has more."""
         parameters = parameter_count(dimensions, dimensions, WIDTH, DEPTH)
-        width = matched_width(dimensions, 1, DEPTH, parameters)
+        width = matched_width(dimensions, 1 + energy * dimensions, DEPTH, parameters)
         return (
-            Ratios(self.seeds, dimensions, width, DEPTH, generator),
+            (EnergyRatios if energy else Ratios)(self.seeds, dimensions, width, DEPTH, generator),
             Denoisers(self.seeds, dimensions, WIDTH, DEPTH, generator),
         )
 
@@ -170,12 +198,14 @@ class Study:
     def data(self, dimensions: int) -> Mixture:
         return clusters(dimensions, CLUSTERS, STD, self.random(1, dimensions))
 
-    def teachers(self, dimensions: int, points: int | None = None) -> Denoisers:
+    def teachers(
+        self, dimensions: int, points: int | None = None, settings: Settings = DENOISER
+    ) -> Denoisers:
         """Denoisers of the data, or of ``points`` data points drawn for each training."""
         generator = self.random(2, dimensions)
         data = single(self.data(dimensions)).expand(self.seeds)
         _, teacher = self.networks(dimensions, generator)
-        train_denoiser(teacher, _source(data, points, generator), self.settings(DENOISER), generator)
+        train_denoiser(teacher, _source(data, points, generator), self.settings(settings), generator)
         teacher.requires_grad_(False)
         return teacher
 
@@ -267,7 +297,7 @@ class Study:
         data = single(self.data(dimensions)).expand(self.seeds)
         noise = torch.randn(data.means.shape, generator=generator)
         start = Mixture(data.weights, 0.4 * data.means + 0.1 * noise, torch.full_like(data.stds, 0.35))
-        ratio, student = self.networks(dimensions, generator)
+        ratio, student = self.networks(dimensions, generator, energy=recipe.energy)
         networks: Ratios | Denoisers | None = None
         if recipe.method == "diffratio":
             networks = ratio
@@ -291,6 +321,15 @@ class Study:
             teacher = self.teachers(dimensions)
             for name in RECIPES if dimensions == 2 else IN_MANY_DIMENSIONS:
                 yield self.train(dimensions, RECIPES[name], teacher, name)
+
+    def switches(self) -> Iterator[Row]:
+        for dimensions in SWITCH_DIMENSIONS:
+            teachers = {
+                stable: self.teachers(dimensions, settings=replace(DENOISER, stable=stable))
+                for stable in (False, True)
+            }
+            for name, recipe in SWITCHES.items():
+                yield self.train(dimensions, recipe, teachers[recipe.online.stable], name)
 
     def knobs(self) -> Iterator[Row]:
         teacher = self.teachers(16)
@@ -335,7 +374,7 @@ def weighted_errors(rows: list[Row], pair: str) -> list[Row]:
     return found
 
 
-PARTS = ("scores", "training", "knobs")
+PARTS = ("scores", "training", "knobs", "switches")
 
 
 def main(argv: list[str]) -> int:
@@ -362,13 +401,20 @@ def main(argv: list[str]) -> int:
     for part in options.only:
         began = time.process_time()
         rows: list[Row] = []
-        sources = {"scores": (study.scores, study.few_data), "training": (study.training,)}
-        for source in sources.get(part, (study.knobs,)):
+        sources: dict[str, tuple[Callable[[], Iterator[Row]], ...]] = {
+            "scores": (study.scores, study.few_data),
+            "training": (study.training,),
+            "knobs": (study.knobs,),
+            "switches": (study.switches,),
+        }
+        for source in sources[part]:
             for row in source():
                 rows.append(row)
+                found[part] = rows
+                if options.json is not None:  # an interrupted study keeps what it has
+                    replace_file(options.json, json.dumps(bias_figures.rounded(found)) + "\n")
                 if part != "scores":
                     print(bias_figures.one_line(row), flush=True)
-        found[part] = rows
         found[f"{part}_seconds"] = round(time.process_time() - began)
         if part == "scores":
             found["weights"] = [row for pair in PAIRS for row in weighted_errors(rows, pair)]

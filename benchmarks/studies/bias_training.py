@@ -43,6 +43,7 @@ class Recipe:
     generator_law: str | None = None
     generator_rate: float = 1e-2
     online: Settings = field(default_factory=lambda: Settings(steps=0, rate=3e-3, beta1=0.0))
+    energy: bool = False  # diffratio: networks with an energy head
     data_points: int | None = None  # number of fixed data points; None: draw from the law
 
     def divergence_row(self) -> Divergence:
@@ -161,12 +162,10 @@ def train_generators(
                 fake = made.frozen().sample(online.batch, generator)
                 sigma = draw_sigma(online.law, len(fake), online.batch, generator)
                 if isinstance(networks, Ratios):
-                    loss = ratio_loss(
-                        networks, sample_data(online.batch), fake, sigma, online.penalty, generator
-                    )
+                    loss = ratio_loss(networks, sample_data(online.batch), fake, sigma, online, generator)
                 else:
                     assert isinstance(networks, Denoisers)
-                    loss = denoising_loss(networks, fake, sigma, generator)
+                    loss = denoising_loss(networks, fake, sigma, generator, stable=online.stable)
                 descend(optimizer, loss, online.rate * factor)
         fake = made.mixture().sample(online.batch, generator)
         gradient = torch.zeros_like(fake)

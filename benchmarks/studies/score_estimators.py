@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -35,6 +36,9 @@ class Settings:
     beta1: float = 0.9
     penalty: float = 0.0
     decay: float = 0.0
+    shared: bool = False  # the real and the generated point of a pair get the same noise
+    matched: bool = False  # optimal assignment of the generated points of a batch to the real ones
+    stable: bool = False  # denoisers: the target is the posterior mean over the batch
 
 
 def draw_sigma(law: str, count: int, batch: int, generator: torch.Generator) -> Tensor:
@@ -44,12 +48,22 @@ def draw_sigma(law: str, count: int, batch: int, generator: torch.Generator) -> 
 
 
 def ratio_loss(
-    ratio: Ratios, real: Tensor, fake: Tensor, sigma: Tensor, penalty: float, generator: torch.Generator
+    ratio: Ratios,
+    real: Tensor,
+    fake: Tensor,
+    sigma: Tensor,
+    settings: Settings,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Logistic loss of each training [S], plus ``penalty`` times the slope penalty by a finite difference."""
+    """Logistic loss of each training [S], plus the weighted slope penalty by a finite difference."""
+    penalty = settings.penalty
     both = torch.cat((sigma, sigma), 1)
-    noised = torch.cat((real, fake), 1)
-    noised = noised + both[..., None] * torch.randn(noised.shape, generator=generator)
+    if settings.matched:
+        fake = fake.gather(1, assignment(real, fake)[..., None].expand_as(fake))
+    noise = torch.randn(real.shape if settings.shared else (len(real), 2 * real.shape[1], real.shape[2]),
+                        generator=generator)  # fmt: skip
+    noise = torch.cat((noise, noise), 1) if settings.shared else noise
+    noised = torch.cat((real, fake), 1) + both[..., None] * noise
     log_ratio = ratio(noised, both)
     real_half, fake_half = log_ratio.chunk(2, 1)
     loss = softplus(-real_half).mean(1) + softplus(fake_half).mean(1)
@@ -59,11 +73,23 @@ def ratio_loss(
     return loss
 
 
-def denoising_loss(denoiser: Denoisers, x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """Weighted denoising error of each training [S] (Karras et al. 2022)."""
+def assignment(real: Tensor, fake: Tensor) -> Tensor:
+    """For each training the permutation int64 [S, N] of ``fake`` that is nearest to ``real`` [S, N, d]."""
+    squares = torch.cdist(real, fake).square()
+    return torch.stack([torch.as_tensor(linear_sum_assignment(cost.numpy())[1]) for cost in squares])
+
+
+def denoising_loss(
+    denoiser: Denoisers, x0: Tensor, sigma: Tensor, generator: torch.Generator, *, stable: bool = False
+) -> Tensor:
+    """Weighted denoising error of each training [S] (Karras et al. 2022); see ``Settings.stable``."""
     noised = x0 + sigma[..., None] * torch.randn(x0.shape, generator=generator)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    return (weight * (denoiser(noised, sigma) - x0).square().mean(-1)).mean(1)
+    target = x0
+    if stable:
+        logits = -torch.cdist(noised, x0).square() / (2 * sigma[..., None] ** 2)
+        target = logits.softmax(-1) @ x0
+    return (weight * (denoiser(noised, sigma) - target).square().mean(-1)).mean(1)
 
 
 def adam(networks: BatchedNetworks, rate: float, beta1: float, decay: float = 0.0) -> torch.optim.Optimizer:
@@ -90,7 +116,7 @@ def train_ratio(
     for step in range(settings.steps):
         x, y = real(settings.batch), fake(settings.batch)
         sigma = draw_sigma(settings.law, len(x), settings.batch, generator)
-        loss = ratio_loss(ratio, x, y, sigma, settings.penalty, generator)
+        loss = ratio_loss(ratio, x, y, sigma, settings, generator)
         descend(optimizer, loss, _rate(settings, step))
 
 
@@ -102,4 +128,5 @@ def train_denoiser(
     for step in range(settings.steps):
         x = clean(settings.batch)
         sigma = draw_sigma(settings.law, len(x), settings.batch, generator)
-        descend(optimizer, denoising_loss(denoiser, x, sigma, generator), _rate(settings, step))
+        loss = denoising_loss(denoiser, x, sigma, generator, stable=settings.stable)
+        descend(optimizer, loss, _rate(settings, step))

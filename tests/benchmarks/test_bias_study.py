@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import bias_study
-from benchmarks.studies.batched_networks import Denoisers, Ratios, matched_width, parameter_count
+from benchmarks.studies.batched_networks import (
+    Denoisers,
+    EnergyRatios,
+    Ratios,
+    matched_width,
+    parameter_count,
+)
 from benchmarks.studies.bias_study import Study, decompose
 from benchmarks.studies.bias_training import Recipe, generator_gradient, train_generators
 from benchmarks.studies.mixtures import (
@@ -21,7 +27,14 @@ from benchmarks.studies.mixtures import (
     sliced_wasserstein,
     unit_directions,
 )
-from benchmarks.studies.score_estimators import Settings, draw_sigma, train_ratio
+from benchmarks.studies.score_estimators import (
+    Settings,
+    assignment,
+    denoising_loss,
+    draw_sigma,
+    ratio_loss,
+    train_ratio,
+)
 from diffratio_fast.errors import UserError
 from diffratio_fast.ops.divergences import DIVERGENCES
 
@@ -187,3 +200,54 @@ def test_study_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {row["method"] for row in kept["scores"]} == {"DiffRatio", *names[1:]}
     with pytest.raises(UserError, match="--scale"):
         bias_study.main(["--scale", "2"])
+
+
+def test_an_energy_head_starts_at_zero_and_is_as_large_as_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    network = EnergyRatios(2, 3, 8, 2, generator)
+    assert sum(p[0].numel() for p in network.parameters()) == parameter_count(3, 4, 8, 2)
+    x, sigma = torch.randn(2, 5, 3), torch.rand(2, 5) + 0.1
+    assert not network(x, sigma).any()
+    with torch.no_grad():
+        network.last[1][:, 0, 1:] = torch.tensor([1.0, 2.0, 3.0])  # an F that is the same everywhere
+    expected = x @ torch.tensor([1.0, 2.0, 3.0]) / (sigma**2 + 0.25).sqrt() / 3**0.5
+    torch.testing.assert_close(network(x, sigma), expected)
+
+
+def test_switches_of_the_losses() -> None:
+    """Shared noise cancels between equal halves; an assignment pairs equal points; a target is a mean."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(2, 6, 3)
+    order = torch.stack([torch.randperm(6), torch.randperm(6)])
+    mixed = points.gather(1, order[..., None].expand(-1, -1, 3))
+    found = assignment(points, mixed)
+    torch.testing.assert_close(mixed.gather(1, found[..., None].expand(-1, -1, 3)), points)
+
+    class Linear(Ratios):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+            halves = x.chunk(2, 1)
+            self.equal = bool(torch.equal(*halves))
+            return x.sum(-1)
+
+    ratio, sigma = Linear(), torch.ones(2, 6)
+    for settings, equal in (
+        (Settings(1, shared=True, matched=True), True),
+        (Settings(1, shared=True), False),
+        (Settings(1, matched=True), False),
+    ):
+        ratio_loss(ratio, points, mixed, sigma, settings, generator)
+        assert ratio.equal == equal
+
+    same = points[:, :1].expand(-1, 6, -1)  # the mean of equal points is the point
+
+    class Exact(Denoisers):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return same
+
+    assert float(denoising_loss(Exact(), same, sigma, generator, stable=True).max()) < 1e-10

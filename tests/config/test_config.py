@@ -82,7 +82,7 @@ def test_missing_file() -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["digitz"], "PRESET digitz: unknown"),
+        (["digitz"], "no such preset: digitz"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--batch-size", "x"], "invalid int value"),
         (["--generator-lr", "nan"], "--generator-lr must be finite"),

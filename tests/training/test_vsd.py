@@ -238,7 +238,7 @@ def test_refused(options: dict[str, Any], printed: str) -> None:
 
 def test_teacher_of_another_network_is_refused(teacher: Path, tmp_path: Path) -> None:
     options = [*DISTIL, "--backbone-options", '{"width": 8, "depth": 2}', "--teacher", str(teacher)]
-    with pytest.raises(UserError, match=r"--teacher .*width 16, this run 8"):
+    with pytest.raises(UserError, match=r"--teacher .*its width is 16; this run needs 8"):
         train.main(["digits", *options, "--run-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "config.yaml").exists()
 
