@@ -128,6 +128,7 @@ def outcome(row: Row, where: Path, before: Callable[[], None]) -> tuple[int, str
             traceback.print_exc()
         finally:
             with contextlib.suppress(Exception):
+                sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
     _, ended = os.waitpid(pid, 0)

@@ -552,7 +552,7 @@ def test_a_protocol_keeps_the_training_set_whole(tmp_path: Path) -> None:
     assert run_prepare(train, tmp_path / "few", *options, "--validation", "3") == 0
     data = ShardDataSet(tmp_path / "few")
     assert [data.count(split) for split in ("train", "validation", "test")] == [40, 3, 17]
-    with pytest.raises(UserError, match="the source has no test records; name them with --test-source"):
+    with pytest.raises(UserError, match="the source has no test records; set --test-source"):
         run_prepare(train, tmp_path / "e", "--protocol", "fid")
     with pytest.raises(UserError, match="omit --test"):
         run_prepare(train, tmp_path / "e", *options, "--test", "3")

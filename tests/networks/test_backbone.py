@@ -293,7 +293,7 @@ def test_published_weights_give_generator_and_encoder(backbone: str, tmp_path: P
             "resample_filter is [1, 3, 3, 1]; this run needs [1, 1]",
         ),
         ({"label_dim": 4}, dataset(), "and 4 classes"),
-        ({}, dataset(Scaling((10.0,), (5.0,), 0.0, 255.0)), "prepare the data with that"),
+        ({}, dataset(Scaling((10.0,), (5.0,), 0.0, 255.0)), "prepare it with the same --scaling"),
     ],
 )
 def test_published_weights_that_do_not_fit_are_refused(

@@ -260,7 +260,7 @@ def test_configurations(case: str, copied: Path, tmp_path: Path, marker: Path) -
 def test_options_that_are_json(tmp_path: Path, marker: Path) -> None:
     for text in (DEEP, "{", "[]"):
         options = ["--ratio-network", "encoder", "--backbone-options", text, "--run-dir", tmp_path / "new"]
-        assert "backbone_options" in refused(train.main, options, marker)
+        assert "--backbone-options" in refused(train.main, options, marker)
 
 
 @pytest.mark.parametrize("case", ["pickle", "flipped", "header", "deep"])
