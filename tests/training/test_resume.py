@@ -152,7 +152,7 @@ def test_what_cannot_be_resumed_from(tmp_path: Path) -> None:
     assert "none at step 3 (available: 2, 4)" in error(*new, "--resume-from", f"{run}@3")
     assert "expected a run directory" in error(*new, "--resume-from", tmp_path / "none")
     assert "--run-dir" in error("--resume-from", run)
-    assert "is the run itself" in error("--run-dir", run, "--resume-from", run)
+    assert "is the same run" in error("--run-dir", run, "--resume-from", run)
     assert "does not match this run" in error(*new, "--resume-from", run, "--generator-width", "17")
     assert not (tmp_path / "new").exists()
 
