@@ -55,10 +55,10 @@ def read_index(path: Path) -> dict[str, Any]:
     """The index of the checkpoint ``path``, every file of which is as it was written; else ``Damaged``."""
     try:
         index: dict[str, Any] = parse_json(read_bytes(path / INDEX, INDEX_LIMIT))
+        if index.pop("digest") != digest_of_index(index):  # first: the format may be what is damaged
+            raise Damaged(f"the digest of {INDEX} does not match")
         if index["format"] != FORMAT:
             raise UserError(f"{path}: not a checkpoint of this version of diffratio_fast; {ADVICE}")
-        if index.pop("digest") != digest_of_index(index):
-            raise Damaged(f"the digest of {INDEX} does not match")
         files: dict[str, Any] = index["files"]
         if not files or {file.name for file in path.glob("*.safetensors")} != set(files):
             raise Damaged(f"{INDEX} names other files than there are")

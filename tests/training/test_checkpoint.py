@@ -171,3 +171,19 @@ def test_whole_and_part_readers_agree(tmp_path: Path) -> None:
     assert same(copies(run), read_parts(path, other.state))
     Checkpoints(run.directory.checkpoint, ALONE).load(other.state)
     assert same(copies(run), copies(other))
+
+
+def test_a_format_with_a_flipped_bit_is_damage(tmp_path: Path) -> None:
+    """Then an older checkpoint is used; only an intact index of another format is of another version."""
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    index = {"format": checkpoints.FORMAT, "step": 1, "seconds": 0.0, "best": {}, "files": {}}
+    intact = index | {"digest": checkpoints.digest_of_index(index)}
+    (path / "index.json").write_text(json.dumps(intact | {"format": "diffratio_fast.checkpoint.3"}))
+    with pytest.raises(checkpoints.Damaged, match="the digest of index"):
+        checkpoints.read_index(path)
+    index["format"] = "diffratio_fast.checkpoint.3"
+    newer = index | {"digest": checkpoints.digest_of_index(index)}
+    (path / "index.json").write_text(json.dumps(newer))
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoints.read_index(path)
