@@ -19,5 +19,7 @@ def test_runs_under_faults_end_as_if_nothing_had_been(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     content = json.loads(out.read_text())
-    assert content["lost"] == 0 and len(content["rows"]) == 6
-    assert len(content["faults"]) == 5 and {row["processes"] for row in content["rows"]} == {1, 2}
+    assert content["lost"] == 0 and content["tracebacks"] == 0 and len(content["rows"]) == 6
+    first = ["kill", "kill in save", "stop", "damage", "full disk", "full file system"]
+    assert [row["kinds"][0] for row in content["rows"]] == first
+    assert {row["processes"] for row in content["rows"]} == {1, 2}
