@@ -172,7 +172,7 @@ def test_a_gan_descends_its_generators_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "printed"),
     [
         ({"objective": "gan"}, "--divergence softened_reverse_kl"),
         (
@@ -184,7 +184,7 @@ def test_a_gan_descends_its_generators_loss() -> None:
         ({"objective": "conditional", "ratio_matched_pairs": True}, "--ratio-matched-pairs False"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], printed: str) -> None:
+    with pytest.raises(UserError, match=printed):
         TrainConfig(**options)
     assert math.isfinite(TrainConfig().conditional_rate)
