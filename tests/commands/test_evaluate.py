@@ -269,7 +269,7 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
             (trained, "--protocol", "fid", "--count", "1000"),
             "--count 1000: --protocol fid sets it to 50000; omit --count",
         ),
-        ((trained, "--protocol", "edm", "--labels", "proportional"), "fixes --labels uniform"),
+        ((trained, "--protocol", "edm", "--labels", "proportional"), "--protocol edm sets it to uniform"),
         ((trained, "--protocol", "fid"), "1,350 images, not the whole published"),
         ((trained, "--protocol", "edm"), "compares with the published statistics"),
         (("../nosuch",), "../nosuch: no such file or directory; name a run directory"),

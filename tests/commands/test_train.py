@@ -373,7 +373,7 @@ def test_results_without_a_checkpoint_are_not_overwritten(finished: Path, tmp_pa
     shutil.rmtree(target / "checkpoint")
     before = contents(target)
     line = one_error_line(run("train", *SMALL, "--run-dir", "run", cwd=tmp_path))
-    assert "no checkpoint" in line
+    assert "without a checkpoint" in line
     assert contents(target) == before
 
 
@@ -404,7 +404,7 @@ def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--generator-noise", "loguniform(0.01, 9)"], "outside ratio_noise"),
+        (["--generator-noise", "loguniform(0.01, 9)"], "outside --ratio-noise"),
         (["--ratio-noise", "normal(0, 1)"], "is not known"),
         (["--data", "cifar"], "no such data set"),
         (["--device", "cuda:99"], "--device cuda:99"),

@@ -218,5 +218,5 @@ def test_the_table_of_presets_has_what_was_measured(
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].endswith("| not measured |") and lines[3].endswith(f"| {found['images_per_s']:,.0f} |")
     file.write_text("{}")
-    with pytest.raises(UserError, match="not what --measure wrote"):
+    with pytest.raises(UserError, match="expected a file of --measure"):
         preset_plans.main(["digits", "--measured", str(file)])
