@@ -9,7 +9,7 @@
 namespace diffratio {
 
 // Raised with every change of a schema. diffratio_fast/ops/compiled.py holds the same number.
-constexpr int interface_version = 4;
+constexpr int interface_version = 5;
 
 // The SIMD level in use, and its name.
 const cpu::Level& cpu_level();

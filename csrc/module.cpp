@@ -51,9 +51,9 @@ std::array<uint32_t, 4> philox(const std::string& name, std::array<uint32_t, 4> 
 }
 
 // The numbers of ops.ratio_checks.Layout.
-using Layout = std::array<int64_t, 8>;
+using Layout = std::array<int64_t, 9>;
 
-diffratio::MixerSizes sizes_of(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7]}; }
+diffratio::MixerSizes sizes_of(const Layout& l) { return {l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7], l[8] != 0}; }
 
 py::dict plan_ratio(const std::string& operation, const std::string& device, const Layout& layout, int64_t samples,
                     int64_t parallel) {

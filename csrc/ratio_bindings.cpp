@@ -67,13 +67,13 @@ class Cpu {
   static at::ScalarType gradient_type(const at::Tensor&) { return at::kFloat; }
 
   void set_weights(at::TensorList weights, const Packed&, Tensors& held) {
-    for (int i = 0; i < diffratio::weights; ++i) {
+    for (size_t i = 0; i < weights.size(); ++i) {
       held.push_back(weights[i].to(at::kFloat).contiguous());
       call.weight[i] = held.back().const_data_ptr<float>();
     }
   }
   void set_gradients(const Tensors& gradients) {
-    for (int i = 0; i < weights; ++i) call.weight_gradient[i] = gradients[i].mutable_data_ptr<float>();
+    for (size_t i = 0; i < gradients.size(); ++i) call.weight_gradient[i] = gradients[i].mutable_data_ptr<float>();
   }
   void set_loss(const at::Tensor& loss) { loss_ = loss.mutable_data_ptr<float>(); }
 
@@ -138,7 +138,7 @@ class Cuda {
                       "packed must start at a multiple of 16 bytes");
   }
   void set_gradients(const Tensors& gradients) {
-    for (int i = 0; i < weights; ++i) gradients_.out[i] = gradients[i].mutable_data_ptr();
+    for (size_t i = 0; i < gradients.size(); ++i) gradients_.out[i] = gradients[i].mutable_data_ptr();
     gradients_.out_type = type_of(gradients[0]);
   }
   void set_loss(const at::Tensor& loss) { gradients_.loss = loss.mutable_data_ptr<float>(); }
@@ -160,7 +160,7 @@ class Cuda {
     call.packing = cuda::packing_of(sizes);
     call.type = type_of(weights[0]);
     Tensors held;
-    for (int i = 0; i < diffratio::weights; ++i) {
+    for (size_t i = 0; i < weights.size(); ++i) {
       held.push_back(weights[i].contiguous());
       call.weight[i] = held.back().const_data_ptr();
     }
@@ -266,7 +266,7 @@ void cast(Tensors& gradients, at::TensorList weights) {
 
 template <class Backend>
 at::Tensor pack_weights(at::TensorList weights) {
-  TORCH_CHECK_VALUE(weights.size() == diffratio::weights && weights[w_patch].dim() == 2,
+  TORCH_CHECK_VALUE((weights.size() == diffratio::weights || weights.size() == w_energy) && weights[w_patch].dim() == 2,
                     "weights must be those of a RatioMixer");
   const c10::OptionalDeviceGuard guard(weights[0].device());
   return Backend::pack(weights);

@@ -21,7 +21,8 @@ inline void check(const char* name, const at::Tensor& t, std::vector<int64_t> sh
 // The sizes of a network and of images [B, channels, H, W] that fit it.
 inline MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
   const at::Device device = images.device();
-  TORCH_CHECK_VALUE(weights.size() == diffratio::weights, "weights must be ", int{diffratio::weights}, " tensors");
+  TORCH_CHECK_VALUE(weights.size() == diffratio::weights || weights.size() == w_energy,
+                    "weights must be 7 tensors, or 8 with an energy head");
   for (const at::Tensor& weight : weights) {
     TORCH_CHECK_TYPE(weight.scalar_type() == weights[0].scalar_type(), "weights must have one dtype");
   }
@@ -49,6 +50,8 @@ inline MixerSizes sizes_of(at::TensorList weights, const at::Tensor& images) {
   check("up", weights[w_up], {s.depth, s.hidden, s.width}, device);
   check("down", weights[w_down], {s.depth, s.width, s.hidden}, device);
   check("head", weights[w_head], {s.tokens, s.width}, device);
+  s.energy = weights.size() > w_energy;
+  if (s.energy) check("energy", weights[w_energy], {s.width, p}, device);
   return s;
 }
 

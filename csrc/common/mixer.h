@@ -12,14 +12,15 @@ namespace diffratio {
 struct MixerSizes {
   int64_t channels, image_height, image_width, patch;  // images, side of a patch
   int64_t tokens, width, depth, hidden;                // T, C, L, H
+  bool energy = false;                                 // whether the network has an energy head
 
   DR_HOST_DEVICE int64_t image() const { return channels * image_height * image_width; }
   DR_HOST_DEVICE int64_t vector() const { return channels * patch * patch; }      // P
   DR_HOST_DEVICE int64_t conditioning() const { return width + depth * hidden; }  // D
 };
 
-// The weights in the order of ops/ratio_checks.py, which has their shapes.
-enum Weight { w_patch, w_position, w_mix, w_mix_bias, w_up, w_down, w_head, weights };
+// The weights in the order of ops/ratio_checks.py, which has their shapes. The last is there with an energy head only.
+enum Weight { w_patch, w_position, w_mix, w_mix_bias, w_up, w_down, w_head, w_energy, weights };
 
 // The function of the log ratio l whose gradient is wanted.
 enum class Objective {

@@ -75,6 +75,9 @@ void pack_weights(const Mixer& m, const MixerLayout& l, float* packed, ParallelF
       pack(m.weight[w_position], t, c, c, 1, T, C, l.panel, to(p_position, 0, 0));
       pack(m.weight[w_head], t, c, c, 1, T, C, l.panel, to(p_head, 0, 0));
       if (back) pack(m.weight[w_patch], c, p, p, 1, C, l.vector, l.vector_panel, to(p_patch_t, 0, 0));
+      if (!s.energy) return;
+      pack(m.weight[w_energy], p, c, 1, p, p, C, l.panel, to(p_energy, 0, 0));
+      if (back) pack(m.weight[w_energy], c, p, p, 1, C, l.vector, l.vector_panel, to(p_energy_t, 0, 0));
       return;
     }
     const float *mix = m.weight[w_mix] + layer * t * t, *up = m.weight[w_up] + layer * h * c;
@@ -100,6 +103,7 @@ void unpack_gradients(const Mixer& m, const MixerLayout& l, const float* sums, P
       unpack(from(w_patch, 0, 0), c, p, C, l.vector_panel, out[w_patch]);
       unpack(from(w_position, 0, 0), t, c, T, l.panel, out[w_position]);
       unpack(from(w_head, 0, 0), t, c, T, l.panel, out[w_head]);
+      if (s.energy) unpack(from(w_energy, 0, 0), c, p, C, l.vector_panel, out[w_energy]);
       return;
     }
     unpack(from(w_mix, layer, T * T), t, t, T, l.token_panel, out[w_mix] + layer * t * t);
@@ -125,14 +129,25 @@ MixerLayout mixer_layout(const Level& level, const Mixer& m) {
   l.vector = rounded(s.vector(), l.vector_panel);
   l.token_panel = l.tokens % l.panel ? l.lanes : l.panel;
   const int64_t tc = l.tokens * l.width, tt = s.depth * l.tokens * l.tokens, ch = s.depth * l.width * l.hidden;
-  const int64_t pieces[packs] = {
-      s.vector() * l.width,         tc, tt, s.depth * l.tokens, ch, ch, tc, back ? tt : 0, back ? ch : 0, back ? ch : 0,
-      back ? l.width * l.vector : 0};
+  const int64_t cp = l.width * l.vector, pc = s.vector() * l.width;
+  const int64_t pieces[packs] = {pc,
+                                 tc,
+                                 tt,
+                                 s.depth * l.tokens,
+                                 ch,
+                                 ch,
+                                 tc,
+                                 back ? tt : 0,
+                                 back ? ch : 0,
+                                 back ? ch : 0,
+                                 back ? cp : 0,
+                                 s.energy ? pc : 0,
+                                 s.energy && back ? cp : 0};
   for (int i = 0; i < packs; ++i) {
     l.packed[i] = l.packed_floats;
     l.packed_floats += rounded(pieces[i], 16);
   }
-  const int64_t sums[weights] = {l.width * l.vector, tc, tt, s.depth * l.tokens, ch, ch, tc};
+  const int64_t sums[weights] = {cp, tc, tt, s.depth * l.tokens, ch, ch, tc, s.energy ? cp : 0};
   for (int i = 0; gradients && i < weights; ++i) {
     l.gradient[i] = l.gradient_floats;
     l.gradient_floats += rounded(sums[i], 16);

@@ -31,7 +31,7 @@ struct MixerLayout {
   int64_t tokens, width, hidden;               // padded
   int64_t vector, vector_panel;                // patch vectors: padded, one or two registers wide
   int64_t token_panel;                         // panel of matrices whose columns are tokens
-  int64_t packed[11], packed_floats;           // offsets of the packed weights: pack_weights in mixer.cpp
+  int64_t packed[13], packed_floats;           // offsets of the packed weights: pack_weights in mixer.cpp
   int64_t gradient[weights], gradient_floats;  // offsets of a group's weight gradients
   int64_t workspace_floats;                    // for one thread
   int64_t groups;                              // of samples, for weight gradients; 0 without
@@ -49,6 +49,8 @@ enum Packed {
   p_up_t,
   p_down_t,
   p_patch_t,
+  p_energy,
+  p_energy_t,
   packs
 };
 

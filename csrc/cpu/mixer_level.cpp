@@ -28,7 +28,7 @@ struct Pieces {
 // Activations of the current sample. With weight gradients, every layer keeps its input, mixed tokens and hidden units;
 // otherwise all layers share one buffer of each. With a backward pass, the slope silu' is kept for every layer.
 struct Workspace {
-  float *image, *noised, *z, *h, *m, *a, *slope, *e, *g, *gu, *gm, *transposed_h, *dz, *sums;
+  float *image, *noised, *z, *h, *m, *a, *slope, *e, *g, *gu, *gm, *transposed_h, *dz, *sums, *head;
   int64_t layer_h, layer_m, layer_a, layer_slope;  // floats from one layer to the next
   int64_t floats;
 
@@ -53,6 +53,7 @@ struct Workspace {
     dz = pieces.take(back ? l.tokens * l.vector : 0);
     transposed_h = pieces.take(all ? tc : 0);
     sums = pieces.take(l.width > l.hidden ? l.width : l.hidden);
+    head = pieces.take(c.sizes.energy ? tc : 0);
     floats = pieces.used;
   }
 };
@@ -148,6 +149,8 @@ void pad_conditioning(const MixerSizes& s, const MixerLayout& l, const float* e,
   }
 }
 
+float energy_scale(const MixerSizes& s) { return 1.0f / std::sqrt(static_cast<float>(s.image())); }
+
 float forward(const Mixer& call, const MixerLayout& l, const float* packed, const Workspace& w) {
   const int64_t T = l.tokens, C = l.width, H = l.hidden, depth = call.sizes.depth;
   const bool back = call.has_backward();
@@ -199,6 +202,20 @@ float forward(const Mixer& call, const MixerLayout& l, const float* packed, cons
     h = next;
   }
   const float* head = weight(p_head, 0, 0);
+  if (call.sizes.energy) {  // <z, h energy> is <z energy^T, h>: the head of this sample is head + z energy^T / sqrt(N)
+    const float scale = energy_scale(call.sizes), *shared = head;
+    float* own = w.head;
+    product<2, false>(T, C / panel, call.sizes.vector(), {w.z, l.vector_panel, l.vector_panel, T * l.vector_panel},
+                      weight(p_energy, 0, 0), [=](int64_t i, int64_t n, const auto& tile) {
+                        for (int r = 0; r < tile_rows; ++r) {
+                          for (int j = 0; j < 2; ++j) {
+                            const int64_t at = (n * T + i + r) * panel + j * lanes;
+                            store(own + at, load(shared + at) + scale * tile[r][j]);
+                          }
+                        }
+                      });
+    head = own;
+  }
   double sum = 0;
   for (int64_t row = 0; row < T * C / panel; row += 16) {  // padded T C is a multiple of 16 rows
     V part = {};
@@ -215,8 +232,27 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
   const int64_t T = l.tokens, C = l.width, H = l.hidden;
   const auto weight = [&](Packed name, int64_t layer, int64_t size) { return packed + l.packed[name] + layer * size; };
   const auto sums = [&](Weight name, int64_t layer, int64_t size) { return group + l.gradient[name] + layer * size; };
-  const float* head = weight(p_head, 0, 0);
+  const float* head = s.energy ? w.head : weight(p_head, 0, 0);
   float *g = w.g, *gu = w.gu, *gm = w.gm;
+  // image gradient += c_in times g matrix, unpatched
+  const auto add_to_image = [&](const float* matrix) {
+    float* dz = w.dz;
+    product_of<false>(l.vector_panel, T, l.vector / l.vector_panel, C, panelled(g, T), matrix,
+                      [=](int64_t i, int64_t n, const auto& tile) {
+                        constexpr int N = sizeof tile[0] / sizeof(V);
+                        float* out = dz + (n * T + i) * N * lanes;
+                        for (int r = 0; r < tile_rows; ++r) {
+                          for (int j = 0; j < N; ++j, out += lanes) store(out, tile[r][j]);
+                        }
+                      });
+    add_patches(s, l, dz, c_in, image);
+  };
+  if (s.energy) {
+    const float *h = w.h + s.depth * w.layer_h, factor = by_log_ratio * energy_scale(s);
+    for (int64_t at = 0; at < T * C; at += lanes) store(g + at, factor * load(h + at));
+    if (group) accumulate(l, g, w.z, C, l.vector, l.vector_panel, sums(w_energy, 0, 0));
+    if (image) add_to_image(weight(p_energy_t, 0, 0));
+  }
   if (group) {
     const float* h = w.h + s.depth * w.layer_h;
     float* out = sums(w_head, 0, 0);
@@ -291,18 +327,7 @@ void backward(const Mixer& call, const MixerLayout& l, const float* packed, cons
     for (int64_t at = 0; at < T * C; at += lanes) store(position + at, load(position + at) + load(g + at));
     accumulate(l, g, w.z, C, l.vector, l.vector_panel, sums(w_patch, 0, 0));
   }
-  if (image) {
-    float* dz = w.dz;
-    product_of<false>(l.vector_panel, T, l.vector / l.vector_panel, C, panelled(g, T), weight(p_patch_t, 0, 0),
-                      [=](int64_t i, int64_t n, const auto& tile) {
-                        constexpr int N = sizeof tile[0] / sizeof(V);
-                        float* out = dz + (n * T + i) * N * lanes;
-                        for (int r = 0; r < tile_rows; ++r) {
-                          for (int j = 0; j < N; ++j, out += lanes) store(out, tile[r][j]);
-                        }
-                      });
-    add_patches(s, l, dz, c_in, image);
-  }
+  if (image) add_to_image(weight(p_patch_t, 0, 0));
 }
 
 float by_log_ratio(const Mixer& call, int half, int64_t place, float log_ratio) {

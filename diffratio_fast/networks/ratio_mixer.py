@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from diffratio_fast import ops
 from diffratio_fast.networks.layers import Embedding, FourierFeatures, Linear, Weight
+from diffratio_fast.networks.mlp import is_energy
 from diffratio_fast.ops.ratio import weight_shapes
 
 MAX_TOKENS = 256
@@ -44,6 +45,7 @@ class RatioMixer(nn.Module):
         depth: int,
         expansion: int = 2,
         patch: int | None = None,
+        head: str = "scalar",
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class RatioMixer(nn.Module):
             )
         self.sigma_data = sigma_data
         hidden, tokens = expansion * width, (image_height // size) * (image_width // size)
-        shapes = weight_shapes(tokens, width, depth, hidden, channels * size**2)
+        shapes = weight_shapes(tokens, width, depth, hidden, channels * size**2, is_energy(head))
         gains = {"patch": 1.4, "mix": 1.0, "up": 1.4, "down": 1.0}
         # the last axis of a weight is its fan-in; weights without a gain are initialized to zero
         self.parts = nn.ModuleDict(

@@ -16,7 +16,7 @@ from diffratio_fast.ops import run_time
 
 # Raised together with interface_version in csrc/bindings.h whenever an operation's schema changes, so that
 # a module left over from older sources is noticed.
-INTERFACE = 4
+INTERFACE = 5
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _INFO = _PACKAGE / "_build_info.json"

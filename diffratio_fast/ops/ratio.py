@@ -1,11 +1,11 @@
 """The fused operations of a RatioMixer: its log ratio, the generator's gradient, the ratio network's loss.
 
-``weights`` is the list of a RatioMixer's tensors in the order of ``weight_shapes``, float32, bfloat16 or
-float64; C channels, L layers, H hidden units, T patches of P numbers. ``conditioning`` holds D = C + L H
-numbers a sample: a token bias and the layers' hidden biases (``reference_ratio`` has the formulas,
-docs/ratio_mixer.md the reasons). Images are [B, channels, H, W], float32, bfloat16 or, with float64 weights,
-float64. Results are float32 (float64); gradients of weights have the weights' type. Noise is that of
-``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
+``weights`` is the list of a RatioMixer's tensors in the order of ``weight_shapes`` (seven, or eight with an
+energy head), float32, bfloat16 or float64; C channels, L layers, H hidden units, T patches of P numbers.
+``conditioning`` holds D = C + L H numbers a sample: a token bias and the layers' hidden biases
+(``reference_ratio`` has the formulas, docs/ratio_mixer.md the reasons). Images are [B, channels, H, W],
+float32, bfloat16 or, with float64 weights, float64. Results are float32 (float64); gradients of weights have
+the weights' type. Noise is that of ``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
 
 ``packed`` is the result of ``pack_weights`` for the same weights, if available. CUDA kernels round the
 operands of matrix products to bfloat16 and sum in float32. They exist for up to 256 tokens, 256 channels and
@@ -253,7 +253,8 @@ def forward_flops(weights: Sequence[Sequence[int]]) -> int:
     """Floating-point operations in the matrix products of one log ratio, from the weights' shapes."""
     (width, patch), (tokens, _) = weights[0], weights[1]
     depth, hidden, _ = weights[4]
-    return 2 * tokens * width * (patch + depth * (tokens + 2 * hidden))
+    energy = patch if len(weights) == len(checks.NAMES) else 0
+    return 2 * tokens * width * (patch + depth * (tokens + 2 * hidden) + energy)
 
 
 def _register_flops() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from diffratio_fast.ops import noise_checks
 from diffratio_fast.ops.divergences import DIVERGENCES
 
-NAMES = ("patch", "position", "mix", "mix_bias", "up", "down", "head")
-"""The weights of a RatioMixer in order; ``weight_shapes`` gives their shapes."""
+NAMES = ("patch", "position", "mix", "mix_bias", "up", "down", "head", "energy")
+"""The weights of a RatioMixer in order (``weight_shapes``); the last is there with an energy head only."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -29,6 +29,7 @@ class Layout(NamedTuple):
     width: int
     depth: int
     hidden: int
+    energy: bool = False
 
     @property
     def conditioning(self) -> int:
@@ -36,9 +37,11 @@ class Layout(NamedTuple):
         return self.width + self.depth * self.hidden
 
 
-def weight_shapes(tokens: int, width: int, depth: int, hidden: int, patch: int) -> dict[str, tuple[int, ...]]:
+def weight_shapes(
+    tokens: int, width: int, depth: int, hidden: int, patch: int, energy: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Name to shape, in the order of the ``weights`` argument; ``patch`` counts the numbers in a patch."""
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "patch": (width, patch),
         "position": (tokens, width),
         "mix": (depth, tokens, tokens),
@@ -47,12 +50,15 @@ def weight_shapes(tokens: int, width: int, depth: int, hidden: int, patch: int) 
         "down": (depth, width, hidden),
         "head": (tokens, width),
     }
+    return shapes | {"energy": (width, patch)} if energy else shapes
 
 
 def layout(weights: Sequence[Tensor], images: Tensor) -> Layout:
     """The sizes that the weights and images [B, channels, H, W] agree on, else ``ValueError``."""
-    if len(weights) != len(NAMES):
-        raise ValueError(f"weights must be the {len(NAMES)} tensors {', '.join(NAMES)}, got {len(weights)}")
+    energy = len(weights) == len(NAMES)
+    if not energy and len(weights) != len(NAMES) - 1:
+        names = ", ".join(NAMES[:-1])
+        raise ValueError(f"weights must be the 7 tensors {names}, or 8 with energy, got {len(weights)}")
     if images.dim() != 4:
         raise ValueError(f"images must be [B, channels, H, W], got {list(images.shape)}")
     if weights[0].dim() != 2 or weights[1].dim() != 2 or weights[4].dim() != 3:
@@ -61,7 +67,7 @@ def layout(weights: Sequence[Tensor], images: Tensor) -> Layout:
         raise ValueError("weights must not be empty")
     (width, patch), (tokens, _), (depth, hidden, _) = weights[0].shape, weights[1].shape, weights[4].shape
     for (name, shape), weight in zip(
-        weight_shapes(tokens, width, depth, hidden, patch).items(), weights, strict=True
+        weight_shapes(tokens, width, depth, hidden, patch, energy).items(), weights, strict=True
     ):
         if tuple(weight.shape) != shape:
             raise ValueError(f"weight {name} must be {list(shape)}, got {list(weight.shape)}")
@@ -79,7 +85,7 @@ def layout(weights: Sequence[Tensor], images: Tensor) -> Layout:
         raise ValueError(
             f"weights for {tokens} patches of {patch} numbers do not fit images {list(images.shape[1:])}"
         )
-    return Layout(channels, image_height, image_width, size, tokens, width, depth, hidden)
+    return Layout(channels, image_height, image_width, size, tokens, width, depth, hidden, energy)
 
 
 def compute_type(images: Tensor) -> torch.dtype:

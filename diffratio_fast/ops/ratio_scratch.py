@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffratio_fast.ops import compiled
-from diffratio_fast.ops.ratio_checks import Layout
+from diffratio_fast.ops.ratio_checks import NAMES, Layout
 
 GPU_BLOCKS = 132
 """Thread blocks that a planned GPU runs at once: one on each multiprocessor of an H100."""
@@ -21,7 +21,7 @@ GPU_BLOCKS = 132
 def _layout(weights: Sequence[Tensor]) -> Layout:
     """A layout with these weights; the memory does not depend on how a patch's numbers form an image."""
     (width, patch), (tokens, _), (depth, hidden, _) = weights[0].shape, weights[1].shape, weights[4].shape
-    return Layout(patch, tokens, 1, 1, tokens, width, depth, hidden)
+    return Layout(patch, tokens, 1, 1, tokens, width, depth, hidden, len(weights) == len(NAMES))
 
 
 def _plan(

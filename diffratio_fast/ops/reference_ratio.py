@@ -9,7 +9,8 @@ D = C + L H numbers (C channels, L layers, H hidden units; docs/ratio_mixer.md g
         m = h + mix_l h + mix_bias_l        [T, C]   over tokens; mix_bias_l: a number per token
         u = m up_l^T + e_l                  [T, H]   over channels; e_l = e[C + l H : C + (l + 1) H]
         h = 0.7 (m + silu(u) down_l^T)      [T, C]
-    log ratio = sum over t, c of head * h
+    log ratio = sum over t, c of head * h, and with an energy head + sum over t, p of z * (h energy) / sqrt(T
+    P)
 
 Token t = (row * W / p + column) of a patch; its vector is ordered (channel, row, column). No norm, no other
 bias. Arithmetic is float32 (float64 for float64 images), for every type of images and weights.
@@ -18,6 +19,7 @@ Signatures, shapes and errors are those of the public functions in ``ops.ratio``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +68,7 @@ def log_ratio(
     sizes = checks.layout(weights, noised)
     sigma = checks.level("sigma", sigma, (noised.shape[0],), noised)
     e = checks.column("conditioning", conditioning, (noised.shape[0], sizes.conditioning), noised)
-    patch, position, mix, mix_bias, up, down, head = (weight.to(sigma.dtype) for weight in weights)
+    patch, position, mix, mix_bias, up, down, head, *energy = (weight.to(sigma.dtype) for weight in weights)
     c_in = (sigma**2 + sigma_data**2).rsqrt()
     token, *biases = e[:, None].split([sizes.width, *[sizes.hidden] * sizes.depth], dim=2)
     z = patches(noised.to(sigma.dtype), sizes.size) * c_in[:, None, None]
@@ -74,7 +76,10 @@ def log_ratio(
     for mix_l, b_l, up_l, down_l, e_l in zip(mix, mix_bias, up, down, biases, strict=True):
         m = h + mix_l @ h + b_l[:, None]
         h = RESIDUAL * (m + silu(m @ up_l.T + e_l) @ down_l.T)
-    return (head * h).sum((1, 2))
+    value = (head * h).sum((1, 2))
+    if sizes.energy:
+        value = value + (z * (h @ energy[0])).sum((1, 2)) / math.sqrt(z[0].numel())
+    return value
 
 
 def score_difference(

@@ -21,8 +21,10 @@ TOKENS, WIDTH, DEPTH, HIDDEN = 4, 3, 2, 5
 D = WIDTH + DEPTH * HIDDEN
 
 
-def problem(batch: int = 3, draws: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    shapes = weight_shapes(TOKENS, WIDTH, DEPTH, HIDDEN, CHANNELS * SIZE**2)
+def problem(
+    batch: int = 3, draws: int = 2, dtype: torch.dtype = torch.float64, energy: bool = False
+) -> dict[str, Any]:
+    shapes = weight_shapes(TOKENS, WIDTH, DEPTH, HIDDEN, CHANNELS * SIZE**2, energy)
     image = (batch, CHANNELS, SIDE, SIDE)
     return {
         "weights": [0.6 * torch.randn(shape, dtype=dtype) for shape in shapes.values()],
@@ -38,7 +40,7 @@ def problem(batch: int = 3, draws: int = 2, dtype: torch.dtype = torch.float64) 
 
 def straightforward(weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor) -> Tensor:
     """The log ratio of one image, token by token and channel by channel as the documentation writes it."""
-    patch, position, mix, mix_bias, up, down, head = weights
+    patch, position, mix, mix_bias, up, down, head, *energy = weights
     c_in = 1 / (sigma**2 + 0.25).sqrt()
     vectors = []
     for row in range(0, SIDE, SIZE):
@@ -56,18 +58,23 @@ def straightforward(weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor) 
         u = torch.stack([up[block] @ m[t] + hidden for t in range(TOKENS)])
         a = u / (1 + (-u).exp())
         h = 0.7 * (m + torch.stack([down[block] @ a[t] for t in range(TOKENS)]))
-    return (head * h).sum()
+    value = (head * h).sum()
+    for matrix in energy:
+        value += sum(v @ (h[t] @ matrix) for t, v in enumerate(vectors)) / x.numel() ** 0.5
+    return value
 
 
-def test_log_ratio_is_what_is_written():
-    p = problem()
+@pytest.mark.parametrize("energy", [False, True])
+def test_log_ratio_is_what_is_written(energy):
+    p = problem(energy=energy)
     sigma, e = p["sigma"][:, 0], p["conditioning"][:, 0]
     expected = [straightforward(p["weights"], x, s, c) for x, s, c in zip(p["real"], sigma, e, strict=True)]
     torch.testing.assert_close(ops.log_ratio(p["weights"], p["real"], sigma, e), torch.stack(expected))
 
 
-def test_log_ratio_passes_gradcheck_for_every_input():
-    p = problem(batch=2)
+@pytest.mark.parametrize("energy", [False, True])
+def test_log_ratio_passes_gradcheck_for_every_input(energy):
+    p = problem(batch=2, energy=energy)
     inputs = [*p["weights"], p["real"], p["conditioning"][:, 0]]
     for tensor in inputs:
         tensor.requires_grad_()
@@ -114,8 +121,9 @@ def test_score_difference_is_the_mean_of_the_factors_times_the_gradients(name):
         assert clamped > 0
 
 
-def test_ratio_loss_passes_gradcheck_in_weights_and_conditionings():
-    p = problem(batch=2)
+@pytest.mark.parametrize("energy", [False, True])
+def test_ratio_loss_passes_gradcheck_in_weights_and_conditionings(energy):
+    p = problem(batch=2, energy=energy)
     inputs = [*p["weights"], p["conditioning"][:, 0].clone(), p["conditioning"][:, 1].clone()]
     for tensor in inputs:
         tensor.requires_grad_()
@@ -153,8 +161,9 @@ def test_only_the_loss_is_differentiable(dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (4, 64, 64), (1, 28, 28), (1, 6, 9)])
-def test_the_network_takes_every_shape(shape):
-    network = RatioMixer(shape, 3, width=16, depth=2)
+@pytest.mark.parametrize("head", ["scalar", "energy"])
+def test_the_network_takes_every_shape(shape, head):
+    network = RatioMixer(shape, 3, width=16, depth=2, head=head)
     networks.initialize(network, 0, stream=1)
     out = network(torch.randn(2, *shape), torch.tensor([0.2, 0.9]), torch.tensor([0, 2]))
     assert out.shape == (2,) and bool((out == 0).all())  # the head starts at zero
@@ -169,17 +178,20 @@ def test_a_patch_that_does_not_divide_is_refused():
         RatioMixer((1, 8, 521), 3, width=16, depth=2)
 
 
-def mixer(dtype: torch.dtype) -> RatioMixer:
-    network = RatioMixer((2, 8, 8), 5, width=8, depth=2)
+def mixer(dtype: torch.dtype, head: str) -> RatioMixer:
+    network = RatioMixer((2, 8, 8), 5, width=8, depth=2, head=head)
     networks.initialize(network, 4, stream=1)
     torch.nn.init.normal_(network.parts["head"].weight, std=0.2)
     torch.nn.init.normal_(network.parts["mix_bias"].weight, std=0.2)
+    if head == "energy":
+        torch.nn.init.normal_(network.parts["energy"].weight, std=0.2)
     return network.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fused_steps_are_the_composed_ones(dtype):
-    network, batch = mixer(dtype), 6
+@pytest.mark.parametrize("head", ["scalar", "energy"])
+def test_fused_steps_are_the_composed_ones(dtype, head):
+    network, batch = mixer(dtype, head), 6
     real, fake = torch.randn(2, batch, 2, 8, 8, dtype=dtype).unbind()
     sigma = torch.rand(batch, 2, dtype=dtype) + 0.1
     labels, rng, index = torch.arange(batch) % 5, ops.make_rng(1, 2), torch.arange(batch)
@@ -199,8 +211,9 @@ def test_fused_steps_are_the_composed_ones(dtype):
         torch.testing.assert_close(other, composed, **tolerance)
 
 
-def test_flops_are_those_of_the_matrix_products():
-    p = problem()
+@pytest.mark.parametrize("energy", [False, True])
+def test_flops_are_those_of_the_matrix_products(energy):
+    p = problem(energy=energy)
     with FlopCounterMode(display=False) as counter:
         reference_ratio.log_ratio(p["weights"], p["fake"], p["sigma"][:, 0], p["conditioning"][:, 0])
     assert counter.get_total_flops() == 3 * forward_flops([weight.shape for weight in p["weights"]])

@@ -18,13 +18,15 @@ from diffratio_fast.ops.ratio_scratch import cuda_packed_bytes, scratch_bytes
 pytestmark = pytest.mark.skipif(not HAS_OPERATIONS, reason="the compiled module was not built")
 LEVELS = compiled.module.build_info()["simd_levels"] if compiled.module is not None else []
 
-# channels, height, across, patch, width, depth, hidden
+# channels, height, width, patch, width, depth, hidden, with an energy head
 SIZES = {
     "digits": (1, 8, 8, 2, 64, 2, 128),
     "color": (3, 16, 16, 2, 64, 1, 128),
     "latents": (4, 16, 16, 4, 128, 2, 256),
     "odd": (2, 6, 15, 3, 20, 3, 35),
     "one token": (3, 5, 5, 5, 3, 1, 2),
+    "energy": (3, 16, 16, 2, 64, 2, 128, True),
+    "odd energy": (2, 6, 15, 3, 20, 2, 35, True),
 }
 
 
@@ -40,9 +42,9 @@ def level(request) -> Iterator[str]:
 
 
 def problem(size: str, batch: int = 5, draws: int = 2) -> dict[str, Any]:
-    channels, height, across, patch, width, depth, hidden = SIZES[size]
+    channels, height, across, patch, width, depth, hidden, *energy = SIZES[size]
     tokens = height * across // patch**2
-    shapes = weight_shapes(tokens, width, depth, hidden, channels * patch**2)
+    shapes = weight_shapes(tokens, width, depth, hidden, channels * patch**2, bool(energy))
     image = (batch, channels, height, across)
     return {
         "weights": [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes.values()],
@@ -243,7 +245,7 @@ def test_the_choice_of_cuda_kernels_compiles_without_graph_breaks(monkeypatch):
 
     traced = torch.compile(step, fullgraph=True, backend="eager")
     assert torch.equal(traced(p["real"]), p["real"] + 1) and torch.equal(traced(p["fake"]), p["fake"] + 1)
-    assert asked == [("ratio_loss", 3, 16, 16, 2, 64, 64, 1, 128, 99)]
+    assert asked == [("ratio_loss", 3, 16, 16, 2, 64, 64, 1, 128, False, 99)]
 
 
 def test_the_compiled_operations_check_too():
@@ -303,4 +305,4 @@ def test_plans_grow_with_samples_up_to_the_workspace(operation, device):
 
 def test_the_plan_refuses_an_unknown_operation():
     with pytest.raises(ValueError, match="no such operation"):
-        compiled.module.plan_ratio("add_noise", "cpu", [1, 8, 8, 2, 16, 64, 1, 64], 1, 1)
+        compiled.module.plan_ratio("add_noise", "cpu", [1, 8, 8, 2, 16, 64, 1, 64, 0], 1, 1)

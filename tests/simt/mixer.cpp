@@ -24,6 +24,14 @@ int main(int argc, char** argv) {
                         {paired, 3, 2, 1, Pass::image, Objective::score, true, Form::several, 1, Type::float32, 0, 2}));
   cases.push_back(mixer("ratio_loss, two parts", {paired, 2, 1, 2, Pass::weights, Objective::logistic, true,
                                                   Form::several, 3, Type::float32, 0, 2}));
+  const auto with_energy = [](MixerSizes s) {
+    s.energy = true;
+    return s;
+  };
+  const MixerSizes energetic = with_energy({1, 8, 24, 2, 48, 64, 1, 32});
+  cases.push_back(mixer("score_difference, energy", {energetic, 3, 2, 1, Pass::image, Objective::score, true}));
+  cases.push_back(
+      mixer("ratio_loss, energy", {energetic, 3, 1, 2, Pass::weights, Objective::logistic, true, Form::several, 3}));
   const std::string command = argc > 1 ? argv[1] : "";
   if (command != "mutate") {
     cases.push_back(mixer("log_ratio, odd", {odd, 7, 1, 3, Pass::forward, Objective::none, true}));
@@ -47,6 +55,18 @@ int main(int argc, char** argv) {
         mixer("score_difference, 256 wide, two parts", {largest, 2, 1, 1, Pass::image, Objective::score, true}));
     cases.push_back(
         mixer("log_ratio_backward, 256 wide, two parts", {largest, 1, 1, 1, Pass::weights, Objective::given, false}));
+    const MixerSizes odd_energy = with_energy(odd), paired_energy = with_energy(paired);
+    cases.push_back(mixer("log_ratio, odd, energy", {odd_energy, 5, 1, 3, Pass::forward, Objective::none, true}));
+    cases.push_back(
+        mixer("log_ratio_backward, odd, energy, bf16",
+              {odd_energy, 3, 1, 2, Pass::weights, Objective::given, false, Form::several, 2, Type::bfloat16}));
+    cases.push_back(mixer("ratio_loss, energy, one launch",
+                          {energetic, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::one_launch, 3}));
+    cases.push_back(mixer("score_difference, energy, two parts", {paired_energy, 2, 2, 1, Pass::image, Objective::score,
+                                                                  true, Form::several, 1, Type::float32, 0, 2}));
+    cases.push_back(
+        mixer("log_ratio_backward, energy, two parts",
+              {paired_energy, 2, 1, 1, Pass::weights, Objective::given, true, Form::several, 3, Type::float32, 0, 2}));
     cases.push_back(
         mixer("ratio_loss, 256", {widest, 2, 1, 2, Pass::weights, Objective::logistic, true, Form::automatic, 3}));
   }

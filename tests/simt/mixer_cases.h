@@ -94,13 +94,22 @@ struct Problem {
   explicit Problem(const Config& config) : g(config) {
     const MixerSizes& s = g.sizes;
     Random random;
-    const float scale[weights] = {1.7f / std::sqrt(float(s.vector())),        0.5f,
-                                  1.7f / std::sqrt(float(s.tokens)),          0.3f,
-                                  2.4f / std::sqrt(float(s.width)),           1.7f / std::sqrt(float(s.hidden)),
-                                  3.0f / std::sqrt(float(s.tokens * s.width))};
-    const int64_t counts[weights] = {s.width * s.vector(), s.tokens * s.width,           s.depth * s.tokens * s.tokens,
-                                     s.depth * s.tokens,   s.depth * s.hidden * s.width, s.depth * s.width * s.hidden,
-                                     s.tokens * s.width};
+    const float scale[weights] = {1.7f / std::sqrt(float(s.vector())),
+                                  0.5f,
+                                  1.7f / std::sqrt(float(s.tokens)),
+                                  0.3f,
+                                  2.4f / std::sqrt(float(s.width)),
+                                  1.7f / std::sqrt(float(s.hidden)),
+                                  3.0f / std::sqrt(float(s.tokens * s.width)),
+                                  3.0f / std::sqrt(float(s.width))};
+    const int64_t counts[weights] = {s.width * s.vector(),
+                                     s.tokens * s.width,
+                                     s.depth * s.tokens * s.tokens,
+                                     s.depth * s.tokens,
+                                     s.depth * s.hidden * s.width,
+                                     s.depth * s.width * s.hidden,
+                                     s.tokens * s.width,
+                                     s.energy ? s.width * s.vector() : 0};
     for (int i = 0; i < weights; ++i) {
       weight[i] = random.uniform(counts[i], scale[i]);
       round_to_bf16(weight[i]);
@@ -244,7 +253,7 @@ inline std::string compare(const Problem& problem, const Outputs& got, const Out
     const std::string found = simt::compare(a, std::vector<double>(b.begin(), b.end()), tolerance);
     return found.empty() ? "" : std::string(name) + ": " + found;
   };
-  static const char* const names[weights] = {"patch", "position", "mix", "mix_bias", "up", "down", "head"};
+  static const char* const names[weights] = {"patch", "position", "mix", "mix_bias", "up", "down", "head", "energy"};
   std::string found = check("log ratio", got.log_ratio, expected.log_ratio);
   if (found.empty()) found = check("image", got.image, expected.image);
   for (int half = 0; half < 2 && found.empty(); ++half) {

@@ -129,7 +129,7 @@ def test_ratio_kernels_stay_within_global_memory(simt_programs: Programs):
     if flags == PLAIN:
         pytest.skip("the compiler has no AddressSanitizer")
     result = run(simt_programs.build("mixer", MIXER, flags, PORTABLE), "once")
-    assert result.returncode == 0 and "23 cases" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "30 cases" in result.stdout, result.stdout + result.stderr
 
 
 def test_ratio_kernels_need_every_synchronization(simt_programs: Programs):

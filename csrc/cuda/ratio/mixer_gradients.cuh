@@ -17,12 +17,17 @@ struct Product {
   int64_t out;             // offset in Sums of [m][n]
 };
 
-// patch, then of every layer: mix, up, down.
+DR_DEVICE int products_of(const MixerCall& c) { return 1 + 3 * c.packing.depth + (c.packing.energy ? 1 : 0); }
+
+// patch, for every layer mix, up and down, then energy.
 DR_DEVICE Product product_of(const MixerCall& c, int number) {
   const Packing& p = c.packing;
   const Sums sums = sums_of(p);
   if (number == 0)
     return {c.staging.first, c.staging.z, p.width, p.vector, p.tokens, p.width, p.vector, false, sums.patch};
+  if (number == products_of(c) - 1 && p.energy) {
+    return {c.staging.last, c.staging.z, p.width, p.vector, p.tokens, p.width, p.vector, false, sums.energy};
+  }
   const int layer = (number - 1) / 3;
   const int64_t wide = int64_t{2} * p.tokens * p.width * layer, hidden = int64_t{2} * p.tokens * p.hidden * layer;
   const int64_t weight = static_cast<int64_t>(p.hidden) * p.width * layer;
@@ -67,7 +72,7 @@ class GradientBlock {
   // `units` of them; `first_slice`: the sums are written, not added to.
   DR_DEVICE void run(int units, bool first_slice) {
     int job = 0;  // over products, splits and tiles; thread blocks take them in turn
-    for (int number = 0; number < 1 + 3 * c.packing.depth; ++number) {
+    for (int number = 0; number < products_of(c); ++number) {
       const Product product = product_of(c, number);
       const int rows = (product.m + 32 * down - 1) / (32 * down), columns = (product.n + 32 * right - 1) / (32 * right);
       for (int i = 0; i < rows * columns * g.splits; ++i, ++job) {
@@ -226,6 +231,7 @@ DR_DEVICE int64_t place_in_sums(const Packing& p, const Sums& s, int weight, int
   const int group = chunk_of(p.width, rows_of_warp(p.real_tokens));
   switch (weight) {
     case w_patch: return s.patch + static_cast<int64_t>(permuted(row, 32)) * p.vector + column;
+    case w_energy: return s.energy + static_cast<int64_t>(permuted(row, 32)) * p.vector + column;
     case w_position: return s.position + static_cast<int64_t>(row) * p.width + permuted(column, 32);
     case w_mix: return s.mix + (static_cast<int64_t>(layer) * p.tokens + row) * p.tokens + column;
     case w_mix_bias: return s.mix_bias + static_cast<int64_t>(row) * p.tokens + column;
@@ -245,13 +251,15 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   DR_UNROLL
   for (int weight = 0; weight < weights; ++weight) {
-    const bool product = weight == w_patch || weight == w_mix || weight == w_up || weight == w_down;
+    if (weight == w_energy && !p.energy) break;
+    const bool over_patches = weight == w_patch || weight == w_energy;
+    const bool product = over_patches || weight == w_mix || weight == w_up || weight == w_down;
     const int layers = weight == w_mix || weight == w_up || weight == w_down ? p.depth : 1;
-    const int rows = weight == w_patch || weight == w_down ? p.real_width
-                     : weight == w_mix_bias                ? p.depth
-                     : weight == w_up                      ? p.real_hidden
-                                                           : p.real_tokens;
-    const int columns = weight == w_patch                         ? p.real_vector
+    const int rows = over_patches || weight == w_down ? p.real_width
+                     : weight == w_mix_bias           ? p.depth
+                     : weight == w_up                 ? p.real_hidden
+                                                      : p.real_tokens;
+    const int columns = over_patches                              ? p.real_vector
                         : weight == w_mix || weight == w_mix_bias ? p.real_tokens
                         : weight == w_down                        ? p.real_hidden
                                                                   : p.real_width;
@@ -261,6 +269,7 @@ DR_DEVICE void write_gradients(const MixerCall& c, const GradientCall& g) {
       const float* from = g.sums + place_in_sums(p, sums, weight, layer, row, column);
       float sum = ptx::load(from);
       for (int split = 1; product && split < g.splits; ++split) sum += ptx::load(from + split * sums.floats);
+      if (weight == w_energy) sum *= energy_scale(p);
       if (g.out_type == Type::float32)
         static_cast<float*>(g.out[weight])[i] = sum;
       else

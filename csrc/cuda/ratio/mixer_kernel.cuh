@@ -66,6 +66,11 @@ class MixerBlock : MixerSample<S> {
       park(h);
     }
     for (int layer = 0; layer < p.depth; ++layer) forward(h, layer, operands);
+    if (p.energy) {  // the patch vectors once more, where no warp needs the tile
+      ptx::block_sync();
+      this->load_patches(half, sample, draw, c.inputs.sigma[level]);
+      ptx::block_sync();
+    }
     const float log_ratio = read_head(h);
     if (thread() == 0)
       ptx::store(c.results.log_ratio + static_cast<int64_t>(half) * c.inputs.batch * c.inputs.draws + level, log_ratio);
@@ -78,12 +83,18 @@ class MixerBlock : MixerSample<S> {
           stage_rows<S>(operands + c.staging.last, first(), h);
         });
       }
+      if (p.energy && c.results.image_gradient) {
+        // where h was staged it is scaled by the slope already
+        const float scale = (staged ? 1.0f : slope) * energy_scale(p) * this->c_in(c.inputs.sigma[level]);
+        for_each_part(h, [&](int) { this->write_image_gradient(h, p.energy_t, sample, scale, draw > 0); });
+      }
       start_backward(h, slope);
       for (int layer = p.depth - 1; layer >= 0; --layer) backward(h, layer, operands);
       if constexpr (staged) finish_operands(h, half, level, operands);
       if (c.results.image_gradient) {
         const float scale = this->c_in(c.inputs.sigma[level]);
-        for_each_part(h, [&](int) { this->add_image_gradient(h, sample, draw, scale); });
+        const bool add = draw > 0 || p.energy;
+        for_each_part(h, [&](int) { this->write_image_gradient(h, p.patch_t, sample, scale, add); });
       }
     }
     ptx::forget_shared();
@@ -236,7 +247,7 @@ class MixerBlock : MixerSample<S> {
     ptx::warp_sync();  // before this warp's tokens are replaced in the tile
   }
 
-  // The sum over head * h, the same in all threads.
+  // The sum over (head + z energy^T / sqrt(N)) * h, the same in all threads.
   DR_DEVICE float read_head(Accumulator<S>& h) {
     float sum = 0;
     for_each_part(h, [&](int) {
@@ -249,6 +260,7 @@ class MixerBlock : MixerSample<S> {
           for (int j = 0; j < 4; ++j) sum = Scalar::fma(Scalar::as_float(w.v[j]), h[i][n][j], sum);
         }
       }
+      if (p.energy) sum = Scalar::fma(energy_scale(p), energy_of(h), sum);
     });
     sum = column_sum(quad_sum(sum));
     if (lane() == 0) sums.store(thread() / 32, sum);
@@ -256,6 +268,19 @@ class MixerBlock : MixerSample<S> {
     float total = 0;
     for (int warp = 0; warp < threads() / 32; ++warp) total += sums.load(warp);
     return total;
+  }
+
+  // The sum over z energy^T * h, this lane's share.
+  DR_DEVICE float energy_of(const Accumulator<S>& h) const {
+    float sum = 0;
+    this->for_energy_columns([&](int n, const float (&q)[S::tiles][2][4]) {
+      DR_UNROLL
+      for (int i = 0; i < S::tiles; ++i) {
+        DR_UNROLL
+        for (int j = 0; j < 8; ++j) sum = Scalar::fma(q[i][j / 4][j % 4], h[i][2 * n + j / 4][j % 4], sum);
+      }
+    });
+    return sum;
   }
 
   // --- backward ------------------------------------------------------------------------------------------------
@@ -279,6 +304,19 @@ class MixerBlock : MixerSample<S> {
     DR_UNROLL_NOT
     for (int i = 0;; ++i) {
       this->load_accumulators(g, p.head);
+      if (p.energy) {
+        const float scale = energy_scale(p);
+        this->for_energy_columns([&](int n, const float (&q)[S::tiles][2][4]) {
+          DR_UNROLL
+          for (int i = 0; i < S::tiles; ++i) {
+            DR_UNROLL
+            for (int j = 0; j < 8; ++j) {
+              float& to = g[i][2 * n + j / 4][j % 4];
+              to = Scalar::fma(scale, q[i][j / 4][j % 4], to);
+            }
+          }
+        });
+      }
       this->scale(g, mixer_residual * slope);
       if (i + 1 == S::parts) break;
       park(g);

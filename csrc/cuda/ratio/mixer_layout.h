@@ -26,6 +26,8 @@ struct Packing {
   int64_t mix_bias;  // fp32 [depth][tokens]
   // As operand b: patch [vector / 16][width / 16], patch_t [width / 16][vector / 16].
   int64_t patch_w, patch_t;
+  int64_t energy_w, energy_t;  // the same of energy
+  bool energy;                 // whether there is an energy head
   // As operand a: [depth][tokens / 16][tokens / 16].
   int64_t mix, mix_t;
   // As operand b, for every 16 hidden units: up, down; and down_t, up, up_t. Each [width / 16] pieces.
@@ -74,6 +76,9 @@ inline Packing packing_of(const MixerSizes& s) {
   p.mix_bias = reserve(4 * depth * tokens);
   p.patch_w = reserve(2 * p.vector * width);
   p.patch_t = reserve(2 * p.vector * width);
+  p.energy = s.energy;
+  p.energy_w = reserve(s.energy ? 2 * p.vector * width : 0);
+  p.energy_t = reserve(s.energy ? 2 * p.vector * width : 0);
   p.mix = reserve(2 * depth * tokens * tokens);
   p.mix_t = reserve(2 * depth * tokens * tokens);
   p.forward = reserve(2 * 2 * depth * hidden * width);
@@ -116,6 +121,11 @@ DR_HOST_DEVICE int64_t checkpoint_bytes(const Packing& p) { return int64_t{2} * 
 // Of a thread block that processes the tokens in parts: the fp32 accumulators of all parts.
 DR_HOST_DEVICE int64_t parked_bytes(const Packing& p) { return p.parts > 1 ? int64_t{4} * p.tokens * p.width : 0; }
 
+// The factor of the energy head: 1 / sqrt(N) for images of N numbers.
+DR_HOST_DEVICE float energy_scale(const Packing& p) {
+  return 1.0f / Scalar::square_root(static_cast<float>(p.image()));
+}
+
 // Tokens that a warp holds at a time.
 DR_HOST_DEVICE int rows_of_warp(const Packing& p) {
   return p.parts > 1 || p.width > 128 ? 16 : rows_of_warp(p.real_tokens);
@@ -129,9 +139,10 @@ DR_HOST_DEVICE int permuted(int i, int group) {
 
 // Sums of the weight gradients, fp32 in padded, permuted sizes; offsets in floats of one of `splits` copies.
 struct Sums {
-  int64_t patch, mix, up, down;  // [width][vector], [depth] x [tokens][tokens], [hidden][width], [width][hidden]
-  int64_t position, head;        // [tokens][width]
-  int64_t mix_bias;              // [depth][tokens]
+  int64_t patch, energy;   // [width][vector]
+  int64_t mix, up, down;   // [depth] x [tokens][tokens], [hidden][width], [width][hidden]
+  int64_t position, head;  // [tokens][width]
+  int64_t mix_bias;        // [depth][tokens]
   int64_t floats;
 };
 
@@ -139,7 +150,8 @@ DR_HOST_DEVICE Sums sums_of(const Packing& p) {
   Sums s{};
   const int64_t tokens = p.tokens, width = p.width, hidden = p.hidden, depth = p.depth;
   s.patch = 0;
-  s.mix = s.patch + width * p.vector;
+  s.energy = s.patch + width * p.vector;
+  s.mix = s.energy + (p.energy ? width * p.vector : 0);
   s.up = s.mix + depth * tokens * tokens;
   s.down = s.up + depth * hidden * width;
   s.position = s.down + depth * hidden * width;

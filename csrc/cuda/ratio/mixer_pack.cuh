@@ -75,10 +75,11 @@ DR_DEVICE ptx::Vector16 packed_at(const PackCall& c, int64_t at) {
     return x;
   }
   if (at < p.mix) {  // [C, P]
-    const bool transposed = at >= p.patch_t;
-    const int piece = static_cast<int>((at - (transposed ? p.patch_t : p.patch_w)) / piece_bytes);
+    const bool is_energy = at >= p.energy_w, transposed = at >= (is_energy ? p.energy_t : p.patch_t);
+    const int64_t begin = is_energy ? (transposed ? p.energy_t : p.energy_w) : transposed ? p.patch_t : p.patch_w;
+    const int piece = static_cast<int>((at - begin) / piece_bytes);
     const int columns = transposed ? p.vector / 16 : wide;
-    const PackedMatrix m{c.weight[w_patch], w, p.real_vector, !transposed};
+    const PackedMatrix m{c.weight[is_energy ? w_energy : w_patch], w, p.real_vector, !transposed};
     return as_b(c, m, 0, piece / columns * 16, piece % columns * 16, lane);
   }
   if (at < p.forward) {

@@ -77,8 +77,27 @@ class MixerSample {
     }
   }
 
-  // dx = c_in unpatch(G patch), added up over draws.
-  DR_DEVICE void add_image_gradient(const Accumulator<S>& g, int sample, int draw, float scale) const {
+  // Calls visit(n, q) with columns 16 n ... of q = z energy^T, for the patch vectors z in the tile.
+  template <class Visit>
+  DR_DEVICE void for_energy_columns(const Visit& visit) const {
+    DR_UNROLL
+    for (int n = 0; n < S::width / 16; ++n) {
+      float q[S::tiles][2][4] = {};
+      DR_UNROLL_NOT
+      for (int k = 0; k < p.vector / 16; ++k) {
+        uint32_t a[S::tiles][4], b[4];
+        load_operand<S>(a, tile, first(), k);
+        load_packed(b, p.energy_w, k * (S::width / 16) + n);
+        multiply(q, 0, a, b);
+      }
+      visit(n, q);
+    }
+  }
+
+  // dx = scale unpatch(G matrix) for a packed [width, vector] matrix; `add` to what is there. A thread writes the same
+  // elements in every call.
+  DR_DEVICE void write_image_gradient(const Accumulator<S>& g, int64_t matrix, int sample, float scale,
+                                      bool add) const {
     float* out = c.results.image_gradient + static_cast<int64_t>(sample) * p.image();
     const int side = p.image_width / p.patch, square = p.patch * p.patch;
     for (int n = 0; n < p.vector / 16; ++n) {
@@ -88,7 +107,7 @@ class MixerSample {
         uint32_t a[S::tiles][4], b[4];
         DR_UNROLL
         for (int i = 0; i < S::tiles; ++i) to_operand(a[i], g[i], k);
-        load_packed(b, p.patch_t, k * (p.vector / 16) + n);
+        load_packed(b, matrix, k * (p.vector / 16) + n);
         multiply(d, 0, a, b);
       }
       DR_UNROLL
@@ -103,7 +122,7 @@ class MixerSample {
           const int y = token / side * p.patch + row, x = token % side * p.patch + column;
           float* to = out + (static_cast<int64_t>(channel) * p.image_height + y) * p.image_width + x;
           const float value = scale * d[i / 2][j / 2][i % 2 * 2 + j % 2];
-          ptx::store(to, draw == 0 ? value : ptx::load(to) + value);  // this thread's in every draw
+          ptx::store(to, add ? ptx::load(to) + value : value);
         }
       }
     }
