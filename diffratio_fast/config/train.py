@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffratio_fast.config.noise_laws import NoiseLaw
 from diffratio_fast.config.objectives import OBJECTIVES, Objective, check_objective
-from diffratio_fast.config.options import Options, flag, option
+from diffratio_fast.config.options import Options, option
 from diffratio_fast.config.run import (
     AugmentationOptions,
     NetworkOptions,
@@ -92,7 +92,7 @@ class TrainNetworkOptions(NetworkOptions):
     )
     ratio_head: str = option(
         "scalar",
-        "mlp, encoder: the log ratio is a scalar f of the features, or (energy) f + <c_in x, F> / sqrt(D)",
+        "the log ratio is a scalar f of the features, or (energy) f + <c_in x, F> / sqrt(D)",
         choices=("scalar", "energy"),
         before="scalar",
     )
@@ -208,10 +208,8 @@ class TrainConfig(
                 "--ratio-network encoder (the mlp networks have --generator-width and --ratio-width)"
             )
         check_objective(self)
-        if self.ratio_network == "mixer":
-            for name in ("ratio_head", "ratio_scaled_logit"):
-                if getattr(self, name) != self.default(name):
-                    raise UserError(f"{flag(name)} does not apply to --ratio-network mixer; omit one of them")
+        if self.ratio_network == "mixer" and self.ratio_scaled_logit:
+            raise UserError("--ratio-scaled-logit does not apply to --ratio-network mixer; omit one of them")
         self.noise_laws()
 
     @property

@@ -101,7 +101,7 @@ struct Problem {
                                   2.4f / std::sqrt(float(s.width)),
                                   1.7f / std::sqrt(float(s.hidden)),
                                   3.0f / std::sqrt(float(s.tokens * s.width)),
-                                  3.0f / std::sqrt(float(s.width))};
+                                  1.5f / std::sqrt(float(s.width))};
     const int64_t counts[weights] = {s.width * s.vector(),
                                      s.tokens * s.width,
                                      s.depth * s.tokens * s.tokens,
