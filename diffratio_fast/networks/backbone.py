@@ -253,12 +253,19 @@ def drop_uncertainty(denoiser: Denoiser) -> None:
             delattr(denoiser, name)
 
 
+def require_same(
+    ours: tuple[str, str | Mapping[str, Any]], theirs: tuple[str, str | Mapping[str, Any]]
+) -> None:
+    """Raise ``ValueError`` if two denoisers, each (architecture, configuration), differ; builds neither."""
+    mine, other = resolved(*ours), resolved(*theirs)
+    if differing := sorted(name for name in mine | other if mine.get(name) != other.get(name)):
+        name = differing[0]
+        raise ValueError(f"its {name} is {other.get(name)}; this run needs {mine.get(name)}")
+
+
 def copy_weights(target: Denoiser, source: Denoiser) -> None:
     """Copy a denoiser's weights, or the part that ``target`` has; raises ``ValueError`` if they differ."""
-    ours, theirs = (resolved(network.architecture, network.config) for network in (target, source))
-    if differing := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
-        name = differing[0]
-        raise ValueError(f"its {name} is {theirs.get(name)}; this run needs {ours.get(name)}")
+    require_same((target.architecture, target.config), (source.architecture, source.config))
     state = source.state_dict()
     # augment labels enter through a map without bias, which a network without augmentation does not need
     target.load_state_dict({name: state[name] for name in target.state_dict()})

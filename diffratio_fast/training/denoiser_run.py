@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from diffratio_fast import ops
+from diffratio_fast.config.options import flag
 from diffratio_fast.config.presets import PRESETS
 from diffratio_fast.config.pretrain import PretrainConfig
+from diffratio_fast.config.run import U_NET_SIZES
+from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet, model_shape
 from diffratio_fast.data.pictures import grid, png, viewable
 from diffratio_fast.networks.published import save_published
@@ -131,11 +135,31 @@ class Pretrainer(Run):
         }
 
 
+CARRIED = ("data", "class_conditional", "backbone", "backbone_options", *U_NET_SIZES, "device", "threads")
+"""Options that ``train --init`` needs as pre-training had them."""
+
+
+def train_command(preset: str, config: PretrainConfig, root: Path) -> str:
+    """The command that trains a generator from the denoiser in ``root``."""
+    theirs = PRESETS[preset]
+    words = [f"python -m diffratio_fast.train {preset}"]
+    if not theirs.get("generator"):
+        words.append("--generator backbone --ratio-network encoder")
+    for name in CARRIED:
+        value = getattr(config, name)
+        if value == theirs.get(name, TrainConfig.default(name)):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        else:
+            words.append(f"{flag(name)} {shlex.quote(str(value))}")
+    return " ".join([*words, f"--init {shlex.quote(str(root))}"])
+
+
 def pretrain(preset: str, config: PretrainConfig, beginning: Beginning = ORDINARY) -> int:
     """Start or resume the pre-training of ``config``; return the exit status."""
     if run(Pretrainer, preset, config, beginning) is not None:
         root = Pretrainer.root(preset, config)
-        chosen = "" if PRESETS[preset].get("generator") else " --generator backbone --ratio-network encoder"
         print(f"  samples: {root / 'samples'}")
-        print(f"  train: python -m diffratio_fast.train {preset}{chosen} --init {root}")
+        print(f"  train: {train_command(preset, config, root)}")
     return 0

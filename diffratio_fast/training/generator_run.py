@@ -60,6 +60,9 @@ class Trainer(Run):
         monitor: type[Evaluation] = self.config.row.load("monitor")
         return monitor(self.config, self.dataset, self.measured)
 
+    def evaluation_seconds(self) -> float:
+        return self.evaluation.seconds()
+
     def noise_levels(self) -> dict[str, list[float]]:
         return self.evaluation.noise_levels()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,8 @@ GRID_COLUMNS = 12
 GRID_ROWS = 10
 NEIGHBORS = 5
 HISTOGRAM_BINS = 40
+TIMED_IMAGES, TIMED_REFIT_STEPS = 256, 8
+"""What a plan times of an evaluation."""
 
 
 def evaluation_images(config: RunConfig, device: torch.device) -> int:
@@ -106,6 +109,25 @@ class Evaluation:
 
     def _levels(self, law: NoiseLaw) -> Tensor:
         return noise_levels(law, LEVELS).to(self.iteration.device)
+
+    def seconds(self) -> float:
+        """Seconds that an evaluation takes at most: parts of it are timed, and scaled to all of it."""
+        config = self.config
+        began = time.perf_counter()
+        self.grid_png()
+        for split in ("validation", "train"):
+            self.bound(split, every_level=True)
+        total = time.perf_counter() - began
+        if self.quality is not None:
+            began = time.perf_counter()
+            labels = torch.zeros(TIMED_IMAGES, dtype=torch.int64)
+            self.quality.space(networks.generate(self.iteration.state.average, labels, EVALUATION_SEED))
+            total += (time.perf_counter() - began) * self.images / TIMED_IMAGES
+        if config.refit_steps:
+            began = time.perf_counter()
+            self.refitted(TIMED_REFIT_STEPS)
+            total += (time.perf_counter() - began) * max(1.0, config.refit_steps / TIMED_REFIT_STEPS)
+        return total
 
     def noise_levels(self) -> dict[str, list[float]]:
         """The levels that lists by noise level are over, of both networks' laws."""

@@ -85,6 +85,8 @@ def print_plan(preset: str, config: RunConfig, *, memory: float | None = None) -
     root = KINDS[type(config)].root(preset, config)
     directory = RunDirectory(root)
     device = choose_device(config.device)
+    if config.threads is not None:  # before anything is timed or printed, as the run does
+        torch.set_num_threads(config.threads)
     dataset, there = planned_data(preset, config)
     planned = cost(config, dataset, device)
     available = device_memory(device) if memory is None else memory * GIB
@@ -133,7 +135,13 @@ def _expected_time(preset: str, config: RunConfig, directory: RunDirectory, plan
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[WARMUP:])
-    return f"{_duration(seconds * config.steps)} at {seconds * 1e3:.1f} ms per step"
+    training = seconds * config.steps
+    evaluations = -(-config.steps // config.eval_every)
+    measuring = run.evaluation_seconds() * evaluations
+    return (
+        f"{_duration(training + measuring)}: {_duration(training)} of steps at {seconds * 1e3:.1f} ms, "
+        f"{_duration(measuring)} of evaluations ({evaluations:,})"
+    )
 
 
 def _size(count: float) -> str:

@@ -163,6 +163,10 @@ class Run:
         """The noise levels that a log line's lists are over."""
         return {}
 
+    def evaluation_seconds(self) -> float:
+        """Seconds that an evaluation takes, by a part of it; 0 where it takes next to nothing."""
+        return 0.0
+
     def figures(self) -> dict[str, Any]:
         """Fields of a line of metrics.jsonl, except step, images, time and memory."""
         raise NotImplementedError

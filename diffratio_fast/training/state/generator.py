@@ -18,7 +18,7 @@ from diffratio_fast.training.processes.parallel import shard
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.state import builders
 from diffratio_fast.training.state.ema import averaged_copy
-from diffratio_fast.training.state.initial import load_initial, load_teacher
+from diffratio_fast.training.state.initial import check_initial, load_initial, load_teacher
 from diffratio_fast.training.state.optimizers import make_optimizer
 from diffratio_fast.training.state.posthoc_ema import kept_averages
 from diffratio_fast.training.state.run_state import RunState, place
@@ -77,6 +77,9 @@ def initial_state(
     has fake tensors: nothing is drawn or read. The state may be sharded over the processes of ``world``
     (``parallel.shard``).
     """
+    u_net = config.generator == "backbone" or config.ratio_network == "encoder"
+    if init and not planned and config.init is not None and u_net:
+        check_initial(Path(config.init), config, dataset)
     generator, ratio = builders.generator(config, dataset), config.row.load("network")(config, dataset)
     teacher = builders.denoiser(config, dataset) if config.row.has_teacher else None
     if not planned:

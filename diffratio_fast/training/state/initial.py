@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffratio_fast import networks
-from diffratio_fast.data.dataset import DataSet
+from diffratio_fast.config.run import RunConfig
+from diffratio_fast.data.dataset import DataSet, model_shape
 from diffratio_fast.data.scaling import EDM_PIXELS, Scaling
 from diffratio_fast.errors import UserError
 from diffratio_fast.networks import load_published
-from diffratio_fast.networks.backbone import BackboneGenerator, EncoderRatio, copy_weights
+from diffratio_fast.networks.backbone import (
+    BackboneGenerator,
+    EncoderRatio,
+    copy_weights,
+    require_same,
+)
 from diffratio_fast.networks.conditional import ConditionalDenoiser, copy_denoiser
 from diffratio_fast.networks.unet import Denoiser
 from diffratio_fast.runs.paths import RunPaths
-from diffratio_fast.storage.reading import parse_json, require_regular
+from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json, require_regular
 
 
 def load_initial(
@@ -109,14 +117,43 @@ def take(
         else:
             copy_weights(network if isinstance(network, Denoiser) else network.denoiser, denoiser)
     except ValueError as error:
-        data = ("img_resolution", "img_channels", "label_dim", "augment_dim")
-        options = {name: value for name, value in denoiser.config.items() if name not in data}
-        raise UserError(
-            f"{option} {path}: another network than this run's ({error}); its options are --backbone "
-            f"{denoiser.architecture} --backbone-options '{json.dumps(options)}', for images "
-            f"[{denoiser.img_channels}, {denoiser.img_resolution}, {denoiser.img_resolution}] and "
-            f"{denoiser.label_dim or 'no'} classes"
-        ) from None
+        raise _another_network(option, path, denoiser.architecture, denoiser.config, error) from None
+
+
+def check_initial(source: Path, config: RunConfig, dataset: DataSet) -> None:
+    """Raise ``UserError`` if a denoiser in ``source`` is not this run's network; reads metadata only.
+
+    Large networks take minutes to build, so this comes first. Anything else is left to ``load_initial``.
+    """
+    path = RunPaths(source).denoiser if source.is_dir() else source
+    metadata = _metadata(path) if path.exists() else {}
+    if not {"architecture", "config"} <= metadata.keys():
+        return
+    channels, height, _ = model_shape(dataset)
+    classes = len(dataset.class_names)
+    size = {"img_resolution": height, "img_channels": channels, "label_dim": classes if classes > 1 else 0}
+    architecture = metadata["architecture"]
+    theirs: dict[str, Any] = {}
+    try:
+        theirs = dict(parse_json(metadata["config"]))
+        require_same((config.backbone, {**config.backbone_arguments, **size}), (architecture, theirs))
+    except ValueError as error:
+        raise _another_network("--init", path, architecture, theirs, error) from None
+    except DAMAGE as error:
+        raise UserError(f"--init {path}: damaged ({one_line(error)})") from None
+
+
+def _another_network(
+    option: str, path: Path, architecture: str, config: Mapping[str, Any], error: ValueError
+) -> UserError:
+    data = ("img_resolution", "img_channels", "label_dim", "augment_dim")
+    options = {name: value for name, value in config.items() if name not in data}
+    side = config.get("img_resolution")
+    return UserError(
+        f"{option} {path}: another network than this run's ({error}); its options are --backbone "
+        f"{architecture} --backbone-options '{json.dumps(options)}', for images "
+        f"[{config.get('img_channels')}, {side}, {side}] and {config.get('label_dim') or 'no'} classes"
+    )
 
 
 def _metadata(path: Path) -> dict[str, str]:
