@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "read published EDM and EDM2 weights",
     "refit": "fit the ratio network of a finished run as a verifier",
     "average": "an average of the weights of any width, after the run",
+    "export": "a generator for other programs: torch.export, ONNX, a folder for the Hugging Face Hub",
     "completion": "print a completion script for bash, zsh or fish",
 }
 """Name to what it does; the module ``diffratio_fast.NAME`` has ``main(argv)`` and ``parser()``."""

@@ -9,7 +9,9 @@ import os
 import re
 from typing import Any
 
-COMMANDS = ("train", "pretrain", "sample", "evaluate", "refit", "average", "prepare", "convert", "report")
+COMMANDS = (
+    "train", "pretrain", "sample", "evaluate", "refit", "average", "prepare", "convert", "export", "report",
+)  # fmt: skip
 
 
 def help_text(command: str) -> str:
