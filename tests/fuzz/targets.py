@@ -32,6 +32,7 @@ from diffratio_fast.storage import checkpoints, pickles
 from diffratio_fast.storage.reading import DAMAGE, parse_json, read_npz
 
 SMALL = ImageOptions(resolution=16, max_pixels=1 << 20, max_bytes=1 << 24)
+AS_STORED = ImageOptions(max_pixels=1 << 20, max_bytes=1 << 24)
 UNPACKED = 1 << 24
 
 
@@ -180,8 +181,8 @@ def tar_seeds() -> list[bytes]:
     return found
 
 
-def read_all(path: Path, kind: str) -> object:
-    source = open_source(path, kind, SMALL)
+def read_all(path: Path, kind: str, options: ImageOptions = SMALL) -> object:
+    source = open_source(path, kind, options)
     for number in range(min(len(source), 3)):
         try:
             source.read(number)
@@ -200,11 +201,11 @@ def run_idx(data: bytes, folder: Path) -> object:
     for split in ("train", "t10k"):
         written(folder, f"{split}-labels-idx1-ubyte", labels)
         written(folder, f"{split}-images-idx3-ubyte", data)
-    return read_all(folder, "idx")
+    return read_all(folder, "idx", AS_STORED)
 
 
 def run_cifar(data: bytes, folder: Path) -> object:
-    return read_all(written(folder, "c.tar.gz", data), "cifar10")
+    return read_all(written(folder, "c.tar.gz", data), "cifar10", AS_STORED)
 
 
 def cifar_seeds() -> list[bytes]:

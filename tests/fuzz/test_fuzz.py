@@ -29,7 +29,8 @@ def test_the_corpus_and_mutations_of_it(name: str, tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         outcomes.add(fuzz.outcome(name, data, folder))
-    assert len(outcomes) > 1  # mutations get somewhere
+    if name != "log":  # a log skips damaged lines and never fails
+        assert len(outcomes) > 1  # mutations get somewhere
 
 
 def test_a_planted_fault_is_found(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_latents_are_measured_as_they_are_or_refused() -> None:
     assert quality.distance(real * 1.5, "validation") > 0.01
     with pytest.raises(UserError, match="name the VAE that decodes them with --vae"):
         choose_space("efficientnet-lite0", data, CPU)
-    with pytest.raises(UserError, match="--vae decodes latents"):
+    with pytest.raises(UserError, match="the data are images, not latents; omit --vae"):
         choose_space("auto", stripes(), CPU, Path("vae"))
 
 

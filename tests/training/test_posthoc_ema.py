@@ -100,7 +100,7 @@ def test_a_denoiser_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(kept) == 20 and kept[0].name == "ema-0.05-00000004.safetensors"
     capsys.readouterr()
     assert average.main([str(run), "--ema-std", "0.13", "--out", str(out)]) == 0
-    assert "at step 40, from 20 kept averages" in capsys.readouterr().out
+    assert "at step 40, from 20 saved averages" in capsys.readouterr().out
     tracked = load_file(run / "denoiser.safetensors")
     made = load_file(out)
     nearest = min(distance(tracked, load_file(path)) for path in kept)

@@ -194,4 +194,4 @@ def test_a_run_stops_after_so_many_bad_steps(spike: Any, tmp_path: Path) -> None
 
 def test_the_option_is_checked(tmp_path: Path) -> None:
     line = one_error_line(run("train", *SMALL, "--stop-after-bad-steps", 0, cwd=tmp_path))
-    assert "stop_after_bad_steps" in line
+    assert "--stop-after-bad-steps must be at least 1" in line
