@@ -120,7 +120,13 @@ def session(preset: str, data: Path, run_dir: Path, seconds: float) -> int:
     config = TrainConfig(
         **TRAINED["digits"] | PRESETS[preset] | often | {"data": str(data), "run_dir": str(run_dir)}
     )
-    with stopped_every(seconds), contextlib.redirect_stdout(io.StringIO()):
+    from diffratio_fast.errors import Interrupted
+
+    with (
+        stopped_every(seconds),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(Interrupted),
+    ):
         train("digits", config)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     for path in (*(run_dir / "samples").glob("*.png"), *run_dir.glob("events.*")):

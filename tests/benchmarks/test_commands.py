@@ -72,7 +72,8 @@ raise SystemExit(main.main([*options, "--json", {str(tmp_path / "b.json")!r}]))
     assert set(content) == {"environment", "ceilings", "rows", "failures", "complete"}
     assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
     rows = content["rows"]
-    assert len(rows) == 2 * 3 * 3  # types, cases, providers
+    # types; one half: 3 providers; a pair, forward and full: 3 with separate and 4 with shared noise
+    assert len(rows) == 2 * (3 + 2 * (3 + 4))
     for row in rows:
         assert set(row) == ROW | {"repeats"} and row["repeats"] == 3
         assert row["checked"] is True and row["median_s"] > 0

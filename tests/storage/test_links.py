@@ -86,7 +86,7 @@ def test_the_lock_is_taken_before_anything_is_loaded(run: Path, monkeypatch: pyt
     with writing.lock(run / ".lock") as mine:
         assert mine
         shutil.rmtree(run / "checkpoint")  # what would be an error of its own
-        with pytest.raises(UserError, match="another process is training there"):
+        with pytest.raises(UserError, match="another process is training here"):
             resume(run)
 
 

@@ -18,7 +18,7 @@ MEMBER = """
 import os, sys, time
 from torch.distributed import TCPStore
 from datetime import timedelta
-from diffratio_fast.training.pulse import Pulse
+from diffratio_fast.training.processes.pulse import Pulse
 
 rank, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 store = TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=60), False)

@@ -46,10 +46,10 @@ static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 64) <= shared_li
 static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 128) <= shared_limit_90);
 static_assert(mixer_shared_bytes<Shape<256, 16, 2>>(Pass::weights, 256) <= shared_limit_90);
 
-// One cooperative launch is worth it where its blocks have the four warps that a tile of the products takes; 256
-// channels leave it no registers.
+// One cooperative launch is worth it where its blocks have the four warps that a tile of the products takes. Larger
+// products of channels and rows leave it no registers: it spills.
 template <class S>
-constexpr bool may_be_one_launch = S::width <= 128 && S::parts == 1;
+constexpr bool may_be_one_launch = S::width * S::rows < 4096 && S::parts == 1;
 
 template <int width, class Launcher>
 MixerPlan plan_mixer(const MixerCall& c, Pass pass, int64_t workspace_limit, Form form, const Launcher& launcher) {
