@@ -128,7 +128,8 @@ def session(preset: str, data: Path, run_dir: Path, seconds: float) -> int:
         contextlib.suppress(Interrupted),
     ):
         train("digits", config)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    metrics = run_dir / "metrics.jsonl"  # written with the first line
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
     for path in (*(run_dir / "samples").glob("*.png"), *run_dir.glob("events.*")):
         path.unlink()  # files that accumulate by design
     return int(json.loads(lines[-1])["step"]) if lines else 0
