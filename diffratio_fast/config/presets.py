@@ -114,7 +114,7 @@ _SMALL_TRAIN: Values = {  # from scratch, as the preset fashion
     "generator_ramp_steps": 200,
     "ema_half_life_images": 50_000.0,
     "divergence": "jensen_shannon",
-    "weight": "sigma2",
+    "weight": "bounded",
     "ratio_noise": "loguniform(0.05, 10)",
 }
 _SMALL_PRETRAIN: Values = {
@@ -238,7 +238,8 @@ PRESETS: dict[str, Values] = {
         "generator_ramp_steps": 100,
         "ema_half_life_images": 10_000.0,
         "divergence": "jensen_shannon",
-        "weight": "sigma2",
+        "weight": "bounded",
+        "ratio_head": "energy",
         "ratio_noise": "loguniform(0.05, 5)",
     },
     "cifar10-small": _CIFAR10_SMALL | _SMALL_TRAIN,
@@ -292,7 +293,21 @@ PRETRAIN_PRESETS: dict[str, Values] = {
 
 RATIO_NETWORKS: dict[tuple[str, str], Values] = {
     ("digits", "mixer"): {"ratio_width": 64, "ratio_depth": 4, "ratio_lr": 3e-3},
-    ("fashion", "mixer"): {"ratio_width": 64, "ratio_depth": 4, "ratio_lr": 2e-3},
+    ("fashion", "mixer"): {
+        "ratio_head": "scalar",
+        "ratio_width": 64,
+        "ratio_depth": 4,
+        "ratio_lr": 2e-3,
+    },
+    ("fashion", "mlp"): {
+        "ratio_width": 512,
+        "ratio_depth": 4,
+        "ratio_lr": 1e-3,
+        "ratio_weight_decay": 0.0,
+        "noise_draws": 8,
+        "divergence": "reverse_kl",
+        "weight": "dmd",
+    },
 }
 """What a preset sets otherwise with another ratio network than its own (docs/ratio_mixer.md)."""
 
