@@ -66,7 +66,7 @@ class MixerBlock : MixerSample<S> {
       park(h);
     }
     for (int layer = 0; layer < p.depth; ++layer) forward(h, layer, operands);
-    if (p.energy) {  // the patch vectors once more, where no warp needs the tile
+    if (with_energy()) {  // the patch vectors once more, where no warp needs the tile
       ptx::block_sync();
       this->load_patches(half, sample, draw, c.inputs.sigma[level]);
       ptx::block_sync();
@@ -83,7 +83,7 @@ class MixerBlock : MixerSample<S> {
           stage_rows<S>(operands + c.staging.last, first(), h);
         });
       }
-      if (p.energy && c.results.image_gradient) {
+      if (with_energy() && c.results.image_gradient) {
         // where h was staged it is scaled by the slope already
         const float scale = (staged ? 1.0f : slope) * energy_scale(p) * this->c_in(c.inputs.sigma[level]);
         for_each_part(h, [&](int) { this->write_image_gradient(h, p.energy_t, sample, scale, draw > 0); });
@@ -93,7 +93,7 @@ class MixerBlock : MixerSample<S> {
       if constexpr (staged) finish_operands(h, half, level, operands);
       if (c.results.image_gradient) {
         const float scale = this->c_in(c.inputs.sigma[level]);
-        const bool add = draw > 0 || p.energy;
+        const bool add = draw > 0 || with_energy();
         for_each_part(h, [&](int) { this->write_image_gradient(h, p.patch_t, sample, scale, add); });
       }
     }
@@ -247,6 +247,8 @@ class MixerBlock : MixerSample<S> {
     ptx::warp_sync();  // before this warp's tokens are replaced in the tile
   }
 
+  DR_DEVICE bool with_energy() const { return S::may_have_energy && p.energy; }
+
   // The sum over (head + z energy^T / sqrt(N)) * h, the same in all threads.
   DR_DEVICE float read_head(Accumulator<S>& h) {
     float sum = 0;
@@ -260,7 +262,7 @@ class MixerBlock : MixerSample<S> {
           for (int j = 0; j < 4; ++j) sum = Scalar::fma(Scalar::as_float(w.v[j]), h[i][n][j], sum);
         }
       }
-      if (p.energy) sum = Scalar::fma(energy_scale(p), energy_of(h), sum);
+      if (with_energy()) sum = Scalar::fma(energy_scale(p), energy_of(h), sum);
     });
     sum = column_sum(quad_sum(sum));
     if (lane() == 0) sums.store(thread() / 32, sum);
@@ -304,7 +306,7 @@ class MixerBlock : MixerSample<S> {
     DR_UNROLL_NOT
     for (int i = 0;; ++i) {
       this->load_accumulators(g, p.head);
-      if (p.energy) {
+      if (with_energy()) {
         const float scale = energy_scale(p);
         this->for_energy_columns([&](int n, const float (&q)[S::tiles][2][4]) {
           DR_UNROLL

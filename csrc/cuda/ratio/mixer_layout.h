@@ -41,6 +41,9 @@ struct Packing {
 // Tokens of a warp: above 128 tokens 32, else 16, where the registers allow it.
 constexpr DR_HOST_DEVICE int rows_of_warp(int64_t tokens) { return tokens > 128 ? 32 : 16; }
 
+// The largest networks have no registers left for an energy head: their kernels would spill.
+constexpr DR_HOST_DEVICE bool may_have_energy_head(int64_t width) { return width <= 128; }
+
 // 32 rows of 256 channels would be all registers of a warp: 16 of one half of the tokens, then 16 of the other.
 constexpr DR_HOST_DEVICE int parts_of(int width, int64_t tokens) { return width * rows_of_warp(tokens) > 4096 ? 2 : 1; }
 
@@ -195,8 +198,8 @@ struct PackCall {
 };
 
 inline bool shape_exists(const MixerSizes& s) {
-  return s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 && s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 &&
-         s.depth < 1 << 16;
+  return (!s.energy || may_have_energy_head(s.width)) && s.tokens <= 256 && s.width <= 256 && s.vector() <= 64 &&
+         s.image() < int64_t{1} << 30 && s.hidden < 1 << 20 && s.depth < 1 << 16;
 }
 
 }  // namespace diffratio::cuda

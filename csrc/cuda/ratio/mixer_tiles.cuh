@@ -20,6 +20,7 @@ struct Shape {
   static constexpr int chunk = chunk_of(width_, rows_);         // hidden units at a time
   static constexpr int tiles = rows / 16, columns = width / 8;  // of a warp's accumulators
   static constexpr int stride = width + 8;                      // of activations in shared memory: no bank conflicts
+  static constexpr bool may_have_energy = may_have_energy_head(width);
   static constexpr int most_threads = 256;
   // Bytes of the weights of one chunk.
   static constexpr int forward_chunk = chunk * width * 2 * 2, backward_chunk = chunk * width * 2 * 3;
