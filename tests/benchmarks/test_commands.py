@@ -55,6 +55,7 @@ def test_help():
     assert result.returncode == 0 and "noise" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_the_schema(tmp_path):
     """The real harness and the real cases, at small shapes."""
     code = f"""

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import ROOT
 
 
+@pytest.mark.slow
 def test_runs_under_faults_end_as_if_nothing_had_been(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
     result = subprocess.run(

@@ -36,6 +36,7 @@ CUDA_ONLY = (check_of_a_gpu,)
 """
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_or_crashes_does_not_stop_the_others(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "sample_checks.py").write_text(CHECKS)
     monkeypatch.setattr(gpu_checks, "FOLDER", tmp_path)
@@ -57,6 +58,7 @@ def test_checks_that_no_time_is_left_for_are_named(tmp_path: Path, monkeypatch: 
     assert failures == ["sample: check_one: not run: out of time"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["noise", "ratio"])
 def test_the_checks_themselves_pass_on_the_cpu(name: str, monkeypatch: Any) -> None:
     """At small shapes: what a GPU will run is known to run."""

@@ -49,6 +49,7 @@ def test_steps_cost_the_budget() -> None:
     assert image_study.steps_for(60.0, (0.0, 0.2), 0) == 300
 
 
+@pytest.mark.slow
 def test_study_at_a_tiny_size(
     images: InMemoryDataSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

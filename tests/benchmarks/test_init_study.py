@@ -37,6 +37,7 @@ def test_reduced_images_are_means_of_four_pixels(images: InMemoryDataSet) -> Non
     assert float(x0.mean()) == pytest.approx(0, abs=1e-9) and float(x0.std()) == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_study_at_a_tiny_size(images: InMemoryDataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init_study, "SAMPLES", 40)
     monkeypatch.setattr(init_study, "EVERY", 300)

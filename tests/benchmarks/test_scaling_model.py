@@ -81,6 +81,7 @@ def test_the_exchange_hides_up_to_so_many_gpus() -> None:
     assert len(found) == 2 + 9 and found[2].startswith("| `cifar10` (256) | 241 | 0.31 | 22, 11 | 2, 14 |")
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_images_of_a_pass() -> None:
     config = TrainConfig(**TINY, batch_size=64)
     data = open_dataset("digits")

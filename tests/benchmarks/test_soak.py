@@ -17,6 +17,7 @@ def test_sessions_leave_nothing_open() -> None:
     assert result["resident_late_bytes"] - result["resident_early_bytes"] < 100 * 2**20
 
 
+@pytest.mark.slow
 def test_a_leak_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
 

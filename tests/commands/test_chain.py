@@ -75,6 +75,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Chain(preset, data, denoiser, generator)
 
 
+@pytest.mark.slow
 def test_the_denoiser_learns(chain: Chain) -> None:
     """1 is the weighted error of a network that puts out zero, and so of the start."""
     errors = logged(chain.denoiser, "error")

@@ -147,6 +147,7 @@ def test_width_depth_and_multiples_stand_for_json() -> None:
         TrainConfig(width=3)
 
 
+@pytest.mark.slow
 def test_missing_data_names_the_commands_that_make_it(tmp_path: Path) -> None:
     message = one_error_line(module("diffratio_fast.train", "cifar10-small", cwd=ROOT / "docs"))
     assert "curl -LO https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz; python -m" in message

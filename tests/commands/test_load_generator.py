@@ -76,6 +76,7 @@ def test_log_ratio_is_the_mean_over_draws(trained: Path) -> None:
     torch.testing.assert_close(near, found, rtol=0.05, atol=0.05)  # 17 gray levels on 256
 
 
+@pytest.mark.slow
 def test_candidates_go_through_the_verifier(refitted: Path, tmp_path: Path) -> None:
     generator = diffratio_fast.load_generator(refitted, device="cpu")
     out = tmp_path / "x.npz"

@@ -83,6 +83,7 @@ def test_measured_scaling_gives_standard_deviation_one_half(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------ interruption
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_the_bytes_are_the_same(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
     script = TESTS / "support" / "kill_points.py"
@@ -95,6 +96,7 @@ def test_killed_at_every_step_the_bytes_are_the_same(tmp_path: Path) -> None:
     assert tree(tmp_path / "killed") == tree(directory)
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_rerun_gives_the_same_bytes(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "images", classes=2, per_class=200, size=64)
     arguments = ("--shard-bytes", str(3 * 64 * 64 * 5), "--workers", "1")
@@ -110,6 +112,7 @@ def test_the_command_killed_and_rerun_gives_the_same_bytes(tmp_path: Path) -> No
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(tmp_path: Path) -> None:
     directory = prepared(tmp_path)
     processes = [

@@ -85,6 +85,7 @@ def advance(run: Trainer | Pretrainer, steps: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in run.state.tensors()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cifar10", "fashion"])
 def test_pretrain_train_sample(color: Path, tmp_path: Path, preset: str) -> None:
     data = str(color) if preset != "fashion" else "digits"  # gray, its own scaling
@@ -197,6 +198,7 @@ def test_every_way_to_compute_trains_alike(tmp_path: Path, make: Any) -> None:
     assert any(not torch.equal(state[name], tensor) for name, tensor in plain.items())
 
 
+@pytest.mark.slow
 def test_compiled_networks_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"backbone": "edm2:xs", "backbone_options": TINY_EDM2, "precision": "float64"}
     options["dropout"] = 0.2
@@ -308,6 +310,7 @@ def test_apex_where_it_is_and_where_it_is_not(tmp_path: Path, monkeypatch: pytes
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_pretraining_is_bit_identical(tmp_path: Path) -> None:
     def go(where: str, steps: int) -> None:
         options = [*SHORT, "--backbone-options", TINY, "--lr-schedule", "constant", "--dropout", "0.2",

@@ -116,6 +116,7 @@ def test_a_small_effective_sample_size_is_warned_about(
     assert "below 0.1 N" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "options", "expected"),
     [
@@ -138,6 +139,7 @@ def test_bad_input_gets_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_noise_level_is_reported(fitted: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(fitted, tmp_path / "run")
     network, about = networks.load(copy / "ratio_refit.safetensors", "ratio")

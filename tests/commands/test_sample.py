@@ -101,6 +101,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.npz", "a"])
 def test_processes_share_the_work(trained: Path, tmp_path: Path, name: str) -> None:
     """As under torchrun: RANK and WORLD_SIZE say who is who."""
@@ -215,6 +216,7 @@ def test_classes() -> None:
             sample.parse_classes(text, names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -35,6 +35,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_job_is_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
     job = subprocess.Popen(
         ["bash", str(SCRIPT), *SMALL, "--steps", "100000", "--run-dir", "run"],

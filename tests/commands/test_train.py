@@ -65,6 +65,7 @@ def log_lines(run_dir: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_files_of_the_readme(finished: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["preset"] == "digits" and config["steps"] == STEPS and config["batch_size"] == 16
@@ -99,6 +100,7 @@ def test_a_run_writes_the_files_of_the_readme(finished: Path) -> None:
     assert not list(finished.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_rerun_changes_nothing(finished: Path) -> None:
     before = contents(finished)
     result = run("train", *SMALL, "--steps", STEPS, "--run-dir", "run", cwd=finished.parent)
@@ -119,6 +121,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_interrupted_and_continued_is_bit_identical(
     finished: Path, tmp_path: Path, sent: signal.Signals
@@ -154,6 +157,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
     return [int(word) for word in children.split()]
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_process_that_was_killed(finished: Path, tmp_path: Path) -> None:
     arguments = [*SMALL, "--steps", STEPS, "--run-dir", "run", "--fresh"]  # of the first start alone
     launcher = subprocess.Popen(
@@ -194,6 +198,7 @@ def test_stopping_at_any_step_and_asking_for_more_is_the_same_run(
     same_networks(tmp_path / "other", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_every_option_of_the_objective_trains(tmp_path: Path) -> None:
     for i, options in enumerate(
         [
@@ -226,6 +231,7 @@ def test_the_generator_is_frozen_while_the_ratio_warms_up(tmp_path: Path) -> Non
     assert any(not torch.equal(first[key], second[key]) for key in first if key.startswith("ratio."))
 
 
+@pytest.mark.slow
 def test_init_starts_from_another_run(finished: Path, tmp_path: Path) -> None:
     assert in_process(tmp_path / "a", "--steps", 1, "--generator-lr", 0, "--init", finished) == 0
     start, source = (
@@ -243,6 +249,7 @@ def test_seeds_differ(finished: Path, tmp_path: Path) -> None:
     assert not torch.equal(a["first.weight"], b["first.weight"])
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     result = run("train", *SMALL, "--dry-run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -294,6 +301,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     assert log_lines(finished) == log_lines(target)
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_nothing_is_touched(finished: Path, tmp_path: Path) -> None:
     target = copy_run(finished, tmp_path)
     for path, how in zip((target / "checkpoint").iterdir(), ("flipped", "text"), strict=True):
@@ -351,6 +359,7 @@ def test_a_disk_too_full_for_the_log(finished: Path, tmp_path: Path, monkeypatch
     assert log_lines(finished) == log_lines(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_nothing_changes(finished: Path, tmp_path: Path) -> None:
     target = copy_run(finished, tmp_path)
     before = contents(target)
@@ -368,6 +377,7 @@ def test_fresh_starts_over_and_removes_only_a_runs_files(finished: Path, tmp_pat
     assert log_lines(target)[0]["step"] == 2
 
 
+@pytest.mark.slow
 def test_results_without_a_checkpoint_are_not_overwritten(finished: Path, tmp_path: Path) -> None:
     target = copy_run(finished, tmp_path)
     shutil.rmtree(target / "checkpoint")
@@ -377,6 +387,7 @@ def test_results_without_a_checkpoint_are_not_overwritten(finished: Path, tmp_pa
     assert contents(target) == before
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     import fcntl
 
@@ -387,6 +398,7 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     assert "another process" in line
 
 
+@pytest.mark.slow
 def test_an_unwritable_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     line = one_error_line(run("train", *SMALL, "--steps", 1, "--run-dir", "file/run", cwd=tmp_path))
@@ -401,6 +413,7 @@ def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.Monk
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -420,6 +433,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, options: list[str], exp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_divergence_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     line = one_error_line(
         run("train", *SMALL, "--ratio-lr", "1e30", "--steps", 40, "--run-dir", "run", cwd=tmp_path)

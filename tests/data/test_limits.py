@@ -64,6 +64,7 @@ def refused(main: Callable[[list[str]], object], *arguments: object, memory: int
     return in_child(lambda: main([str(argument) for argument in arguments]), memory=memory)
 
 
+@pytest.mark.slow
 def test_arrays_of_statistics_and_images(tmp_path: Path) -> None:
     few = tmp_path / "few.npz"
     np.savez(few, images=np.zeros((80, 8, 8, 1), np.uint8))
@@ -75,6 +76,7 @@ def test_arrays_of_statistics_and_images(tmp_path: Path) -> None:
     assert "floats.npz" in refused(evaluate.main, floats, "--reference", "digits", *common)
 
 
+@pytest.mark.slow
 def test_weights(tmp_path: Path) -> None:
     stream = io.BytesIO()
     torch.save({"w": torch.zeros(2)}, stream)
@@ -129,6 +131,7 @@ def test_thin_images(tmp_path: Path) -> None:
     assert "an image of 2000 x 2000 pixels, more than 1000000 (--max-pixels)" in printed
 
 
+@pytest.mark.slow
 def test_sources_held_in_memory(tmp_path: Path) -> None:
     folder = tmp_path / "idx"
     folder.mkdir()

@@ -33,6 +33,7 @@ def test_the_corpus_and_mutations_of_it(name: str, tmp_path: Path) -> None:
         assert len(outcomes) > 1  # mutations get somewhere
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_found(tmp_path: Path) -> None:
     """A reader that cannot take a byte of 0xff, and one that never ends."""
     plant = (

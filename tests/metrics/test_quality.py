@@ -90,6 +90,7 @@ def test_distances_on_random_features_grow_with_damage() -> None:
     assert distance(data.splits["validation"][0]) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_summary_of_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
     data = stripes()
     test, labels = data.splits["test"]

@@ -229,6 +229,7 @@ def compiled(network: torch.nn.Module) -> Any:
     return torch.compile(network, backend="aot_eager_decomp_partition")
 
 
+@pytest.mark.slow
 def test_compiled_training_stores_the_weights_that_eager_training_stores() -> None:
     config = OPTIONS | {"img_resolution": 16, "img_channels": 2, "label_dim": 3, "num_blocks": 1}
     x, sigma, labels = inputs()

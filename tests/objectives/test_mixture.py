@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from support.mixture import DATA, MODEL, SHAPE, draw, log_density
 
@@ -13,6 +14,7 @@ from diffratio_fast.objectives.held_out import pair_bounds
 from diffratio_fast.ops.divergences import DIVERGENCES
 
 
+@pytest.mark.slow
 def test_learned_score_difference_is_the_analytic_one() -> None:
     """Both steps of the method on exact samples: l and -grad l against closed forms, where the two differ."""
     generator = torch.Generator().manual_seed(0)

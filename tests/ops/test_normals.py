@@ -76,6 +76,7 @@ def test_every_simd_level_gives_the_bits_of_the_reference(level):
         compiled.module.use_simd_level(os.environ.get("DIFFRATIO_SIMD", ""))
 
 
+@pytest.mark.slow
 @needs_compiled
 def test_the_level_is_chosen_by_the_environment():
     code = "from diffratio_fast import build_info; print(build_info().get('simd_level'))"

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from support.simt_programs import PLAIN, ROOT, Programs, probe, run
 
-pytestmark = pytest.mark.skipif(probe.find_compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(probe.find_compiler() is None, reason="there is no C++ compiler"),
+]
 
 KERNELS = ["tests/simt/kernels.cpp"]
 PLANTED = ["tests/simt/planted.cpp"]

@@ -244,6 +244,7 @@ HOSTILE_YAML = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE_YAML)
 def test_configurations(case: str, copied: Path, tmp_path: Path, marker: Path) -> None:
     path = tmp_path / "options.yaml"
@@ -555,6 +556,7 @@ def test_samples_in_progress(trained: Path, tmp_path: Path, marker: Path) -> Non
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_status_and_the_one_line_of_a_process(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("steps: !!python/object/apply:os.system ['touch marker']")
     (tmp_path / "bad.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))

@@ -362,6 +362,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         convert.main([str(tmp_path / "n.pkl"), str(tmp_path / "x" / ".." / "n.pkl")])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     write(tmp_path / "bad.pkl", {"ema": evil(marker)})

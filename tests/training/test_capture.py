@@ -62,6 +62,7 @@ CASES: dict[str, RunConfig] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_replayed_steps_give_the_same_numbers(case: str) -> None:
     config = CASES[case]
@@ -119,6 +120,7 @@ def test_unsupported_options_of_capture_raise(options: dict[str, Any], expected:
     check_capture(TrainConfig(capture=True), torch.device("cuda"), processes=2)
 
 
+@pytest.mark.slow
 def test_capture_on_a_cpu_leaves_nothing_behind(tmp_path: Path) -> None:
     line = one_error_line(run("train", *SMALL, "--capture", "--run-dir", "run", cwd=tmp_path))
     assert "--capture" in line and list(tmp_path.iterdir()) == []

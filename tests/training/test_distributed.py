@@ -97,6 +97,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != "rounded"])
 def test_processes_and_parts_make_no_difference(case: str, weights: Any) -> None:
     alone = weights[case, "one"]
@@ -114,6 +115,7 @@ def test_gradients_averaged_in_bfloat16_are_rounded(weights: Any) -> None:
     assert 0 < max(ratio) <= 2 * 0.01  # Adam's steps are of the size of the learning rate, but for their sign
 
 
+@pytest.mark.slow
 def test_only_rank_0_writes_and_prints(tmp_path: Path) -> None:
     train = ["train", *SMALL, "--run-dir", "run"]
     statuses = run_plan(
@@ -145,6 +147,7 @@ def test_only_rank_0_writes_and_prints(tmp_path: Path) -> None:
     assert all(line["images"] == 16 * line["step"] for line in lines if "ratio_loss" in line)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_any_number_of_processes_continues_on_another(tmp_path: Path) -> None:
     base = ["train", *SMALL, "--precision", "float64", "--refit-steps", "0", "--lr-schedule", "constant"]
 

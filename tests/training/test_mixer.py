@@ -36,6 +36,7 @@ def after_steps(path: Path, count: int, **options: Any) -> list[torch.Tensor]:
     return [p.detach() for n in (one.state.ratio, one.state.generator) for p in n.parameters()]
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_continues(tmp_path: Path) -> None:
     arguments = [*SMALL, "--ratio-network", "mixer", "--run-dir", "run", "--steps"]
     first = run("train", *arguments, 6, cwd=tmp_path)
@@ -46,6 +47,7 @@ def test_the_command_trains_and_continues(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "ratio_loss" in line][-1] == 9
 
 
+@pytest.mark.slow
 def test_a_patch_that_does_not_divide_is_one_line(tmp_path: Path) -> None:
     result = run("train", *SMALL, "--ratio-network", "mixer", "--ratio-patch", 3, "--steps", 2, cwd=tmp_path)
     assert "patches of 3 x 3 do not divide images of 8 x 8" in one_error_line(result)

@@ -56,6 +56,7 @@ def measured_peak(config: RunConfig, path: Path) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -84,6 +85,7 @@ def test_the_estimate_is_what_the_allocator_counts(tmp_path: Path, options: dict
     assert estimate.peak > estimate.state + estimate.gradients > 0
 
 
+@pytest.mark.slow
 def test_checkpointing_and_small_parts_take_less_and_flops_are_per_step() -> None:
     data = open_dataset("digits")
     plain = cost(TrainConfig(**BACKBONE, batch_size=64), data)
@@ -152,6 +154,7 @@ def test_every_preset_builds_the_network_it_names(preset: str) -> None:
         assert (both.backbone, both.backbone_options) == (config.backbone, config.backbone_options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["digits", "fashion", "cifar10", "imagenet512-xs"])
 def test_a_preset_has_a_plan(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     fits = ["--dry-run", "--device", "cpu", "--plan-memory", "80", "--batch-size", "2", "--micro-batch", "2"]
@@ -171,6 +174,7 @@ def test_a_mixer_fits_the_preset(preset: str) -> None:
     assert not there and cost(config, data).parameters["ratio network"] > 10_000
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["fashion", "--dry-run", "--device", "cpu", "--batch-size", "64"]
     config = TrainConfig(**(PRESETS["fashion"] | {"batch_size": 64}))
@@ -195,6 +199,7 @@ def test_a_plan_of_nothing_that_is_there_is_refused(tmp_path: Path) -> None:
         train.main(["digits", "--data", str(tmp_path / "none"), "--dry-run"])
 
 
+@pytest.mark.slow
 def test_the_table_of_presets_has_what_was_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,7 @@ def ranks(where: Path, *options: str) -> list[subprocess.Popen[str]]:
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
 def test_a_run_names_the_process_that_is_gone(sent: signal.Signals, tmp_path: Path) -> None:
     first, second = ranks(tmp_path, "--hang-timeout", "5")

@@ -108,6 +108,7 @@ def refitted() -> MLPRatio:
     return result.network  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_resample_draws_from_its_closed_form_law_and_nears_the_data(refitted: MLPRatio) -> None:
     """With the exact ratio the histogram is the law's; with the refitted one it comes close, and gains."""
     count = 8192
