@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ from diffratio_fast.metrics.neighbors import DENSITY_K, neighbor_metrics
 from diffratio_fast.metrics.reference import Measured, Reference, kept_numbers
 from diffratio_fast.metrics.scores import SPLITS, classifier_score
 
-METRICS = ("frechet", "kernel", "neighbours", "score")  # words: ok
 PUBLISHED_NAMES = {
     "fid": ("frechet", "inception"),
     "kid": ("kernel", "inception"),
@@ -54,25 +55,72 @@ def subset(sample: Sample, count: int) -> Sample:
     return Sample(len(chosen), moments(chosen) if len(chosen) > chosen.shape[1] else None, chosen)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Generated images beside reference images in one feature space."""
+
+    sample: Sample
+    reference: Sample
+    extractor: Extractor
+    device: torch.device
+
+    @cached_property
+    def vectors(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+        """At most ``SUBSET`` feature vectors of each side, a fixed choice; None where a side has none."""
+        if self.sample.features is None or self.reference.features is None:
+            return None
+        own, others = (
+            v[kept_numbers(len(v), SUBSET)] for v in (self.sample.features, self.reference.features)
+        )
+        return own, others
+
+
+def _frechet(pair: Comparison) -> Results:
+    own, others = pair.sample.moments, pair.reference.moments
+    known = own is not None and others is not None
+    return {pair.extractor.names.frechet: frechet_distance(own, others) if known else None}  # type: ignore[arg-type]
+
+
+def _kernel(pair: Comparison) -> Results:
+    if pair.vectors is None or min(map(len, pair.vectors)) < 2:
+        return {}
+    value, error = kernel_distance(*pair.vectors, pair.device)
+    return {pair.extractor.names.kernel: value, f"{pair.extractor.names.kernel}_error": error}
+
+
+def _neighbors(pair: Comparison) -> Results:
+    if pair.vectors is None or min(map(len, pair.vectors)) <= DENSITY_K:
+        return {}
+    return neighbor_metrics(*pair.vectors, pair.device)._asdict()
+
+
+def _score(pair: Comparison) -> Results:
+    logits = pair.sample.logits
+    if logits is None or len(logits) < SPLITS:
+        return {}
+    value, deviation = classifier_score(logits[permutation(0, 1, len(logits))])
+    return {pair.extractor.names.score: value, f"{pair.extractor.names.score}_deviation": deviation}
+
+
+METRICS: dict[str, Callable[[Comparison], Results]] = {
+    "frechet": _frechet,
+    "kernel": _kernel,
+    "neighbours": _neighbors,  # words: ok
+    "score": _score,
+}
+"""By the name that ``--metrics`` takes: a function to named results, to none where the data are too few."""
+
+
 def compute_metrics(
     sample: Sample, reference: Sample, extractor: Extractor, metrics: tuple[str, ...], device: torch.device
 ) -> Results:
     """Compute the chosen metrics, by their names in this feature space; None if the data are insufficient."""
-    names = extractor.names
-    result: Results = {}
-    if "frechet" in metrics:
-        known = sample.moments is not None and reference.moments is not None
-        result[names.frechet] = frechet_distance(sample.moments, reference.moments) if known else None  # type: ignore[arg-type]
-    if sample.features is not None and reference.features is not None:
-        own, others = (v[kept_numbers(len(v), SUBSET)] for v in (sample.features, reference.features))
-        if "kernel" in metrics and min(len(own), len(others)) >= 2:
-            result[names.kernel], result[f"{names.kernel}_error"] = kernel_distance(own, others, device)
-        if "neighbours" in metrics and min(len(own), len(others)) > DENSITY_K:  # words: ok
-            result |= neighbor_metrics(own, others, device)._asdict()
-    if "score" in metrics and sample.logits is not None and len(sample.logits) >= SPLITS:
-        order = permutation(0, 1, len(sample.logits))
-        result[names.score], result[f"{names.score}_deviation"] = classifier_score(sample.logits[order])
-    return result
+    pair = Comparison(sample, reference, extractor, device)
+    results: Results = {}
+    for name, metric in METRICS.items():
+        if name in metrics:
+            results |= metric(pair)
+    return results
 
 
 def floors(
