@@ -73,7 +73,7 @@ def karras(
 
 
 def flow_uniform(t_low: float = 0.0, t_high: float = 1.0) -> NoiseLaw:
-    """Flow-matching time t uniform, sigma = t / (1 - t): logistic in log sigma on the whole (0, 1)."""
+    """Flow-matching time t uniform, sigma = t / (1 - t): logistic in log sigma; t covers all of (0, 1)."""
     _require(0 <= t_low < t_high <= 1, "flow_uniform(t_min, t_max) needs 0 <= t_min < t_max <= 1")
 
     def quantile(u: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ LAWS: dict[str, Callable[..., NoiseLaw]] = {
 
 
 def parse_noise_law(text: str) -> NoiseLaw:
-    """The law spelled ``name(number, ...)``; anything else is a ``UserError`` that lists the laws."""
+    """The law spelled ``name(number, ...)``; any other text raises a ``UserError`` listing the laws."""
     match = re.fullmatch(r"\s*(\w+)\s*\(([^()]*)\)\s*", text)
     if not match or match[1] not in LAWS:
         known = ", ".join(

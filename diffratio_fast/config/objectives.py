@@ -1,4 +1,4 @@
-"""The table of objectives: everything that the package decides by ``--objective``.
+"""The table of objectives: everything in the package that depends on ``--objective``.
 
 A row names its classes and functions as "module:name", so that the command line reads the table without
 torch. A new objective is one module and one row.
@@ -28,19 +28,19 @@ class Objective:
     """
 
     title: str
-    """In the words of a plan, with the fields of the configuration: "{divergence}, weight {weight}"."""
+    """Format string for plans, with fields of the configuration: "{divergence}, weight {weight}"."""
     step: str
     """Subclass of ``training.step.generator.Iteration``."""
     monitor: str
     """Subclass of ``training.monitor.Evaluation``."""
     label: str = "ratio network"
-    """What plans and messages call the online network."""
+    """Name of the online network in plans and messages."""
     network: str = "diffratio_fast.training.state.builders:ratio_network"
     """Function (config, dataset) to the online network, without weights yet."""
     has_ratio: bool = True
     """Whether the online network is a log ratio at all noise levels: refit, verifier and report use it."""
     has_teacher: bool = False
-    """Whether a frozen denoiser takes part (``--teacher``)."""
+    """Whether a frozen denoiser is used (``--teacher``)."""
     preset: Mapping[str, Any] = field(default_factory=dict)
     """Values that override those of every preset."""
     options: tuple[str, ...] = ()
@@ -48,10 +48,10 @@ class Objective:
     requires: Mapping[str, Any] = field(default_factory=dict)
     """Fields that must have this value."""
     check: Callable[[TrainConfig], None] | None = None
-    """Raises a ``UserError`` where other options do not fit."""
+    """Raises a ``UserError`` if other options are incompatible."""
 
     def load(self, name: str) -> Any:
-        """The object that the field ``name`` names: imported at the first use."""
+        """The object that the field ``name`` refers to; imported at the first use."""
         module, _, attribute = getattr(self, name).partition(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -134,11 +134,11 @@ OBJECTIVES: dict[str, Objective] = {
         check=_needs_one_level,
     ),
 }
-"""By the name that ``--objective`` takes."""
+"""Value of ``--objective`` to its row."""
 
 
 def check_objective(config: TrainConfig) -> None:
-    """Raise a ``UserError`` where the options do not fit the objective."""
+    """Raise a ``UserError`` if the options are incompatible with the objective."""
     objective = OBJECTIVES[config.objective]
     for row in OBJECTIVES.values():
         for name in row.options:

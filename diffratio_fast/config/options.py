@@ -1,4 +1,4 @@
-"""Options as fields of a dataclass: from one such class derive command line, YAML and checks."""
+"""Options as fields of a dataclass: from one such class derive the command line, YAML and checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffratio_fast.errors import UserError
 from diffratio_fast.storage import reading
 
 LONGEST_CHOICES = 40
-"""Choices of more characters stand in the help's text and not beside the option."""
+"""Longer lists of choices are in the help text, not beside the option."""
 GROUPS = ("the run", "data", "networks", "optimization", "objective", "augmentation")
 """Titles of the groups in ``--help``, in their order."""
 
@@ -39,7 +39,7 @@ def option(
     """A field with its help, its bounds (``above`` is exclusive) and whether it may change on resuming.
 
     ``choices`` may be a table: an option accepts its keys, also those added later. ``before`` is the value
-    of runs that were recorded before the option existed: they continue as they began.
+    of runs that were recorded before the option existed: they resume unchanged.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "free": free}
     if before is not _NO_VALUE:
@@ -149,7 +149,7 @@ def from_mapping(kind: type, values: Mapping[str, Any], where: str) -> dict[str,
 def read_yaml(kind: type, path: Path) -> dict[str, Any]:
     """A YAML file's values of ``kind``'s fields; ``preset`` and ``environment`` are skipped.
 
-    The record of a run (it has an ``environment``) also gets the values of options that it is older than.
+    The record of a run (it has an ``environment``) also gets the ``before`` values of newer options.
     """
     try:
         content = reading.read_yaml(path)
@@ -165,7 +165,7 @@ def read_yaml(kind: type, path: Path) -> dict[str, Any]:
 
 
 def unrecorded(kind: type, record: Collection[str]) -> dict[str, Any]:
-    """The ``before`` values of the options that the record of a run does not name."""
+    """The ``before`` values of the options that are missing in the record of a run."""
     return {
         field.name: field.metadata["before"]
         for field in dataclasses.fields(kind)
@@ -174,7 +174,7 @@ def unrecorded(kind: type, record: Collection[str]) -> dict[str, Any]:
 
 
 def preset_of(path: Path) -> str | None:
-    """The preset that a run's config.yaml names, if any."""
+    """The preset recorded in a run's config.yaml, if any."""
     try:
         content = reading.read_yaml(path)
     except (OSError, ValueError):
@@ -221,7 +221,7 @@ def _optional(kind: type) -> Any:
 
 
 def changed_fields(old: Options, new: Options) -> Iterable[str]:
-    """Names of the fields that decide the training and differ."""
+    """Names of the fields that affect training and differ."""
     for field in dataclasses.fields(new):  # type: ignore[arg-type]
         if not field.metadata["free"] and getattr(old, field.name) != getattr(new, field.name):
             yield field.name

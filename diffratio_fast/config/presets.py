@@ -248,7 +248,7 @@ PRESETS: dict[str, Values] = {
     "cifar10-cond": _CIFAR10 | _CIFAR10_TRAIN,
     "imagenet64": _IMAGENET64 | _IMAGENET64_TRAIN,
 }
-"""By name: what ``train`` sets apart from the defaults."""
+"""Preset name to the options of ``train`` that differ from the defaults."""
 
 PRETRAIN_PRESETS: dict[str, Values] = {
     "digits": _DIGITS
@@ -289,7 +289,7 @@ PRETRAIN_PRESETS: dict[str, Values] = {
     "cifar10-cond": _CIFAR10 | _CIFAR10_PRETRAIN,
     "imagenet64": _IMAGENET64 | _IMAGENET64_PRETRAIN,
 }
-"""By name: what ``pretrain`` sets apart from the defaults."""
+"""Preset name to the options of ``pretrain`` that differ from the defaults."""
 
 RATIO_NETWORKS: dict[tuple[str, str], Values] = {
     ("digits", "mixer"): {"ratio_width": 64, "ratio_depth": 4, "ratio_lr": 3e-3},
@@ -309,7 +309,7 @@ RATIO_NETWORKS: dict[tuple[str, str], Values] = {
         "weight": "dmd",
     },
 }
-"""What a preset sets otherwise with another ratio network than its own (docs/ratio_mixer.md)."""
+"""Options that a preset changes for a ratio network other than its own (docs/ratio_mixer.md)."""
 
 DESCRIPTIONS = {
     "digits": "real handwritten digits, 8 x 8, ten classes: trains in minutes on two CPU cores",
@@ -344,4 +344,4 @@ DATA_SHAPES: dict[str, tuple[str, tuple[int, int, int], int]] = {
     "imagenet64": ("image", (3, 64, 64), 1000),
     **{f"imagenet512-{size}": ("latent_moments", (8, 64, 64), 1000) for size in _EDM2_SIZES},
 }
-"""Kind, shape and classes of the data a preset is for: what a dry run plans with where there are none yet."""
+"""Kind, shape and classes of the data of a preset; a dry run uses them if there is no data set yet."""

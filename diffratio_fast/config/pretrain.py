@@ -49,7 +49,7 @@ class PretrainConfig(
     PretrainNetworkOptions,
     RunConfig,
 ):
-    """Everything that decides the pre-training of a denoiser."""
+    """All options of the pre-training of a denoiser."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

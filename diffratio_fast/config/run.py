@@ -108,7 +108,7 @@ U_NET_SIZES = {
     "channel_mult": "channel_mult",
     "attention": "attn_resolutions",
 }
-"""Options that stand for one of the published constructor's each."""
+"""Options that each set one option of the published constructor."""
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:
@@ -239,7 +239,7 @@ class OptimizationOptions(Options, group="optimization"):
 
     @property
     def posthoc_widths(self) -> tuple[float, ...]:
-        """The widths of ``posthoc_ema``, rising; empty without it."""
+        """The widths of ``posthoc_ema`` in ascending order; empty without it."""
         return () if self.posthoc_ema is None else _widths(self.posthoc_ema)
 
 
@@ -275,7 +275,7 @@ class RunConfig(AugmentationOptions, OptimizationOptions, NetworkOptions, DataOp
 
     @property
     def batches_per_step(self) -> int:
-        """Batches that one training step takes."""
+        """Number of batches per training step."""
         return 1
 
     @property
@@ -284,15 +284,15 @@ class RunConfig(AugmentationOptions, OptimizationOptions, NetworkOptions, DataOp
         return 0
 
     def networks_text(self) -> dict[str, str]:
-        """Architecture of each network that trains, in the words of a plan."""
+        """Architecture of each trained network, as text for a plan."""
         raise NotImplementedError
 
     def objective_text(self) -> str:
-        """The objective, in the words of a plan."""
+        """The objective, as text for a plan."""
         raise NotImplementedError
 
     def noise_law(self, name: str) -> NoiseLaw:
-        """The noise law that the field ``name`` spells."""
+        """The noise law in the field ``name``."""
         try:
             return parse_noise_law(getattr(self, name))
         except UserError as error:

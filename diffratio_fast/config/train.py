@@ -27,7 +27,7 @@ DIVERGENCE_NAMES = (
 WEIGHT_NAMES = ("uniform", "sigma", "sigma2", "bounded", "dmd")
 LOSS_WEIGHT_NAMES = ("uniform", "total_std")
 INIT_WARMUP_STEPS = 500
-"""Steps of the ratio network's warm-up, and then of the generator's ramp, where --init gives a generator."""
+"""Steps of the ratio network's warm-up, and then of the generator's ramp, if --init gives a generator."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class TrainConfig(
     TrainRunOptions,
     RunConfig,
 ):
-    """Everything that decides the training of a one-step generator."""
+    """All options of the training of a one-step generator."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ def build_denoiser(
 ) -> Denoiser:
     """The denoiser of a published architecture for images [C, R, R]; ``classes=1`` means unconditional.
 
-    ``options`` are the published constructor's, without those that follow from shape and classes. Raises
+    ``options`` are the published constructor's, except those derived from shape and classes. Raises
     ``ValueError`` for invalid options.
     """
     channels, height, width = shape
@@ -56,7 +56,7 @@ def set_checkpointing(network: nn.Module, on: bool) -> None:
 
 
 def set_fused(network: nn.Module, on: bool) -> None:
-    """Let the parts of EDM2 networks use the fused operations where they exist, or plain PyTorch."""
+    """Use the fused operations in EDM2 networks where they exist, or plain PyTorch."""
     for module in network.modules():
         if isinstance(module, (Block, MPConv, MPUNet, MPHead)):
             module.fused = on

@@ -1,4 +1,4 @@
-"""A denoiser of real and generated images at once, which gives the difference of the two denoisers."""
+"""A denoiser of real and generated images at once, which returns the difference of the two denoisers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ConditionalDenoiser(nn.Module):
 
     ``forward`` takes what a ``Denoiser`` does and returns (m, tau), images like the noised ones [N, C, R, R];
     m has EDM's preconditioning, tau its c_out. By Tweedie's formula tau / sigma^2 is the gradient of the log
-    ratio. Both are read from one network, tau by a read-out of its own that starts at zero. ``gain``
+    ratio. Both are read from one network, tau by a separate read-out that starts at zero. ``gain``
     multiplies tau: with Adam it is the factor between tau's learning rate and the other weights'.
     """
 
@@ -48,7 +48,7 @@ class ConditionalDenoiser(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """A network's read-out and a second one beside it: their results, channel after channel."""
+    """A network's read-out and a second one: their results, concatenated along the channels."""
 
     def __init__(self, image: nn.Module, difference: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ReadOut(nn.Module):
 def add_read_out(denoiser: Denoiser) -> None:
     """Give a denoiser's network a second read-out that starts at zero, in place.
 
-    ``ValueError`` for a network that has no single linear read-out.
+    Raises ``ValueError`` for a network without a single linear read-out.
     """
     network = cast(nn.Module, denoiser.backbone)
     if isinstance(network, DenseNet):
@@ -86,7 +86,7 @@ def add_read_out(denoiser: Denoiser) -> None:
 
 
 def copy_denoiser(target: ConditionalDenoiser, source: Denoiser) -> None:
-    """Copy a denoiser's weights; tau's read-out stays as it is. ``ValueError`` if the networks differ."""
+    """Copy a denoiser's weights; tau's read-out is unchanged. ``ValueError`` if the networks differ."""
     state = source.state_dict()
     for name, tensor in target.denoiser.state_dict().items():
         if ".difference." in name:

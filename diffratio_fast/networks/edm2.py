@@ -65,9 +65,9 @@ class MPFourier(KeepsPrecision, Drawn):
 
 
 class Kept:
-    """An optimizer's part in a weight: it normalizes it in store, and may keep the value for the next pass.
+    """State of an optimizer that normalizes a stored weight; it may cache the value for the next pass.
 
-    The value holds for one version of the weight. A copy of a network has no such optimizer.
+    The value is valid for one version of the weight. A copy of a network has no such optimizer.
     """
 
     def __init__(self, weight: weakref.ref[Tensor], normalized: Tensor | None) -> None:
@@ -78,12 +78,12 @@ class Kept:
         return None
 
     def take_note(self) -> None:
-        """The value is that of the weight as it is now."""
+        """Mark the cached value as that of the current version of the weight."""
         weight = self.weight()
         self._version = -1 if weight is None else weight._version
 
     def value(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The normalized weight, if it is known in this type."""
+        """The normalized weight, if it is cached in this dtype."""
         known = self.normalized
         if known is None or known.dtype != dtype or weight is not self.weight():
             return None
@@ -95,7 +95,7 @@ class MPConv(Drawn):
 
     The weights of each output are normalized to unit length in use (Eq. 47); ``force_normalization`` also
     normalizes the stored weights. ``gain`` multiplies the output.
-    ``fused``: by ``ops.parameters`` where it has compiled code.
+    ``fused``: use ``ops.parameters`` where it has compiled code.
     """
 
     fused = True
@@ -113,7 +113,7 @@ class MPConv(Drawn):
         self.weight.copy_(draws.normal(*self.weight.shape))
 
     def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The normalized weights, multiplied by ``gain``; in autocast's type where they are fused."""
+        """The normalized weights, multiplied by ``gain``; in autocast's dtype if fused."""
         if self.fused and parameters.compiled_for(self.weight):
             return self._normalized() if isinstance(gain, float) and gain == 1 else self._normalized() * gain
         weight = at_least_float32(self.weight)
@@ -309,7 +309,7 @@ class MPUNet(UNet):
 
     def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
         """c_in x and the channel of ones."""
-        if torch.is_autocast_enabled(x.device.type):  # what the first convolution would make of it
+        if torch.is_autocast_enabled(x.device.type):  # as the first convolution would cast it
             dtype = torch.get_autocast_dtype(x.device.type)
         return magnitude.operations(self.fused, x).ones_channel(x, c_in, dtype)
 

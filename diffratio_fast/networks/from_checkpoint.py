@@ -21,7 +21,7 @@ PREFIX = "average."
 def load_average(checkpoints: Path) -> tuple[nn.Module, SavedNetwork, Path, str]:
     """The average in the newest complete checkpoint: network, description, the checkpoint and its digest.
 
-    On the CPU, in eval mode. A ``UserError`` where there is none, or it is of no generator.
+    On the CPU, in eval mode. Raises ``UserError`` if there is none, or it has no generator.
     """
     newest = newest_complete(checkpoints)
     if newest is None:
@@ -44,7 +44,7 @@ def load_average(checkpoints: Path) -> tuple[nn.Module, SavedNetwork, Path, str]
 
 
 def _average(path: Path, files: list[str]) -> dict[str, Tensor]:
-    """The tensors of the average, without their prefix; of several processes' files put together."""
+    """The tensors of the average without their prefix, merged from the files of all processes."""
     if len(files) == 1:
         with safe_open(path / files[0], "pt") as file:
             return {

@@ -22,7 +22,7 @@ EPS = 1e-4
 
 
 def operations(fused: bool, x: Tensor) -> ModuleType:
-    """``ops.edm2`` where it has compiled code for x and ``fused`` asks for it, else this module."""
+    """``ops.edm2`` if ``fused`` and it has compiled code for x, else this module."""
     return edm2 if fused and edm2.compiled_for(x) else sys.modules[__name__]
 
 
@@ -33,7 +33,7 @@ def normalize(x: Tensor, dim: int | Sequence[int]) -> Tensor:
 
 
 def root_mean_square(x: Tensor, dims: list[int]) -> Tensor:
-    """Of vectors along ``dims``, float32 (float64 of float64)."""
+    """Root mean square of vectors along ``dims``: float32, or float64 for float64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     length = x.numel() // norm.numel()
@@ -46,12 +46,12 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """(1 - t) a + t b, of unit magnitude where a and b are and do not correlate (Eq. 88)."""
+    """(1 - t) a + t b, of unit magnitude if a and b are and are uncorrelated (Eq. 88)."""
     return torch.lerp(a, b.to(a.dtype), t) / math.sqrt((1 - t) ** 2 + t**2)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """a and b [N, C, ...] side by side, weighed so that b contributes by t whatever its width (Eq. 103)."""
+    """Concatenate a and b [N, C, ...], weighted so that b's contribution is t at any width (Eq. 103)."""
     width = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t**2))
     scale_a, scale_b = width * (1 - t) / math.sqrt(a.shape[1]), width * t / math.sqrt(b.shape[1])
     return torch.cat((scale_a * a, scale_b * b), dim=1)

@@ -55,7 +55,7 @@ class MLPGenerator(nn.Module):
 
 
 def is_energy(head: str) -> bool:
-    """Whether a ratio network's head is "energy" and not "scalar"; another name is a ``ValueError``."""
+    """Whether a ratio network's head is "energy" and not "scalar"; another name raises ``ValueError``."""
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, not {head}")
     return head == "energy"
@@ -124,7 +124,7 @@ class DenseNet(nn.Module):
         self.last = Linear(width, pixels, gain=0.0)
 
     def scaled(self, x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
-        """What ``forward`` takes: c_in x, of images x [N, C, R, R] and c_in [N], in the network's dtype."""
+        """Input of ``forward``: c_in x, of images x [N, C, R, R] and c_in [N], in the network's dtype."""
         return (c_in[:, None, None, None] * x).to(dtype)
 
     def forward(

@@ -33,7 +33,7 @@ _ROLES = {"generator": GENERATORS, "ratio": RATIO_NETWORKS}
 
 
 FORMAT_VERSION = 2
-"""1 has no ``head`` and ``scaled`` of ratio networks: their defaults are what its networks are."""
+"""Files of version 1 lack ``head`` and ``scaled`` of ratio networks, which then have their defaults."""
 READABLE = tuple(f"diffratio_fast.network.{version}" for version in (1, 2))
 
 
@@ -59,7 +59,7 @@ class SavedNetwork:
 
     @classmethod
     def parse(cls, content: str | dict[str, Any]) -> SavedNetwork:
-        """The description, as JSON or parsed already; ``ValueError`` or ``TypeError`` where it is none."""
+        """The description, as JSON or parsed; raises ``ValueError`` or ``TypeError`` if it is invalid."""
         about = cls(**(parse_json(content) if isinstance(content, str) else content))
         for name, kind in cls.__annotations__.items():
             if not isinstance(getattr(about, name), str if kind == "str" else dict):
@@ -104,8 +104,10 @@ def load(path: Path, role: str) -> tuple[nn.Module, SavedNetwork]:
 
 
 def built(about: SavedNetwork, state: Mapping[str, Tensor]) -> nn.Module:
-    """The network that ``about`` describes with these weights, in eval mode; a ``RuntimeError`` or one of
-    ``DAMAGE`` where they do not fit it."""
+    """The network that ``about`` describes with these weights, in eval mode.
+
+    Raises ``RuntimeError`` or one of ``DAMAGE`` if they do not match.
+    """
     check_ambition(about.arguments, sum(tensor.numel() for tensor in state.values()))
     network = build(about.role, about.architecture, about.arguments)
     network.load_state_dict(dict(state))

@@ -185,7 +185,7 @@ class Denoiser(nn.Module):
     """
 
     backbone_name: str  # attribute name of F in published checkpoints
-    architecture: str = ""  # both: the arguments of ``from_published``
+    architecture: str = ""  # this and the configuration: the arguments of ``from_published``
     config: dict[str, Any]
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int, sigma_data: float) -> None:

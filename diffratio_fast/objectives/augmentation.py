@@ -1,8 +1,9 @@
 """Augmentation of the ratio network's input: the same random transform on both halves of a pair.
 
-A density ratio is unchanged by an invertible transform of x, so what real and fake share costs the ratio
-nothing and keeps it from memorizing small data. The transform sits in front of the network, so autograd
-carries the generator's gradient through its transpose. Evaluation and verification never use it.
+A density ratio is unchanged by an invertible transform of x, so a transform that real and fake share
+does not change the optimum, and it keeps the network from memorizing small data. The transform is applied
+before the network, so autograd applies its transpose to the generator's gradient. Evaluation and
+verification never use it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A running mean of the divergence's factor h per noise-level bin.
 
-Dividing h by its mean keeps the noise levels at which a divergence grows fast from deciding every step.
-Bins hold equal shares of the generator's noise law. The mean is that of earlier steps, a part of the
+Dividing h by its mean prevents the noise levels at which a divergence grows fast from dominating every step.
+Bins hold equal shares of the generator's noise law. The mean is over earlier steps and part of the
 training state, so that a step stays a pure function of (state, step).
 """
 
@@ -15,17 +15,17 @@ MOMENTUM = 0.01
 
 
 def initial_means(device: torch.device) -> Tensor:
-    """One for every bin: float32 [BINS]."""
+    """Initial means, 1 for every bin: float32 [BINS]."""
     return torch.ones(BINS, device=device)
 
 
 def bins(uniforms: Tensor) -> Tensor:
-    """The bin of each uniform that a noise level was drawn from: int64, same shape."""
+    """The bin of each uniform number behind a noise level: int64, same shape."""
     return (uniforms * BINS).long().clamp(0, BINS - 1)
 
 
 def bin_sums(bin_of: Tensor, h: Tensor) -> Tensor:
-    """How many values of h fall in each bin, and their sum: float64 [2, BINS]."""
+    """Number of values of h in each bin, and their sum: float64 [2, BINS]."""
     hot = torch.nn.functional.one_hot(bin_of.reshape(-1), BINS).double()
     return torch.stack((hot.sum(0), (hot * h.reshape(-1, 1)).sum(0)))
 

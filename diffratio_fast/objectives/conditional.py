@@ -59,7 +59,7 @@ def score_difference(
     *,
     weight: Tensor,
 ) -> DenoiserDifference:
-    """What the generator descends: -(1/K) sum_k w(sigma_k) tau / sigma_k^2, per sample.
+    """Gradient for the generator: -(1/K) sum_k w(sigma_k) tau / sigma_k^2, per sample.
 
     As ``vsd.score_difference``: ``fake`` [B, C, H, W]; ``sigma`` and ``weight`` [B, K].
     """

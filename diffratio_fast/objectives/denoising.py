@@ -1,4 +1,4 @@
-"""The denoising objective of EDM and EDM2, by which a network is pre-trained, and a sampler to look at it.
+"""The denoising objective of EDM and EDM2, used for pre-training, and a sampler to inspect the network.
 
 Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM), and Karras et
 al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2).
@@ -43,7 +43,7 @@ def denoising_errors(
 def error_weight(sigma: Tensor) -> Tensor:
     """lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, like sigma (EDM, Table 1).
 
-    With it the error of a network that puts out zero is 1 at every noise level.
+    With it the error of a network whose output is zero is 1 at every noise level.
     """
     return (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
 
@@ -64,7 +64,7 @@ def posterior_mean(noised: Tensor, x0: Tensor, sigma: Tensor, labels: Tensor) ->
 def denoising_loss(errors: Tensor, log_variance: Tensor | None) -> Tensor:
     """The mean of errors [B]; with a learned log variance u(sigma) [B] that of errors / e^u + u (EDM2).
 
-    The optimal u is the log of the mean error at its noise level, so that every level weighs the same.
+    The optimal u is the log of the mean error at its noise level, so all levels have the same weight.
     """
     if log_variance is None:
         return errors.mean()

@@ -137,10 +137,10 @@ def score_difference(
     divergence: Divergence,
     h_mean: Tensor | None = None,
 ) -> ScoreDifference:
-    """What the generator descends: -(1/K) sum_k w(sigma_k) h(l_k) grad l(x_sigma_k), per sample.
+    """Gradient for the generator: -(1/K) sum_k w(sigma_k) h(l_k) grad l(x_sigma_k), per sample.
 
-    ``fake`` [B, C, H, W] is detached here; ``sigma`` and ``weight`` are [B, K], draw k of sample b having
-    noise of its own. ``h_mean`` [B, K] divides h where given. Weights of the network get no gradient.
+    ``fake`` [B, C, H, W] is detached here; ``sigma`` and ``weight`` are [B, K], each draw has independent
+    noise. ``h_mean`` [B, K] divides h if given. The network's weights get no gradient.
     """
     batch, draws = sigma.shape
     clean = fake.detach()

@@ -24,7 +24,7 @@ def ratio_loss(
     purposes: tuple[ops.Purpose, ops.Purpose] = ops.SHARED_NOISE,
     dtype: torch.dtype | None = None,
 ) -> RatioLoss:
-    """See ``diffratio.ratio_loss``; the network's weights are rounded to ``dtype`` where given."""
+    """See ``diffratio.ratio_loss``; the network's weights are rounded to ``dtype`` if given."""
     conditioning = ratio.conditioning(sigma, labels)
     outcome = ops.ratio_loss(
         ratio.weights(dtype), real, fake, sigma, conditioning, conditioning, rng, index,
@@ -46,7 +46,7 @@ def score_difference(
     h_mean: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> ScoreDifference:
-    """See ``diffratio.score_difference``; the network's weights are rounded to ``dtype`` where given."""
+    """See ``diffratio.score_difference``; the network's weights are rounded to ``dtype`` if given."""
     with torch.no_grad():
         conditioning = ratio.conditioning(sigma, labels)
         outcome = ops.score_difference(

@@ -25,16 +25,16 @@ SHIFT = 1 / 8
 
 
 class Transform(NamedTuple):
-    """What is done to each of N images, float64 [N] each, in this order; all zero: nothing.
+    """Transforms of each of N images, float64 [N] each, in this order; all zero is the identity.
 
-    Angles are in radians. ``stretch`` widens along its angle and narrows across it. Shifts are to the right
-    and downwards.
+    Angles are in radians. ``stretch`` widens along its angle and narrows perpendicular to it. Shifts are to
+    the right and downward.
     """
 
     mirror: Tensor  # 0 or 1: left for right
     upend: Tensor  # 0 or 1: top for bottom
     scale: Tensor  # the image's content grows by SCALE to this power
-    angle: Tensor  # anticlockwise
+    angle: Tensor  # counterclockwise
     stretch: Tensor  # by STRETCH to this power
     stretch_angle: Tensor
     right: Tensor  # in units of SHIFT
@@ -53,7 +53,7 @@ class Transform(NamedTuple):
 def random_transform(rng: Tensor, index: Tensor, probability: float) -> Transform:
     """A transform for each sample index [N]: every other image is mirrored, the rest by ``probability`` each.
 
-    A ``probability`` of zero leaves every image alone.
+    A ``probability`` of zero changes no image.
     """
     if probability == 0:
         return Transform(*torch.zeros(8, len(index), dtype=torch.float64, device=index.device).unbind())
@@ -79,9 +79,9 @@ def random_transform(rng: Tensor, index: Tensor, probability: float) -> Transfor
 
 
 def apply(transform: Transform, x: Tensor) -> Tensor:
-    """Images x [N, C, H, W], transformed; what comes from beyond their edges is their mirror image.
+    """Images x [N, C, H, W], transformed; beyond the edges the image is mirrored.
 
-    Flips move pixels; of all else each new pixel is interpolated where it comes from (bicubic).
+    Flips move pixels; for all other transforms new pixels are interpolated (bicubic).
     """
     flips = (_column(transform.mirror, x) > 0, _column(transform.upend, x) > 0)
     x = torch.where(flips[0], x.flip(3), x)
@@ -98,9 +98,9 @@ def _column(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _sources(transform: Transform, x: Tensor) -> Tensor:
-    """Where each pixel of the result comes from: [N, H, W, 2] as (column, row), the image being -1 to 1.
+    """Source position of each pixel of the result: [N, H, W, 2] as (column, row), the image being -1 to 1.
 
-    Every map is undone, the last one first; in pixels, as angles mean nothing where height and width differ.
+    The maps are inverted, the last one first. Units are pixels, so angles hold if height and width differ.
     Element by element, not by a product of matrices, whose rounding would depend on the batch.
     """
     height, width = x.shape[-2:]
@@ -125,6 +125,6 @@ def _sources(transform: Transform, x: Tensor) -> Tensor:
 
 
 def _turned(u: Tensor, v: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """(column, row) turned anticlockwise, as seen with rows that count downwards."""
+    """(column, row) rotated counterclockwise, as seen with rows that count downward."""
     cos, sin = angle.cos(), angle.sin()
     return u * cos + v * sin, v * cos - u * sin

@@ -1,4 +1,4 @@
-"""Log ratios of held-out reals and fresh fakes at chosen noise levels: what every measurement is made of."""
+"""Log ratios of held-out reals and fresh fakes at chosen noise levels: the basis of all measurements."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffratio_fast.objectives.diffratio import RatioNetwork, log_ratio_pair
 LOG_2 = math.log(2.0)
 
 CHUNK = 512
-"""Images of each half that go through a network at a time."""
+"""Images of each half per forward pass."""
 
 
 def noise_levels(law: NoiseLaw, count: int) -> Tensor:
-    """The middles of ``count`` equal shares of a noise law: float64 [count], rising."""
+    """The middles of ``count`` equal shares of a noise law: float64 [count], ascending."""
     return law.quantile((torch.arange(count, dtype=torch.float64) + 0.5) / count)
 
 
@@ -44,9 +44,9 @@ def log_ratios(
 ) -> tuple[Tensor, Tensor]:
     """Log ratios float32 ([B, K], [B, K]) of clean reals and fakes [B, C, H, W] at ``sigma`` [B, K].
 
-    Pair i shares label, noise levels and index; every draw has noise of its own. With ``shared_noise`` the
+    Pair i shares label, noise levels and index; every draw has independent noise. With ``shared_noise`` the
     halves of a pair share it: softplus(-l) and softplus(l) then err in opposite directions, and their sum has
-    less variance. Without it the halves are independent, as estimates that are compared must be.
+    less variance. Without it the halves are independent, which compared estimates require.
     """
     real_noise, fake_noise = ops.Purpose.EVALUATION_REAL, ops.Purpose.EVALUATION_FAKE
     purposes = (real_noise, real_noise if shared_noise else fake_noise)

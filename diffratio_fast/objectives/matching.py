@@ -1,4 +1,4 @@
-"""Matched pairs: the generated images of a batch permuted within a class, near to their real partners.
+"""Matched pairs: the generated images of a batch permuted within a class, close to their real partners.
 
 For a permutation that depends on the clean images only, every generated image keeps its law given its label,
 so the ratio loss keeps its expectation. Near partners share more of their noised neighborhood: the gradient
@@ -16,14 +16,14 @@ SWEEPS = 2
 
 @torch.no_grad()
 def matched(real: Tensor, fake: Tensor, labels: Tensor, *, sweeps: int = SWEEPS) -> Tensor:
-    """A permutation int64 [B]: ``fake[permutation]`` has near partners in ``real``, within each label.
+    """A permutation int64 [B]: ``fake[permutation]`` has close partners in ``real``, within each label.
 
-    ``real`` and ``fake`` [B, C, H, W], ``labels`` int64 [B]. Two images are swapped where that lowers the sum
-    of squared distances, by all pairs of a round-robin tournament, ``sweeps`` times over. Nothing waits for
-    the device. An optimal assignment is at most a little nearer.
+    ``real`` and ``fake`` [B, C, H, W], ``labels`` int64 [B]. Two images are swapped if that reduces the sum
+    of squared distances, by all pairs of a round-robin tournament, ``sweeps`` times over. It needs no host
+    synchronization. An optimal assignment is at most slightly closer.
     """
     count = len(labels)
-    odd = count % 2  # then a last image without label, that nobody swaps with
+    odd = count % 2  # then a last image without label, that is never swapped
     x, y = real.flatten(1).float(), fake.flatten(1).float()
     distance = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T  # [real, fake]
     distance, owner = pad(distance, (0, odd, 0, odd)), pad(labels, (0, odd), value=-1)

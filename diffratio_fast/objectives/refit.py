@@ -25,24 +25,24 @@ from diffratio_fast.objectives.held_out import in_chunks, log_ratios, noise_leve
 from diffratio_fast.objectives.sigma import sample_sigma
 
 HELD_OUT_PAIRS = 2048
-"""Pairs behind a held-out bound, at least; a small validation split is used with several fakes and levels."""
+"""Minimum number of pairs for a held-out bound; a small validation split gets several fakes and levels."""
 LEVELS = 8
 UNLEARNING = 3.0
-"""A (decoupled) weight decay that unlearns the over-confidence of a network that has overfitted online.
+"""Decoupled weight decay that reduces the overconfidence of a network that has overfitted online.
 
 At the end of the digits preset, 200 steps raise its bound from -0.08 to 0.02 nats with it, and not above
 -0.03 with a decay of 1. A network that has not overfitted loses a tenth of its bound: 0.20, not 0.22, at
 step 500.
 """
 FINAL_RATE = 0.05
-"""What is left of the learning rate after the last step."""
+"""Fraction of the learning rate after the last step."""
 
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """How long and how fast to fit; ``patience`` is how many checks without a better bound end it.
+    """Length and learning rate of the fit; it ends after ``patience`` checks without a better bound.
 
-    ``held_out_pairs`` are behind each check, at least. ``shared_noise`` is that of the fit and of the check.
+    ``held_out_pairs`` is the minimum per check. ``shared_noise`` applies to the fit and the check.
     """
 
     steps: int = 2000
@@ -68,7 +68,7 @@ class Refitted:
 
     @property
     def bound(self) -> float:
-        """Held-out bound of the best network, nats; the choice on the same data flatters it a little."""
+        """Held-out bound of the best network, nats; slightly optimistic: the same data selects it."""
         return max(bound for _, bound in self.checks)
 
 
@@ -82,13 +82,13 @@ def refit(
     options: RefitOptions,
     seed: int,
 ) -> Refitted:
-    """Fit a copy of ``ratio`` to tell ``batches`` from images of the frozen ``generator``.
+    """Fit a copy of ``ratio`` to distinguish ``batches`` from images of the frozen ``generator``.
 
     ``batches`` and ``held_out`` are (x0 [B, C, H, W], labels int64 [B]) on the networks' device, in their
     dtype. Neither network changes. The result is a function of the arguments alone.
     """
     network = copy.deepcopy(ratio).requires_grad_(True)
-    # with momentum, unlike online: the generator stands still, so older gradients are as good as new ones
+    # with momentum, unlike online: the generator is frozen, so older gradients remain valid
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
     )

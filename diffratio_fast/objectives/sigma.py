@@ -1,4 +1,4 @@
-"""Noise levels drawn from a law, as all random numbers are: a function of (seed, step, sample, purpose)."""
+"""Noise levels drawn from a law, as a function of (seed, step, sample, purpose)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def sample_sigma(
     substep: int = 0,
     draws: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(sigma float32 [B, draws], the uniforms it came from, float64 [B, draws]) for sample indices [B]."""
+    """(sigma float32 [B, draws], its uniform numbers float64 [B, draws]) for sample indices [B]."""
     uniforms = ops.uniform(rng, index, purpose, draws, substep=substep)
     return law.quantile(uniforms).float(), uniforms

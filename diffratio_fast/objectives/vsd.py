@@ -1,10 +1,10 @@
 """Score distillation, the baseline: the score difference of two denoisers in place of a ratio's gradient.
 
-A frozen teacher denoises data; a student, trained online, denoises what the generator makes. By Tweedie's
+A frozen teacher denoises data; a student, trained online, denoises generated images. By Tweedie's
 formula the generator descends s_gen - s_data = (D_student - D_teacher) / sigma^2.
 Variational score distillation (Wang et al. 2023, "ProlificDreamer"), Diff-Instruct (Luo et al. 2023) and
 distribution matching distillation (Yin et al. 2024, "One-step Diffusion with Distribution Matching
-Distillation") are this with weights of their own; all descend KL(p_gen,sigma || p_data,sigma).
+Distillation") are variants with other weights; all minimize KL(p_gen,sigma || p_data,sigma).
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def score_difference(
     weight: Tensor,
     normalize: bool = False,
 ) -> DenoiserDifference:
-    """What the generator descends: (1/K) sum_k w(sigma_k) (D_student - D_teacher) / sigma_k^2, per sample.
+    """Gradient for the generator: (1/K) sum_k w(sigma_k) (D_student - D_teacher) / sigma_k^2, per sample.
 
-    ``fake`` [B, C, H, W]; ``sigma`` and ``weight`` [B, K], each draw with noise of its own (that of
+    ``fake`` [B, C, H, W]; ``sigma`` and ``weight`` [B, K], each draw with independent noise (that of
     ``diffratio.score_difference``). ``normalize`` divides a draw by the sample's mean |x0 - D_teacher|, the
     scale that DMD gives its gradient (Yin et al. 2024, eq. 8).
     """

@@ -27,7 +27,7 @@ LOSS_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 """Name to lambda(sigma, sigma_data) of the ratio network's loss, up to a factor: like ``WEIGHTS``.
 
-Large noise levels have small log ratios and small gradients; "total_std" trains them harder.
+Large noise levels have small log ratios and small gradients; "total_std" increases their weight.
 """
 QUANTILES = 10_000
 
