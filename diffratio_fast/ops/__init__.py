@@ -1,7 +1,7 @@
 """The fused operations: public functions here, their definitions in plain PyTorch in ``reference_*``.
 
-An operation runs compiled code where that was built for the device of the tensors, otherwise its reference.
-The noise has the same bits either way.
+An operation runs compiled code if it was built for the device of the tensors, otherwise its reference.
+The noise is bit-identical in both.
 """
 
 from diffratio_fast.ops import (

@@ -14,8 +14,8 @@ import torch
 
 from diffratio_fast.ops import run_time
 
-# Raised together with interface_version in csrc/bindings.h whenever an operation's schema changes, so that
-# a module left over from older sources is noticed.
+# Increment this and interface_version in csrc/bindings.h whenever an operation's schema changes. A module
+# that was built from older sources is then detected.
 INTERFACE = 5
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -24,11 +24,11 @@ REBUILD = "run `pip install -e .` (or `python setup.py build_ext --inplace`) in 
 
 
 class _Unusable(Exception):
-    """Why the compiled module is not used."""
+    """The compiled module cannot be used; the message gives the reason."""
 
 
 def _load() -> Any:
-    """The compiled module.
+    """Load the compiled module; raise ``_Unusable`` if it cannot be used.
 
     ``_build_info.json`` is compared first: loading a module that was built for another torch can crash the
     process.
@@ -45,7 +45,7 @@ def _load() -> Any:
     if info.get("torch_version") != torch.__version__:
         built_for = info.get("torch_version")
         raise _Unusable(f"it was built for torch {built_for}, this is torch {torch.__version__}")
-    # By its path: by name, Python may find an editable installation of another copy of the package.
+    # Load by path: by name, Python may find an editable installation of another copy of the package.
     path = _PACKAGE / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     try:
         complete = path.stat().st_size == info.get("bytes")
@@ -84,7 +84,7 @@ CUDA: bool = module is not None and bool(module.build_info()["cuda_archs"])
 
 
 def compiled_for(tensor: torch.Tensor) -> bool:
-    """Whether the noise operations exist compiled for the tensor's device, ahead of time or at run time."""
+    """Whether the noise operations have compiled code (built or run-time) for the tensor's device."""
     if module is None:
         return False
     kind = tensor.device.type
@@ -93,7 +93,7 @@ def compiled_for(tensor: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def cuda_kernels() -> str:
-    """How CUDA kernels come into being here: "ahead of time", "run time" or "reference" (none)."""
+    """How CUDA kernels are compiled on this machine: "ahead of time", "run time" or "reference" (none)."""
     return _decide_cuda_kernels()
 
 

@@ -1,10 +1,9 @@
-"""The divergences a generator can descend, as one table.
+"""The divergences that a generator can minimize, as one table.
 
 For D_f(p_data || p_gen) = E_gen[f(rho)] with rho = p_data / p_gen, the gradient that reaches a sample is
--h(l) * grad l, where l = log rho and h = f''(rho) rho^2. Each row states its f; ``h`` is that product
-divided by ``constant``, the convention by which definitions of a divergence differ. The order of the table is
-the code by which the compiled operations know a divergence (``csrc/common/divergences.h``): append, never
-reorder.
+-h(l) * grad l, where l = log rho and h = f''(rho) rho^2. Each row gives its f; ``h`` is that product divided
+by ``constant``, because definitions of a divergence differ by a factor. The compiled operations identify a
+divergence by its position in the table (``csrc/common/divergences.h``): append, never reorder.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """f(rho), h(l) = f''(rho) rho^2 / constant, and the bound on l inside h where h grows with rho."""
+    """f(rho), h(l) = f''(rho) rho^2 / constant, and a bound on l inside h if h grows with rho."""
 
     f: Callable[[Tensor], Tensor]
     h: Callable[[Tensor], Tensor]
@@ -26,9 +25,9 @@ class Divergence:
     clamp: float | None = None
 
     def factor(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """(h of the clamped log ratio, whether it was clamped), both shaped like ``log_ratio``.
+        """Return h of the clamped log ratio and whether it was clamped, both shaped like ``log_ratio``.
 
-        The clamp acts inside h only and nothing here is differentiated.
+        The clamp acts inside h only. The results are not differentiable.
         """
         log_ratio = log_ratio.detach()
         if self.clamp is None:
@@ -47,9 +46,9 @@ def _softened(rho: Tensor) -> Tensor:
 DIVERGENCES: dict[str, Divergence] = {
     # KL(p_gen || p_data)
     "reverse_kl": Divergence(lambda r: -r.log(), torch.ones_like),
-    # half KL(p_data || m) + half KL(p_gen || m), m the even mixture
+    # KL(p_data || m) / 2 + KL(p_gen || m) / 2, with m = (p_data + p_gen) / 2
     "jensen_shannon": Divergence(_js, torch.sigmoid, constant=0.5),
-    # KL(m || p_data): what the non-saturating GAN loss descends
+    # KL(m || p_data): minimized by the non-saturating GAN loss
     "softened_reverse_kl": Divergence(_softened, lambda x: torch.sigmoid(-x), constant=0.5),
     # KL(p_data || p_gen)
     "forward_kl": Divergence(lambda r: r * r.log(), torch.exp, clamp=3.0),
@@ -57,6 +56,6 @@ DIVERGENCES: dict[str, Divergence] = {
     "squared_hellinger": Divergence(
         lambda r: (r.sqrt() - 1) ** 2, lambda x: (x / 2).exp(), constant=0.5, clamp=5.0
     ),
-    # KL both ways
+    # KL(p_data || p_gen) + KL(p_gen || p_data)
     "jeffreys": Divergence(lambda r: (r - 1) * r.log(), lambda x: 1 + x.exp(), clamp=3.0),
 }

@@ -1,16 +1,16 @@
 """Fused elementwise operations of EDM2's magnitude-preserving U-Net (Karras et al. 2024, arXiv 2312.02696).
 
-Images are [N, C, H, W] in float32, bfloat16 or float16 (float64 takes the reference), contiguous or
-channels_last; any other layout is copied first. Arithmetic is float32, each result is rounded once to the
-input's type, and has the layout of the first tensor. Forward and backward are one pass over memory each.
-``bytes`` in the docstrings are those read and written for each element of the result, with s the bytes of an
-element (2 for bfloat16); terms smaller by the number of channels or pixels are not counted.
+Images are [N, C, H, W] in float32, bfloat16 or float16, contiguous or channels_last; any other layout is
+copied first. float64 uses the reference. Arithmetic is float32. Each result is rounded once to the input's
+dtype and has the layout of the first tensor. Forward and backward are one pass over memory each. "Bytes" in
+the docstrings are bytes read and written per element of the result. s is the size of an element in bytes (2
+for bfloat16). Terms smaller by a factor of the number of channels or pixels are not counted.
 
-Operations change no argument, wait for no device and give the same bits whenever they are repeated. They
-compute their first derivatives only: a second derivative needs the reference, ``ops.reference_edm2``, which
-defines them. Under autocast they take the types they are given; tensors that are joined get the wider type.
-NaN stays NaN. Unequal shapes and wrong layouts, devices or types raise ``ValueError`` or ``TypeError``; an
-empty batch gives an empty result. docs/edm2_ops.md shows how to use them in a network of one's own.
+Operations do not modify their arguments, do not synchronize with the device and are deterministic. They have
+first derivatives only. For second derivatives use the reference, ``ops.reference_edm2``, which defines the
+operations. Autocast does not change dtypes; tensors that are joined get the wider dtype. NaN is propagated.
+Wrong shapes, layouts, devices or dtypes raise ``ValueError`` or ``TypeError``. An empty batch gives an empty
+result. docs/edm2_ops.md shows how to use the operations in another network.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _floating(name: str, x: Tensor) -> None:
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider type."""
+    """Return both tensors in the wider dtype; check dtypes and devices."""
     for name, x in (("a", a), ("b", b)):
         _floating(name, x)
     if a.device != b.device:
@@ -71,9 +71,10 @@ def _balance(t: float) -> None:
 
 
 def pixel_norm_silu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, mp_silu(y)) with y = x / (1e-4 + rms of x over channels), as an encoder block begins (Eq. 30, 81).
+    """Return (y, mp_silu(y)) with y = x / (1e-4 + rms of x over channels): start of an encoder block.
 
-    Saves x. Bytes: forward 3 s, backward 4 s, both the minimum.
+    x, y: [N, C, H, W], same dtype. Errors: see the module. Source: EDM2, Eq. 30 and 81. Saves x.
+    Bytes: forward 3 s, backward 4 s, both the minimum.
     """
     _image("x", x)
     if not compiled_for(x) or x.shape[1] > MAX_NORM_CHANNELS:
@@ -92,13 +93,13 @@ def scale_silu(
     substep: int = 0,
     layer: int = 0,
 ) -> Tensor:
-    """Dropout of mp_silu(x (condition + 1)), between a block's two convolutions.
+    """Dropout of mp_silu(x (condition + 1)), between the two convolutions of a block.
 
-    ``condition`` [N, C] is differentiable too. With ``dropout`` > 0 elements are zeroed with that
-    probability, the others divided by 1 - dropout; the mask is a function of ``rng`` int64 [2] = (seed,
-    step), ``index`` int64 [N], ``substep`` and ``layer`` alone (purpose DROPOUT of the noise contract), and
-    is computed again in the backward pass. Saves x and condition. Bytes: forward 2 s, backward 3 s, both the
-    minimum.
+    x [N, C, H, W] and ``condition`` [N, C] are differentiable. The result is like x. With ``dropout`` > 0
+    elements are zeroed with that probability and the others are divided by 1 - dropout. The mask depends only
+    on ``rng`` int64 [2] = (seed, step), ``index`` int64 [N], ``substep`` and ``layer`` (purpose DROPOUT of
+    the noise contract). The backward pass recomputes it. Errors: see the module. Saves x and condition.
+    Bytes: forward 2 s, backward 3 s, both the minimum.
     """
     _image("x", x)
     if tuple(condition.shape) != tuple(x.shape[:2]):
@@ -125,9 +126,10 @@ def scale_silu(
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over its root mean square for standard normal input, 0.596 (Eq. 81), of a tensor of any shape.
+    """SiLU divided by 0.596, its root mean square for standard normal input (EDM2, Eq. 81).
 
-    Saves x. Bytes: forward 2 s, backward 3 s, both the minimum.
+    x has any shape; the result has the shape and dtype of x. Errors: see the module. Saves x.
+    Bytes: forward 2 s, backward 3 s, both the minimum.
     """
     _floating("x", x)
     if not compiled_for(x):
@@ -137,9 +139,10 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def sum_clamp(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
-    """clamp(mp_sum(a, b, t), -clip, clip), of tensors of any one shape (Eq. 88).
+    """Return clamp(mp_sum(a, b, t), -clip, clip) with mp_sum of EDM2, Eq. 88.
 
-    mp_sum is ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2). Saves a bit per element, or without ``clip`` nothing.
+    mp_sum is ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2). a, b and the result have the same shape, any shape.
+    Errors: see the module. Saves one bit per element, or nothing without ``clip``.
     Bytes: forward 3 s + 1/8, backward 3 s + 1/8.
     """
     _check_sum(a, b, t, clip)
@@ -151,9 +154,10 @@ def sum_clamp(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
 
 
 def sum_clamp_silu(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> tuple[Tensor, Tensor]:
-    """(y, mp_silu(y)) of y = :func:`sum_clamp` of the same arguments, where an mp_silu comes next.
+    """Return (y, mp_silu(y)) with y = ``sum_clamp(a, b, t, clip)``.
 
-    Saves y and a bit per element. Bytes: forward 4 s + 1/8, backward 5 s + 1/8, both the minimum.
+    Shapes and errors are those of :func:`sum_clamp`. Saves y and one bit per element.
+    Bytes: forward 4 s + 1/8, backward 5 s + 1/8, both the minimum.
     """
     _check_sum(a, b, t, clip)
     a, b = _alike(a, b)
@@ -172,10 +176,10 @@ def _check_sum(a: Tensor, b: Tensor, t: float, clip: float) -> None:
 
 
 def cat_silu(a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """(y, mp_silu(y)) with y = mp_cat(a, b, t): a and b [N, C, H, W] side by side, as a decoder block begins.
+    """Return (y, mp_silu(y)) with y = mp_cat(a, b, t), a and b concatenated: start of a decoder block.
 
-    b contributes by t whatever its width (Eq. 103). Saves y. Bytes, each element of y: forward 3 s, backward
-    4 s, both the minimum.
+    a [N, Ca, H, W], b [N, Cb, H, W], y [N, Ca + Cb, H, W]. The weight t of b does not depend on Cb (EDM2,
+    Eq. 103). Errors: see the module. Saves y. Bytes: forward 3 s, backward 4 s, both the minimum.
     """
     _image("a", a)
     _image("b", b)
@@ -194,9 +198,10 @@ def cat_silu(a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor]:
 
 
 def ones_channel(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[scale x | 1] along channels, in ``dtype`` (default: x's): the network's input and its channel of ones.
+    """Concatenate scale x and a channel of ones: [N, C + 1, H, W] in ``dtype`` (default: that of x).
 
-    x [N, C, H, W]; ``scale`` [N], c_in of the preconditioning, is not differentiated. Saves scale.
+    x [N, C, H, W]. ``scale`` [N] is c_in of the preconditioning and is not differentiable. Errors: see the
+    module. Saves scale.
     """
     _image("x", x)
     if tuple(scale.shape) != (len(x),) or scale.device != x.device:
@@ -209,10 +214,10 @@ def ones_channel(x: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def qkv_norm(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [N, heads, tokens, size] of unit magnitude from qkv [N, tokens, 3, heads, size].
+    """Query, key and value [N, heads, tokens, size], normalized, from qkv [N, tokens, 3, heads, size].
 
-    Each vector is divided by (1e-4 + its rms); results are contiguous, as attention reads them. Saves qkv.
-    Bytes: forward 2 s, backward 3 s, both the minimum.
+    Each vector is divided by (1e-4 + its rms). Results are contiguous, in the dtype of qkv. Errors: see the
+    module. Saves qkv. Bytes: forward 2 s, backward 3 s, both the minimum.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [N, tokens, 3, heads, size], got {_describe(qkv)}")
@@ -223,11 +228,11 @@ def qkv_norm(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-# What torch.compile and autograd need to know of the compiled operations.
+# Fake implementations for torch.compile, and gradients for autograd.
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """channels_last or contiguous, as the compiled code treats x."""
+    """The memory format in which the compiled code processes x: channels_last or contiguous."""
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

@@ -1,20 +1,20 @@
 """Counter-based random numbers and the fused ``add_noise``.
 
-The noise contract. Every random number of a training run is a function of (seed, step, sample index, purpose,
-substep, draw, element) alone: not of device, batch size, threads, ranks or earlier draws.
+The noise contract: every random number of a training run depends only on (seed, step, sample index, purpose,
+substep, draw, element). It does not depend on device, batch size, threads, ranks or earlier draws.
 
-- Streams: a purpose, substep and draw name one. The two halves of a ratio step have the purposes
+- Streams: purpose, substep and draw identify a stream. The two halves of a ratio step have the purposes
   ``ops.SHARED_NOISE`` (both NOISE_REAL: a pair shares its eps) or ``ops.SEPARATE_NOISE`` (NOISE_REAL and
-  NOISE_FAKE). Shared noise keeps the law of each half, so expectations over either half are unchanged.
+  NOISE_FAKE). Shared noise does not change the distribution of a half, so its expectations are unchanged.
 - Generator: Philox4x32-10 (Salmon et al., SC 2011). Key: low and high 32 bits of the seed. Counter:
   (element // 4, low 32 bits of step, low 32 bits of index, purpose << 24 | substep << 16 | draw). Element i
   of a sample is word i % 4 of counter i // 4.
 - Normals: words (0, 1) and (2, 3) of a counter are Box-Muller pairs; u = ((first >> 8) + 1) 2^-24,
-  r = sqrt(-2 ln u), theta = 2 pi second 2^-32, normals r cos(theta) and r sin(theta) in float32. The
-  functions are defined by fixed polynomials (``csrc/common/normal.h``), so that every device computes the
-  same bits; they are within 1e-6 of the exact formulas.
+  r = sqrt(-2 ln u), theta = 2 pi second 2^-32, normals r cos(theta) and r sin(theta) in float32. Fixed
+  polynomials define these functions (``csrc/common/normal.h``), so results are bit-identical on every
+  device. They are within 1e-6 of the exact formulas.
 
-``rng`` is a tensor int64 [2] = (seed, step) on the device of the operation; it is only read.
+``rng`` is a tensor int64 [2] = (seed, step) on the device of the operation. It is not modified.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffratio_fast.ops import compiled, noise_checks, reference_noise
 def make_rng(seed: int, step: int, device: torch.device | str | None = None) -> Tensor:
     """The ``rng`` argument of the operations: int64 [2] = (seed, step).
 
-    The seed may be any 64-bit integer (taken modulo 2^64); of the step the low 32 bits count.
+    The seed is taken modulo 2^64. Only the low 32 bits of the step are used.
     """
     for name, value in (("seed", seed), ("step", step)):
         if not -(1 << 63) <= value < 1 << 64:
@@ -43,10 +43,10 @@ def make_rng(seed: int, step: int, device: torch.device | str | None = None) -> 
 def random_words(
     rng: Tensor, index: Tensor, purpose: int, count: int, *, substep: int = 0, draw: int = 0
 ) -> Tensor:
-    """Uniform 32-bit words: int64 [N, count], values 0 to 2^32 - 1.
+    """Return uniform 32-bit words as int64 [N, count], values 0 to 2^32 - 1.
 
     ``index``: int64 [N], the samples' global indices, on the device of ``rng``. ``purpose`` < 256 (see
-    :class:`Purpose`), ``substep`` < 256 and ``draw`` < 65536 name the stream. Raises ``ValueError`` for a
+    :class:`Purpose`), ``substep`` < 256 and ``draw`` < 65536 identify the stream. Raises ``ValueError`` for a
     wrong shape, dtype or device.
     """
     if not compiled.compiled_for(rng):
@@ -61,7 +61,7 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers in the open interval (0, 1): float64 [N, count], (word + 0.5) 2^-32.
 
-    Arguments and errors as :func:`random_words`, whose words these are.
+    Arguments, errors and words are those of :func:`random_words`.
     """
     words = random_words(rng, index, purpose, count, substep=substep, draw=draw)
     return (words.double() + 0.5) * 2.0**-32
@@ -70,10 +70,10 @@ def uniform(
 def normal(
     rng: Tensor, index: Tensor, shape: Sequence[int], purpose: int, *, substep: int = 0, draw: int = 0
 ) -> Tensor:
-    """Standard normals: float32 [N, *shape]; the largest magnitude is sqrt(48 ln 2) = 5.77.
+    """Standard normal numbers: float32 [N, *shape]; the largest magnitude is sqrt(48 ln 2) = 5.77.
 
-    Arguments and errors as :func:`random_words`. These are the eps that :func:`add_noise` adds under the same
-    (rng, index, purpose, substep, draw).
+    Arguments and errors are those of :func:`random_words`. :func:`add_noise` adds the same numbers as eps for
+    the same (rng, index, purpose, substep, draw).
     """
     if not compiled.compiled_for(rng):
         return reference_noise.normal(rng, index, shape, purpose, substep=substep, draw=draw)
@@ -94,20 +94,20 @@ def add_noise(
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``(x0 + sigma eps) scale`` with eps from the noise contract, in one launch.
+    """Return ``(x0 + sigma eps) scale`` with eps from the noise contract; one kernel launch.
 
-    ``x0``: [B, ...], float32, bfloat16, float16 or float64, or a tuple of inputs of one shape (real, fake):
-    then ``purpose`` is a tuple as long, and each input gets the eps of its purpose. Inputs of one purpose
-    share their eps, which is generated once (``ops.SHARED_NOISE``). All inputs share ``sigma``, ``index`` and
-    ``scale``. The results are concatenated in order: [len * B, ...]. ``sigma``, ``scale`` (default: none,
-    that is one): floating point [B]. ``index``: int64 [B]. ``dtype`` of the result: float32, bfloat16 or
-    float16, default that of ``x0`` (float64 stays float64).
+    ``x0``: [B, ...], float32, bfloat16, float16 or float64, or a tuple of such inputs of the same shape, such
+    as (real, fake). For a tuple, ``purpose`` is a tuple of the same length. Inputs with the same purpose
+    share their eps, which is generated once (``ops.SHARED_NOISE``). The results are concatenated in order:
+    [len * B, ...]. All inputs share ``sigma``, ``index`` and ``scale``. ``sigma``: floating point [B].
+    ``scale``: floating point [B], default 1. ``index``: int64 [B]. ``dtype``: float32, bfloat16 or float16,
+    default that of ``x0`` (float64 stays float64).
 
-    The arithmetic is fma(sigma, eps, x0), then times scale, in float32 (double for float64 inputs, with the
-    same float32 eps), then one rounding to ``dtype``. The gradient by x0 is upstream times scale; ``sigma``
-    and ``scale`` are not differentiated, and one that requires a gradient is a ``ValueError``. On the CPU a
-    NaN in ``sigma`` raises ``ValueError``; on CUDA that sample becomes NaN. Wrong shapes, dtypes and devices
-    raise ``ValueError`` or ``TypeError``. The variance-exploding noising is the only one a ratio needs: see
+    The arithmetic is fma(sigma, eps, x0), then times scale, in float32, with one rounding to ``dtype``.
+    float64 inputs use double arithmetic with the same float32 eps. The gradient with respect to x0 is
+    upstream times scale. ``sigma`` and ``scale`` are not differentiable: ``ValueError`` if one requires a
+    gradient. On the CPU a NaN in ``sigma`` raises ``ValueError``; on CUDA that sample becomes NaN. Wrong
+    shapes, devices or dtypes raise ``ValueError`` or ``TypeError``. Source (variance-exploding noise):
     Karras et al., "Elucidating the design space of diffusion-based generative models", 2022, section 2.
     """
     if not compiled.compiled_for(rng):
@@ -143,7 +143,7 @@ def _add_noise_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _register() -> None:
-    """Register shapes for torch.compile and gradients for autograd."""
+    """Register fake implementations for torch.compile and gradients for autograd."""
     register_fake = torch.library.register_fake
     register_fake("diffratio::random_words")(
         lambda rng, index, purpose, count, substep, draw: index.new_empty((index.shape[0], count))

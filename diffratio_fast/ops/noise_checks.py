@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def stream(rng: Tensor, index: Tensor, purposes: Sequence[int], substep: int, draw: int) -> None:
-    """The arguments that name random numbers."""
+    """Check the arguments that identify random numbers; ``ValueError`` if one is wrong."""
     if rng.dtype != torch.int64 or tuple(rng.shape) != (2,):
         raise ValueError(f"rng must be int64 [2] = (seed, step), got {_describe(rng)}")
     if index.dtype != torch.int64 or index.dim() != 1:
@@ -29,7 +29,7 @@ def stream(rng: Tensor, index: Tensor, purposes: Sequence[int], substep: int, dr
 
 
 def size(*shape: int) -> None:
-    """The number of random values per sample: the counter has 32 bits, each for four values."""
+    """Check the number of random values per sample: a 32-bit counter, four values per count."""
     if any(n < 0 for n in shape):
         raise ValueError(f"sizes must not be negative, got {tuple(shape)}")
     if math.prod(shape) > 1 << 34:
@@ -39,8 +39,8 @@ def size(*shape: int) -> None:
 class NoiseArguments(NamedTuple):
     inputs: list[Tensor]  # same shape [B, ...] and dtype
     purposes: list[int]
-    sigma: Tensor  # [B], of type compute
-    scale: Tensor | None  # likewise
+    sigma: Tensor  # [B], dtype ``compute``
+    scale: Tensor | None  # [B], dtype ``compute``
     dtype: torch.dtype  # of the result
     compute: torch.dtype
 

@@ -1,10 +1,10 @@
-"""The parameter side of a training step, fused: normalized weights, and Adam with all that follows an update.
+"""Fused parameter operations of a training step: weight normalization, and Adam with averages.
 
-EDM2 normalizes each output's weights where they are used and, in training, where they are stored (Karras et
-al. 2024, arXiv 2312.02696, Section 2.3, Eq. 47 and 66). One pass over memory reads gradient, weight, moments
-and averages once and writes them once. ``ops.reference_parameters`` is the definition; tensors are float32,
-others take the reference. A row is what makes one output: weight[i]. Where tensors are sharded along their
-first dimension (FSDP2), each process has whole rows, and passes its own.
+EDM2 normalizes the weights of each output when they are used and, in training, also the stored weights
+(Karras et al. 2024, arXiv 2312.02696, Section 2.3, Eq. 47 and 66). One pass over memory reads gradient,
+weight, moments and averages once and writes them once. ``ops.reference_parameters`` is the definition.
+Tensors are float32; other dtypes use the reference. A row is weight[i], the weights of one output. If tensors
+are sharded along their first dimension (FSDP2), each process has complete rows and passes its own rows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def compiled_for(weight: Tensor) -> bool:
 
 
 def normalize_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """weight [out, in, ...], each row divided by (1e-4 + its rms) sqrt(its length), in ``dtype`` (Eq. 47).
+    """Divide each row of ``weight`` by (1e-4 + its rms) sqrt(its length).
 
-    Differentiable; saves weight. Bytes an element to bfloat16: forward 6, backward 10, both the minimum.
-    Raises ``ValueError`` for a vector or scalar and ``TypeError`` for integers.
+    weight [out, in, ...] is floating point. The result has its shape and ``dtype`` (default: that of weight).
+    Differentiable; saves weight. Raises ``ValueError`` for a vector or scalar and ``TypeError`` for integers.
+    Source: EDM2, Eq. 47. Bytes per element to bfloat16: forward 6, backward 10, both the minimum.
     """
     if weight.dim() < 2:
         raise ValueError(f"weight must be [out, in, ...], got {list(weight.shape)}")
@@ -49,7 +50,7 @@ def normalize_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 class _Known(torch.autograd.Function):
-    """``normalize_weight`` whose value is there already."""
+    """``normalize_weight`` with a value that was computed before."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, normalized: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class _Known(torch.autograd.Function):
 
 
 def known_normalized(weight: Tensor, normalized: Tensor) -> Tensor:
-    """``normalized``, which must be ``normalize_weight(weight)``, with the gradient that leads to weight."""
+    """Return ``normalized`` with the gradient of ``normalize_weight(weight)``, which it must equal."""
     known: Tensor = _Known.apply(weight, normalized)
     return known
 
@@ -84,18 +85,19 @@ def adam_step(
     normalize: Sequence[bool] | None = None,
     normalized: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """One step of AdamW (``decoupled``) or Adam on lists of tensors, in place; returns squared norms [count].
+    """Apply one step of AdamW (``decoupled``) or Adam in place; return squared gradient norms [count].
 
-    The norms are the gradients'. ``steps``: a float32 number for each tensor, this update counted.
-    ``averages``: at most ``MAX_AVERAGES`` pairs of tensors like the weights and a share in [0, 1]: average
-    += share (weight - average), with the updated weight. Weights that ``normalize`` marks are then divided
-    by their rows' rms (Eq. 66), and where ``normalized`` has a tensor it gets ``normalize_weight`` of the
-    result, in its own type. ``rate`` and the shares may be tensors in the device's memory, which a captured
-    graph then reads. A sum that is not finite reports a gradient that is not.
+    ``weights``, ``gradients``, ``first`` and ``second`` (moments) are lists of ``count`` float32 tensors.
+    ``steps``: one float32 number per tensor, the number of updates including this one. ``averages``: at most
+    ``MAX_AVERAGES`` pairs (tensors like the weights, a share in [0, 1]): average += share (weight - average),
+    with the updated weight. Weights marked in ``normalize`` are then divided by the rms of their rows (EDM2,
+    Eq. 66). A tensor in ``normalized`` gets ``normalize_weight`` of the result, in its own dtype. ``rate``
+    and the shares may be tensors on the device; a captured graph then reads them. A squared norm is not
+    finite if its gradient is not.
 
-    Bytes an element: 32 (gradient, weight, two moments), 8 for each average and 2 for a bfloat16 normalized
-    weight: the minimum. It changes the tensors of its lists and nothing else, and waits for no device.
-    Raises ``ValueError`` or ``TypeError`` for lists, shapes, layouts, devices and types that do not fit.
+    Bytes per element: 32 (gradient, weight, two moments), 8 per average and 2 for a bfloat16 normalized
+    weight: the minimum. Only the tensors in the lists change. There is no synchronization with the device.
+    Raises ``ValueError`` or ``TypeError`` for wrong lists, shapes, layouts, devices or dtypes.
     """
     flags = [bool(on) for on in normalize] if normalize is not None else [False] * len(weights)
     targets = list(normalized) if normalized is not None else [None] * len(weights)
@@ -125,7 +127,7 @@ def adam_step(
     return squares
 
 
-# What torch.compile and autograd need to know of the compiled operations.
+# Fake implementations for torch.compile, and gradients for autograd.
 
 
 def _dense_like(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,18 +2,19 @@
 
 ``weights`` is the list of a RatioMixer's tensors in the order of ``weight_shapes`` (seven, or eight with an
 energy head), float32, bfloat16 or float64; C channels, L layers, H hidden units, T patches of P numbers.
-``conditioning`` holds D = C + L H numbers a sample: a token bias and the layers' hidden biases
-(``reference_ratio`` has the formulas, docs/ratio_mixer.md the reasons). Images are [B, channels, H, W],
-float32, bfloat16 or, with float64 weights, float64. Results are float32 (float64); gradients of weights have
-the weights' type. Noise is that of ``ops.add_noise`` under the same (rng, index, purpose, substep, draw).
+``conditioning`` has D = C + L H numbers per sample: a token bias and the hidden biases of the layers.
+``reference_ratio`` has the formulas; docs/ratio_mixer.md explains them. Images are [B, channels, H, W] in
+float32 or bfloat16, or float64 with float64 weights. Results are float32 (float64 for float64 images).
+Gradients of weights have the dtype of the weights. Noise is that of ``ops.add_noise`` for the same (rng,
+index, purpose, substep, draw).
 
 ``packed`` is the result of ``pack_weights`` for the same weights, if available. CUDA kernels round the
-operands of matrix products to bfloat16 and sum in float32. They exist for up to 256 tokens, 256 channels and
-64 numbers in a patch. Other networks, and operations that do not fit the GPU's shared memory, run the
+operands of matrix products to bfloat16 and sum in float32. They support at most 256 tokens, 256 channels and
+64 numbers per patch. Other networks, and operations that do not fit the shared memory of the GPU, use the
 reference on CUDA; a warning reports it once.
 
-Wrong shapes, dtypes and devices raise ``ValueError`` or ``TypeError``, as does NaN in sigma on the CPU; on
-CUDA such a sample becomes NaN. Method: arXiv 2502.08005.
+Wrong shapes, devices or dtypes raise ``ValueError`` or ``TypeError``. NaN in sigma raises
+``ValueError`` on the CPU; on CUDA that sample becomes NaN. Source: arXiv 2502.08005.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ HAS_OPERATIONS = compiled.module is not None and hasattr(torch.ops.diffratio, "r
 
 
 def _use_compiled(operation: str, weights: Sequence[Tensor], images: Tensor) -> bool:
-    """Whether the compiled implementation computes this.
+    """Whether the compiled implementation is used.
 
-    The reference computes in float64, and on CUDA the operations whose kernels do not exist for the network's
-    shape or do not fit the GPU's shared memory.
+    The reference is used for float64. On CUDA it is also used if no kernel exists for the network's shape or
+    the kernel does not fit the shared memory of the GPU.
     """
     if not HAS_OPERATIONS or images.dtype == torch.float64:
         return False
@@ -61,10 +62,9 @@ def _use_compiled(operation: str, weights: Sequence[Tensor], images: Tensor) -> 
     return _kernels_fit(operation, *checks.layout(weights, images), images.device.index or 0)
 
 
-@torch.compiler.assume_constant_result  # of a plain function: torch.compile does not keep it for a cached one
+@torch.compiler.assume_constant_result  # has no effect on a cached function
 def _kernels_fit(operation: str, *sizes_and_device: int) -> bool:
-    """Whether the operation's CUDA kernels take a network of this ``Layout`` on this device; warns once if
-    not."""
+    """Whether the CUDA kernels of the operation support this ``Layout`` on this device; warn once if not."""
     return _fit_or_warn(operation, *sizes_and_device)
 
 
@@ -84,11 +84,11 @@ def _fit_or_warn(operation: str, *sizes_and_device: int) -> bool:
 
 
 def pack_weights(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights of a RatioMixer as the CUDA kernels read them (bfloat16, in the order of use): one launch.
+    """Pack the weights of a RatioMixer for the CUDA kernels: bfloat16, in the order of use, one launch.
 
-    For the operations' argument ``packed``, so that a training step packs once, not once per operation. It
-    must be repeated whenever a weight has changed. None in float64 and without the compiled module or its
-    kernels; empty on the CPU, whose implementation packs within each call.
+    Pass the result as ``packed``: a training step then packs once, not once per operation. Pack again after
+    every change of a weight. Returns None for float64 and without compiled code for the device. The result
+    is empty on the CPU, because the CPU implementation packs in each call. Errors: see the module.
     """
     if not HAS_OPERATIONS or weights[0].dtype == torch.float64:
         return None
@@ -109,7 +109,8 @@ def log_ratio(
 ) -> Tensor:
     """The log ratio [B] of noised images [B, channels, H, W] at ``sigma`` [B] given ``conditioning`` [B, D].
 
-    Differentiable in weights, images and conditioning.
+    Differentiable with respect to weights, images and conditioning. Dtypes, errors and source: see the
+    module.
     """
     inputs = (*weights, noised, conditioning)
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
@@ -136,11 +137,12 @@ def score_difference(
     sigma_data: float = 0.5,
     packed: Tensor | None = None,
 ) -> ScoreDifference:
-    """What the generator descends: gradient[b] = -(1/K) sum_k weight_bk h(l_bk) grad l(x_bk), no 1/B.
+    """The generator's gradient: gradient[b] = -(1/K) sum_k weight_bk h(l_bk) grad l(x_bk), without 1/B.
 
-    ``fake`` [B, channels, H, W] clean; ``sigma`` and ``weight`` [B, K]; ``conditioning`` [B, K, D]; x_bk is
-    fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence`` (``ops.divergences``), its clamp
-    acting inside h only. Nothing returned is differentiable.
+    ``fake`` [B, channels, H, W] is clean; ``sigma`` and ``weight`` are [B, K]; ``conditioning`` is [B, K, D].
+    x_bk is fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence`` (``ops.divergences``), with
+    the clamp inside h only. Returns gradient (like ``fake``) and log_ratio [B, K]; neither is differentiable.
+    Dtypes, errors and source: see the module.
     """
     keywords: dict[str, Any] = {"weight": weight, "divergence": divergence, "purpose": purpose}
     if not _use_compiled("score_difference", weights, fake):
@@ -179,13 +181,13 @@ def ratio_loss(
     sigma_data: float = 0.5,
     packed: Tensor | None = None,
 ) -> RatioLoss:
-    """mean softplus(-l_real) + mean softplus(l_fake) over B pairs, with its gradients, in one pass.
+    """The loss mean softplus(-l_real) + mean softplus(l_fake) over B pairs, with its gradients.
 
-    ``real`` and ``fake`` [B, channels, H, W] are clean; pair i shares ``sigma`` [B] and ``index``.
-    ``purposes`` name the noise of the halves: ``ops.SEPARATE_NOISE``, or ``ops.SHARED_NOISE`` for one eps per
-    pair. The conditionings are [B, D]. ``loss`` is differentiable in weights and conditionings: its backward
-    is upstream times the gradients that are returned with it, which are not differentiable themselves.
-    ``real`` and ``fake`` get no gradient.
+    ``real`` and ``fake`` [B, channels, H, W] are clean. The images of a pair share ``sigma`` [B] and
+    ``index`` int64 [B]. ``purposes`` are the noise purposes of the halves: ``ops.SEPARATE_NOISE``, or
+    ``ops.SHARED_NOISE`` for one eps per pair. The conditionings are [B, D]. ``loss`` is differentiable with
+    respect to weights and conditionings. Its backward multiplies the returned gradients by upstream; these
+    are not differentiable. ``real`` and ``fake`` get no gradient. Dtypes, errors and source: see the module.
     """
     if not _use_compiled("ratio_loss", weights, real):
         return reference_ratio.ratio_loss(
@@ -209,7 +211,7 @@ def ratio_loss(
     return RatioLoss(loss, real_half, fake_half, gradients, (by_conditioning[0], by_conditioning[1]))
 
 
-# Shapes for torch.compile and gradients for autograd.
+# Fake implementations for torch.compile, and gradients for autograd.
 
 
 def _log_ratio_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -242,7 +244,7 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _packed_like(weights: Sequence[Tensor]) -> Tensor:
-    """Shape of ``pack_weights``: empty on the CPU."""
+    """Fake result of ``pack_weights``: empty on the CPU."""
     first = weights[0]
     if first.device.type != "cuda":
         return first.new_empty(0, dtype=torch.uint8)
@@ -250,7 +252,7 @@ def _packed_like(weights: Sequence[Tensor]) -> Tensor:
 
 
 def forward_flops(weights: Sequence[Sequence[int]]) -> int:
-    """Floating-point operations in the matrix products of one log ratio, from the weights' shapes."""
+    """Floating-point operations in the matrix products of one log ratio, from the shapes of the weights."""
     (width, patch), (tokens, _) = weights[0], weights[1]
     depth, hidden, _ = weights[4]
     energy = patch if len(weights) == len(checks.NAMES) else 0
@@ -258,7 +260,7 @@ def forward_flops(weights: Sequence[Sequence[int]]) -> int:
 
 
 def _register_flops() -> None:
-    """For ``torch.utils.flop_counter``: the images' gradient costs one more forward, all gradients two."""
+    """Register FLOP formulas: the image gradient costs one more forward, all gradients two more."""
     counted = {
         "log_ratio": lambda weights, noised, *_, **__: noised[0] * forward_flops(weights),
         "log_ratio_backward": lambda g, weights, *_, **__: 3 * g[0] * forward_flops(weights),

@@ -13,13 +13,13 @@ from diffratio_fast.ops import noise_checks
 from diffratio_fast.ops.divergences import DIVERGENCES
 
 NAMES = ("patch", "position", "mix", "mix_bias", "up", "down", "head", "energy")
-"""The weights of a RatioMixer in order (``weight_shapes``); the last is there with an energy head only."""
+"""The weights of a RatioMixer in order (``weight_shapes``); the last exists only with an energy head."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class Layout(NamedTuple):
-    """Sizes of a RatioMixer and of its images; patches are ``size`` x ``size`` pixels."""
+    """Sizes of a RatioMixer and of its images; a patch is ``size`` x ``size`` pixels."""
 
     channels: int
     image_height: int
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 def weight_shapes(
     tokens: int, width: int, depth: int, hidden: int, patch: int, energy: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Name to shape, in the order of the ``weights`` argument; ``patch`` counts the numbers in a patch."""
+    """Shapes by name, in the order of the ``weights`` argument; ``patch``: numbers per patch."""
     shapes: dict[str, tuple[int, ...]] = {
         "patch": (width, patch),
         "position": (tokens, width),
@@ -54,7 +54,7 @@ def weight_shapes(
 
 
 def layout(weights: Sequence[Tensor], images: Tensor) -> Layout:
-    """The sizes that the weights and images [B, channels, H, W] agree on, else ``ValueError``."""
+    """The sizes of weights and images [B, channels, H, W]; ``ValueError`` if they do not match."""
     energy = len(weights) == len(NAMES)
     if not energy and len(weights) != len(NAMES) - 1:
         names = ", ".join(NAMES[:-1])
@@ -93,7 +93,7 @@ def compute_type(images: Tensor) -> torch.dtype:
 
 
 def column(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> Tensor:
-    """A floating-point tensor of that shape beside the images, in the type of the arithmetic."""
+    """Check a floating-point tensor (shape, device of the images); return it in the compute dtype."""
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
     if not value.dtype.is_floating_point:
@@ -103,7 +103,7 @@ def column(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> 
 
 
 def level(name: str, value: Tensor, shape: tuple[int, ...], images: Tensor) -> Tensor:
-    """``column`` for what is not differentiated; on the CPU also free of NaN."""
+    """``column`` for a non-differentiable tensor; on the CPU NaN raises ``ValueError``."""
     if value.requires_grad:
         raise ValueError(f"not differentiable in {name}: detach it")
     value = column(name, value, shape, images)
@@ -120,7 +120,7 @@ def stream(images: Tensor, rng: Tensor, index: Tensor, purposes: Sequence[int], 
 
 
 def divergence_code(name: str) -> int:
-    """The divergence's place in the table."""
+    """The position of the divergence in the table; ``ValueError`` for an unknown name."""
     if name not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {name!r}")
     return list(DIVERGENCES).index(name)

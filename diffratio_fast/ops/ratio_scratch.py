@@ -1,7 +1,7 @@
-"""Memory that the ratio operations allocate besides their arguments and results, for plans of memory.
+"""Memory that the ratio operations allocate besides their arguments and results, for memory estimates.
 
-The compiled implementations allocate it inside, where nothing that follows tensors sees it. The planner
-itself is C++ (``plan_ratio`` in ``csrc/ratio_bindings.cpp``); it needs no GPU.
+The compiled implementations allocate it internally, so a tensor tracker does not count it. The planner is
+C++ (``plan_ratio`` in ``csrc/ratio_bindings.cpp``) and needs no GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from diffratio_fast.ops import compiled
 from diffratio_fast.ops.ratio_checks import NAMES, Layout
 
 GPU_BLOCKS = 132
-"""Thread blocks that a planned GPU runs at once: one on each multiprocessor of an H100."""
+"""Thread blocks that run at once on the planned GPU: one per multiprocessor of an H100."""
 
 
 def _layout(weights: Sequence[Tensor]) -> Layout:
-    """A layout with these weights; the memory does not depend on how a patch's numbers form an image."""
+    """A layout for these weights; the memory does not depend on the image shape of a patch."""
     (width, patch), (tokens, _), (depth, hidden, _) = weights[0].shape, weights[1].shape, weights[4].shape
     return Layout(patch, tokens, 1, 1, tokens, width, depth, hidden, len(weights) == len(NAMES))
 
@@ -41,8 +41,8 @@ def scratch_bytes(
 ) -> int:
     """Bytes that ``operation`` allocates for ``samples`` (of both halves) on ``device`` (cpu or cuda).
 
-    ``weights`` are in the order of ``weight_shapes``; ``threads`` are those of the CPU. On CUDA the grid, and
-    with it a few per cent of the result, differs with the GPU; this is an H100.
+    ``weights`` are in the order of ``weight_shapes``; ``threads`` is the number of CPU threads. The CUDA
+    result is for an H100. Other GPUs have another grid size; the result differs by a few percent.
     """
     plan = _plan(operation, weights, samples, device, GPU_BLOCKS if device == "cuda" else threads)
     copies = sum(4 * w.numel() for w in weights if w.dtype != torch.float32) if device == "cpu" else 0

@@ -22,7 +22,7 @@ SILU_RMS = 0.596
 
 
 def wide(x: Tensor) -> Tensor:
-    """x as float32, or float64 where it is that."""
+    """Return x as float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -45,9 +45,9 @@ def pixel_norm_silu(x: Tensor) -> tuple[Tensor, Tensor]:
 def dropout_factors(
     x: Tensor, rng: Tensor, index: Tensor, dropout: float, substep: int, layer: int
 ) -> Tensor:
-    """Like x [N, ...]: 1 / (1 - dropout) where an element is kept, else 0.
+    """Factors like x [N, ...]: 1 / (1 - dropout) for kept elements, 0 for dropped ones.
 
-    Sixteen random bits decide an element: half the words, and enough for any rate of dropout.
+    Each element uses 16 random bits: half a word, precise enough for any dropout rate.
     """
     count = math.prod(x.shape[1:])
     words = reference_noise.random_words(

@@ -1,7 +1,7 @@
 """The noise operations in plain PyTorch: their definition, on any device.
 
-The arithmetic repeats ``csrc/common/philox.h`` and ``normal.h`` step by step, so results are bit-identical to
-the compiled implementations; the two must change together. Fused multiply-add is emulated exactly in float64.
+The arithmetic repeats ``csrc/common/philox.h`` and ``normal.h`` step by step. Results are bit-identical to
+the compiled implementations. Change both together. Fused multiply-add is emulated exactly in float64.
 Signatures, shapes and errors are those of the public functions in ``ops.noise``.
 """
 
@@ -22,11 +22,11 @@ _MASK = 0xFFFFFFFF
 def philox4x32_10(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors holding 32-bit words; they broadcast."""
+    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors of 32-bit words; shapes broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The 64-bit products wrap in int64; both halves are still right after masking.
+        # The 64-bit products overflow in int64; both halves are correct after masking.
         p0 = c0 * 0xD2511F53
         p1 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
@@ -36,7 +36,7 @@ def philox4x32_10(
 
 
 def _words(rng: Tensor, index: Tensor, count: int, purpose: int, substep: int, draw: int) -> Tensor:
-    """int64 [N, count rounded up to 4]."""
+    """Random words: int64 [N, count rounded up to a multiple of 4]."""
     seed, step = rng[0], rng[1]
     key = (seed & _MASK, (seed >> 32) & _MASK)
     counters = torch.arange((count + 3) // 4, dtype=torch.int64, device=rng.device)
@@ -57,9 +57,9 @@ def random_words(
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """The float32 fused multiply-add a * b + c, correctly rounded (to nearest even).
 
-    The product of two float32 is exact in float64. The sum is rounded to odd: its error is found exactly
-    (Knuth's TwoSum) and an inexact sum with an even last bit moves one unit towards the exact value. Rounding
-    that to float32 then equals a single rounding (Boldo and Melquiond, 2008).
+    The product of two float32 is exact in float64. The sum is rounded to odd: Knuth's TwoSum gives
+    its exact error, and an inexact sum with an even last bit moves one unit towards the exact value. Rounding
+    this to float32 equals a single rounding (Boldo and Melquiond, 2008).
     """
     product = a.double() * (b.double() if isinstance(b, Tensor) else b)
     addend = c.double() if isinstance(c, Tensor) else torch.full_like(product, c)
@@ -93,8 +93,8 @@ def _radius(word: Tensor) -> Tensor:
         "0x1.0018d8p-1", "-0x1.5554bcp-1", "0x1.ffffc2p-1", "-0x1p1",
     )  # fmt: skip
     x = _fma(k23.float(), float.fromhex("-0x1.62e430p-23"), s * q)
-    # Correctly rounded: torch's float32 square root need not be, and no float32 has a root so near a midpoint
-    # of two float32 that the rounding of the float64 root could matter.
+    # float64, because torch's float32 square root may not be correctly rounded. Double rounding is safe: no
+    # float32 has a root that close to a midpoint of two float32.
     return torch.sqrt(x.double()).float()
 
 
@@ -135,7 +135,7 @@ def normal(
 
 
 class _Noised(torch.autograd.Function):
-    """float32 x0 + sigma eps in one rounding, whose derivative by x0 is one."""
+    """float32 x0 + sigma eps in one rounding; the derivative with respect to x0 is 1."""
 
     @staticmethod
     def forward(ctx: Any, x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:

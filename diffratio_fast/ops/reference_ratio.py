@@ -1,19 +1,19 @@
 """The ratio operations in plain PyTorch: the definition of the RatioMixer, on any device.
 
 With x [channels, H, W] one noised image at noise level sigma and e = ``conditioning`` its vector of
-D = C + L H numbers (C channels, L layers, H hidden units; docs/ratio_mixer.md gives the reasons):
+D = C + L H numbers (C channels, L layers, H hidden units; docs/ratio_mixer.md explains the design):
 
     z = c_in patches(x)                     [T, P]   c_in = 1 / sqrt(sigma^2 + sigma_data^2)
     h = z patch^T + position + e[:C]        [T, C]
     for every layer l:
-        m = h + mix_l h + mix_bias_l        [T, C]   over tokens; mix_bias_l: a number per token
+        m = h + mix_l h + mix_bias_l        [T, C]   over tokens; mix_bias_l: one number per token
         u = m up_l^T + e_l                  [T, H]   over channels; e_l = e[C + l H : C + (l + 1) H]
         h = 0.7 (m + silu(u) down_l^T)      [T, C]
     log ratio = sum over t, c of head * h, and with an energy head + sum over t, p of z * (h energy) / sqrt(T
     P)
 
-Token t = (row * W / p + column) of a patch; its vector is ordered (channel, row, column). No norm, no other
-bias. Arithmetic is float32 (float64 for float64 images), for every type of images and weights.
+Token t is row * W / p + column of its patch; its vector is ordered (channel, row, column). There are no norms
+and no other biases. Arithmetic is float32 for all dtypes, or float64 for float64 images.
 Signatures, shapes and errors are those of the public functions in ``ops.ratio``.
 """
 
@@ -33,19 +33,21 @@ from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.purpose import Purpose
 
 RESIDUAL = 0.7
-"""The factor on a layer's output: the sum of its two branches keeps its size without a norm."""
+"""Factor on the output of a layer: keeps the magnitude of the sum of two branches without a norm."""
 
 
 class ScoreDifference(NamedTuple):
-    """gradient: float32 (float64) like ``fake``; log_ratio [B, K]."""
+    """gradient: float32 (float64) with the shape of ``fake``; log_ratio [B, K]."""
 
     gradient: Tensor
     log_ratio: Tensor
 
 
 class RatioLoss(NamedTuple):
-    """loss: scalar, differentiable in weights and conditioning; the rest is not: log ratios [B], the loss's
-    gradients by each weight, and by (conditioning_real, conditioning_fake)."""
+    """The loss (a differentiable scalar), log ratios [B] of both halves, and the gradients of the loss.
+
+    The gradients are with respect to each weight and to (conditioning_real, conditioning_fake). Only the loss
+    is differentiable."""
 
     loss: Tensor
     log_ratio_real: Tensor
@@ -55,7 +57,7 @@ class RatioLoss(NamedTuple):
 
 
 def patches(x: Tensor, size: int) -> Tensor:
-    """Images [B, channels, H, W] to patch vectors [B, T, channels * size^2]."""
+    """Patch vectors [B, T, channels * size^2] of images [B, channels, H, W]."""
     batch, channels, height, width = x.shape
     parts = x.reshape(batch, channels, height // size, size, width // size, size)
     return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -123,7 +125,7 @@ def score_difference(
 
 
 class WithGradients(torch.autograd.Function):
-    """A value whose gradients by the inputs are already known: backward is upstream times those."""
+    """A value with precomputed gradients: backward multiplies them by upstream."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""CUDA kernels compiled at run time: NVRTC through cupy, where the build found no CUDA compiler.
+"""CUDA kernels compiled at run time with NVRTC (through cupy), if the build found no CUDA compiler.
 
-The same sources as those that nvcc compiles ahead of time (``csrc/cuda``), the same noise bit for bit. cupy
-keeps what it compiled on disk (``CUPY_CACHE_DIR``), so only the first call on a machine takes seconds. These
-are the noise operations; the other fused operations then run as reference on a GPU. ``DIFFRATIO_RUN_TIME=0``
-turns it off.
+The sources are those that nvcc compiles ahead of time (``csrc/cuda``); the noise is bit-identical. cupy
+caches compiled kernels on disk (``CUPY_CACHE_DIR``), so only the first call on a machine takes seconds. Only
+the noise operations exist here; the other fused operations use the reference on a GPU.
+``DIFFRATIO_RUN_TIME=0`` disables this module.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 FLAGS = ("-std=c++20", "--fmad=false", "-default-device")
-"""Of NVRTC; without contraction the noise has the bits of the CPU."""
+"""Flags of NVRTC; without contraction the noise is bit-identical to the CPU."""
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""Types by their numbers in csrc/common/types.h."""
+"""Codes of dtypes in csrc/common/types.h."""
 C_TYPES = {
     torch.float32: "float",
     torch.bfloat16: "BFloat16",
@@ -31,7 +31,7 @@ C_TYPES = {
     torch.float64: "double",
 }
 THREADS, UNIT, MOST_BLOCKS = 256, 8, 65536
-"""Of csrc/cuda/noise: threads of a block, elements of a thread at a time, blocks of a launch."""
+"""Constants of csrc/cuda/noise: threads per block, elements per thread, maximum blocks per launch."""
 MOST_INPUTS = 8
 
 WORDS = "diffratio::cuda::random_words_kernel"
@@ -91,13 +91,13 @@ class Words(ctypes.Structure):
 
 
 class Launcher(Protocol):
-    """Launches a kernel of ``KERNELS`` on the present stream; arguments are ctypes values."""
+    """Launches a kernel of ``KERNELS`` on the current stream; arguments are ctypes values."""
 
     def __call__(self, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None: ...
 
 
 def include_directories() -> list[Path]:
-    """Where CUDA's headers may be: the toolkit's, and those that PyTorch's own packages bring."""
+    """Directories that may have CUDA headers: of the toolkit, and of the packages that PyTorch installs."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     roots.append(Path("/usr/local/cuda"))
     spec = importlib.util.find_spec("nvidia")
@@ -108,7 +108,7 @@ def include_directories() -> list[Path]:
 
 @functools.cache
 def unavailable() -> str:
-    """Why kernels cannot be compiled at run time here; "" where they can."""
+    """Why kernels cannot be compiled at run time on this machine; "" if they can."""
     if os.environ.get("DIFFRATIO_RUN_TIME", "1") == "0":
         return "DIFFRATIO_RUN_TIME=0"
     if not torch.cuda.is_available():
@@ -123,7 +123,7 @@ def unavailable() -> str:
 
 
 class Cupy:
-    """Kernels of one device, compiled by cupy when the first is launched."""
+    """Kernels of one device; cupy compiles them at the first launch."""
 
     def __init__(self) -> None:
         self._modules: dict[int, Any] = {}
@@ -149,17 +149,17 @@ def blocks_for(work: int) -> int:
 
 
 def stream_word(purpose: int, substep: int, draw: int) -> int:
-    """What csrc/common/philox.h makes of a stream's name."""
+    """The stream word of csrc/common/philox.h for purpose, substep and draw."""
     return purpose << 24 | substep << 16 | draw
 
 
 def is_aligned(address: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether all rows of ``size`` elements begin at multiples of 16 bytes."""
+    """Whether all rows of ``size`` elements start at multiples of 16 bytes."""
     return address % 16 == 0 and size * dtype.itemsize % 16 == 0
 
 
 class Noise:
-    """The noise operations by a launcher: what CUDA tensors get, with the arguments of the schemas."""
+    """The noise operations for CUDA tensors, through a launcher; arguments are those of the schemas."""
 
     def __init__(self, launch: Launcher) -> None:
         self.launch = launch
@@ -225,7 +225,7 @@ class Noise:
 
 @functools.cache
 def register() -> Callable[[], None] | None:
-    """Make the operations of this module those of CUDA tensors; called once, by ``compiled``."""
+    """Register the operations of this module for CUDA tensors; ``compiled`` calls it once."""
     library, noise = torch.library.Library("diffratio", "IMPL"), Noise(Cupy())
     for name in ("random_words", "normal", "add_noise"):
         library.impl(name, getattr(noise, name), "CUDA")
