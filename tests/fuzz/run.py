@@ -32,19 +32,19 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 CORPUS = HERE / "corpus"
 FOUND = HERE / "found"
 MEMORY = 1 << 30
-"""Bytes of address space that an input may lead to, beyond what the process begins with."""
+"""Limit of the address space that an input may add to that of the process, in bytes."""
 PATIENCE = 60.0
-"""Processor seconds after which one input hangs."""
+"""CPU time in seconds after which an input counts as a hang."""
 LONGEST = 1 << 16
-"""Bytes of an input, at most."""
+"""Maximum size of an input in bytes."""
 KEPT = 24
 KEPT_BYTES = 4096
-"""Inputs of a target, and bytes of one, that ``--keep`` keeps at most."""
+"""Maximum number of inputs per target, and bytes per input, that ``--keep`` stores."""
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 64) - 1)
 
 
 def mutated(data: bytes, other: bytes, words: tuple[bytes, ...], chance: random.Random) -> bytes:
-    """``data`` after one to six random changes; ``other`` is an input to take pieces of."""
+    """``data`` after one to six random changes; ``other`` is an input to copy pieces from."""
     content = bytearray(data)
     for _ in range(chance.randint(1, 6)):
         at = chance.randrange(len(content) + 1)
@@ -81,7 +81,7 @@ def corpus_of(name: str) -> list[bytes]:
 
 
 def outcome(name: str, data: bytes, folder: Path) -> str:
-    """What a target makes of an input, in a word or two; raises what the target does not allow."""
+    """Short name of the outcome of an input; raises the errors that the target does not allow."""
     from targets import TARGETS
 
     target = TARGETS[name]
@@ -93,7 +93,7 @@ def outcome(name: str, data: bytes, folder: Path) -> str:
 
 
 def search(name: str, seconds: float, seed: int, folder: Path, keep: bool) -> int:
-    """Try mutations for so long; how many. Each is in ``folder``/input while it is tried."""
+    """Try mutations for the given time and return their number. The current one is in ``folder``/input."""
     from targets import TARGETS
 
     chance = random.Random(f"{seed} {name}")
@@ -123,7 +123,7 @@ def search(name: str, seconds: float, seed: int, folder: Path, keep: bool) -> in
 
 
 def child(name: str, options: argparse.Namespace, seconds: float, folder: Path) -> None:
-    """What a target's process does; it never returns."""
+    """Main function of a target's process; it never returns."""
     status = 1
     try:
         warnings.simplefilter("ignore")
@@ -141,7 +141,7 @@ def child(name: str, options: argparse.Namespace, seconds: float, folder: Path) 
 
 
 def watched(pid: int, current: Path) -> int:
-    """Wait for a child; it is killed where one input takes it more than ``PATIENCE``."""
+    """Wait for a child; it is killed if one input takes more than ``PATIENCE``."""
     tick = os.sysconf("SC_CLK_TCK")
     before, began = 0.0, 0.0
     while True:
@@ -158,7 +158,7 @@ def watched(pid: int, current: Path) -> int:
 
 
 def with_atheris(name: str, seconds: float, seed: int) -> None:
-    """Let atheris mutate one target's corpus by coverage; it ends the process."""
+    """Mutate one target's corpus by coverage, with atheris; it ends the process."""
     import atheris
 
     with atheris.instrument_imports(include=["diffratio_fast.storage", "diffratio_fast.data"]):

@@ -1,4 +1,4 @@
-"""What is fuzzed: every reader of files that anybody may have written, with seeds and what it may raise."""
+"""Fuzz targets: every reader of untrusted files, with seeds and the errors it may raise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ UNPACKED = 1 << 24
 
 @dataclass(frozen=True)
 class Target:
-    """``run`` reads ``data`` (by a file in the folder, if it needs one); only ``allowed`` may be raised."""
+    """``run`` reads ``data`` (from a file in the folder, if it needs one); only ``allowed`` may be raised."""
 
     run: Callable[[bytes, Path], object]
     seeds: Callable[[], list[bytes]]

@@ -1,7 +1,7 @@
-"""Checks of the CUDA noise operations against the CPU. Plain functions that need torch alone: pytest collects
+"""Checks of the CUDA noise operations against the CPU. Plain functions that need only torch: pytest collects
 them through test_noise_cuda.py, and ``python -m benchmarks.gpu_checks`` runs them without pytest.
 
-``DEVICE`` may be set to the CPU: then all but ``CUDA_ONLY`` compare the CPU with itself, to try the checks.
+``DEVICE`` may be set to the CPU: then all but ``CUDA_ONLY`` compare the CPU with itself, to test the checks.
 """
 
 from __future__ import annotations

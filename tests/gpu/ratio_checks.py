@@ -1,9 +1,9 @@
-"""Checks of the CUDA ratio operations. Plain functions that need torch alone: pytest collects them through
+"""Checks of the CUDA ratio operations. Plain functions that need only torch: pytest collects them through
 test_ratio_cuda.py, and ``python -m benchmarks.gpu_checks`` runs them without pytest.
 
 Tolerance: an error is the norm of the difference from the float64 reference over the norm of that, of three
-problems together, so that no single lucky number decides. It is at most twice the error of the same formulas
-in PyTorch with bfloat16 matrix products, plus rounding.
+problems together, so that it does not depend on a single number. It is at most twice the error of the same
+formulas in PyTorch with bfloat16 matrix products, plus rounding.
 
 ``DEVICE`` may be set to the CPU: then all but ``CUDA_ONLY`` compare the C++ operations, to try the checks.
 """
@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda")
 SEEDS = (0, 1, 2)
 FEW = 64
 OPERATIONS = ("log_ratio", "log_ratio_backward", "score_difference", "ratio_loss")
-"""Results of fewer numbers than this, such as losses, are allowed ``ROUNDING_OF_FEW``."""
+"""Results with fewer elements than this, such as losses, have the tolerance ``ROUNDING_OF_FEW``."""
 ROUNDING, ROUNDING_OF_FEW = 2e-3, 1e-2
 
 # channels, height, width of the image, patch, channels C, blocks, hidden units
@@ -74,7 +74,7 @@ class Problem:
         self.upstream = normal(batch)
 
     def cast(self, dtype: torch.dtype) -> Problem:
-        """The same in another type, but for rng and index."""
+        """The same in another dtype, except rng and index."""
         other = object.__new__(Problem)
         for name, value in vars(self).items():
             if isinstance(value, list):
@@ -143,7 +143,7 @@ def compare(make: Callable[[int], Problem], operation: Operation) -> None:
 
 
 def has_kernels(p: Problem) -> bool:
-    """Whether the compiled operations take this network here, by their own decision."""
+    """Whether the compiled operations support this network on this device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return all(ratio._use_compiled(name, p.weights, p.real) for name in OPERATIONS)
@@ -189,7 +189,7 @@ def check_divergences() -> None:
 
 
 def check_many_samples() -> None:
-    """More units than blocks, in several slices, in both forms; a repeat gives the same bits."""
+    """More units than thread blocks, in several slices, in both forms; results are deterministic."""
     for name in MANY:
 
         def make(seed: int, name: str = name) -> Problem:
@@ -240,7 +240,7 @@ def check_other_networks_take_the_other_way() -> None:
 
 
 def check_graph_replay() -> None:
-    """A captured graph reads the seed and step of its replay, and the weights as they then are."""
+    """A captured graph reads the seed and step of its replay, and the current weights."""
     p = Problem("CIFAR-10", batch=16)
     for operation in (score_difference, ratio_loss):
         operation(p, ops)

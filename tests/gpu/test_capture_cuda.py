@@ -1,4 +1,4 @@
-"""``--capture`` on a GPU: the weights of ordinary steps, and no step that waits for the device."""
+"""``--capture`` on a GPU: the same weights as ordinary steps, and no synchronization with the device."""
 
 from __future__ import annotations
 

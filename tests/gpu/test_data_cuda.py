@@ -1,4 +1,4 @@
-"""The loaders on a GPU: the batches of the CPU, whatever overlaps with what."""
+"""The loaders on a GPU: the same batches as on the CPU when copies and kernels overlap."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Builds the simulator: CUDA sources to PTX by nvcc, linked with an interpreter instead of a driver.
 
-nvcc is the machine's, or that of the ``nvidia-cuda-nvcc`` wheel. Objects are kept, and compiled again where
+nvcc is the installed one, or that of the ``nvidia-cuda-nvcc`` wheel. Objects are kept, and compiled again if
 a source they may depend on has changed.
 """
 
@@ -34,7 +34,7 @@ HOST = [
     "-Wextra",
 ]
 MARKS = ["-DDR_SHARED_MARKS"]
-"""Test builds tell the simulator where arrays of shared memory end (csrc/cuda/ptx.cuh)."""
+"""Test builds mark the ends of arrays in shared memory for the simulator (csrc/cuda/ptx.cuh)."""
 # -lineinfo: reports and mutations name lines of the source. --no-compress: the runtime reads the PTX.
 DEVICE = ["-std=c++20", "-O3", "--fmad=false", "-lineinfo", "--no-compress", "-Xcompiler", "-fPIC"]
 HEADERS = {".h", ".cuh"}
@@ -77,7 +77,7 @@ def run(command: list[object]) -> None:
 
 
 def device_sources(small: bool) -> list[Path]:
-    """The kernels of the tests, or the project's too."""
+    """The kernels of the tests, with or without the project's."""
     own = [] if small else sorted((ROOT / "csrc/cuda").rglob("*.cu"))
     return [*own, *sorted((HERE / "kernels").glob("*.cu"))]
 
@@ -85,7 +85,7 @@ def device_sources(small: bool) -> list[Path]:
 def build(folder: Path, architecture: str = "80", *, marks: bool = False, small: bool = False) -> Path:
     """The simulator's library for sm_80 or sm_90a, in ``folder``.
 
-    ``marks``: kernels tell of their arrays in shared memory. ``small``: the kernels of the tests alone.
+    ``marks``: kernels mark their arrays in shared memory. ``small``: only the kernels of the tests.
     """
     toolkit, compiler = find_toolkit(), probe.find_compiler()
     if toolkit is None or compiler is None:
@@ -121,7 +121,7 @@ def build(folder: Path, architecture: str = "80", *, marks: bool = False, small:
 
 
 def _link(compiler: str | Path, jobs: list[Job], compile_one: Callable[[Job], None], library: Path) -> Path:
-    """Run the jobs that have something to do, and link their objects."""
+    """Run the jobs that are out of date, and link their objects."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, jobs))
     objects = [output for _, output, _, _ in jobs]

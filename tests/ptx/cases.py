@@ -1,7 +1,7 @@
-"""The cases of the project's kernels: what is called how, and what it is compared with.
+"""The cases of the project's kernels: the calls, and the results to compare with.
 
-A case raises ``Failure`` with a report or a wrong result, and otherwise returns a line about its errors.
-Those that are ``quick`` run in every continuous integration, the others by ``run.py`` and as slow tests.
+A case raises ``Failure`` with a report or a wrong result, and otherwise returns a line with its errors.
+``quick`` cases run in continuous integration, the others by ``run.py`` and as slow tests.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from torch import Tensor
 from diffratio_fast import ops
 
 TOLERANCE = 2e-2
-"""Of a result, relative to its largest value, against the emulation: a rounding that goes the other way
-spreads."""
+"""Tolerance against the emulation, relative to the largest value: rounding propagates."""
 AGAINST_FLOAT64 = 0.15
-"""Of a result's norm: what bfloat16 costs these networks."""
+"""Tolerance relative to the norm of a result: the error of bfloat16 in these networks."""
 BF16 = torch.bfloat16
 A100 = {"shared_per_block": 163 * 1024, "shared_per_multiprocessor": 164 * 1024}
 
@@ -99,7 +98,7 @@ _expected: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 def expected(
     kind: str, p: Problem, divergence: int, noise: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(emulated, float64) results, kept for other launches of the same problem."""
+    """(emulated, float64) results, cached for other launches of the same problem."""
     key = kind, p.setting, divergence, noise
     if key not in _expected:
         if kind == "log_ratio":

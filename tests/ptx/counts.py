@@ -1,5 +1,5 @@
-"""What a case executes: instructions by class, bank conflicts of shared memory, sectors of global
-requests."""
+"""Counts of a case: instructions by class, bank conflicts of shared memory, sectors of global
+memory requests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The ratio operations in float64, rounded to bfloat16 where csrc/cuda/ratio/mixer_kernel.cuh states that
 it rounds: operands of matrix products, checkpoints, staged operands of the weight gradients. Nothing else
-is rounded, so a kernel must agree to about the accuracy of float32, except for values that a rounding takes
-the other way."""
+is rounded, so a kernel must agree to about the accuracy of float32, except for values that are
+rounded in the other direction."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Emulated:
         self.log_ratio = (self.head * h).sum((1, 2))
 
     def back(self, slope: Tensor, weights: bool) -> dict[str, Tensor]:
-        """Gradients of sum_i slope_i log_ratio_i, of the weights too where asked for."""
+        """Gradients of sum_i slope_i log_ratio_i, of the weights too if requested."""
         slope = slope.double()[:, None, None]
         found: dict[str, list[Tensor]] = {name: [] for name in ("mix", "bias", "up", "down", "e")}
         g = self.head * RESIDUAL * slope

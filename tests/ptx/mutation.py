@@ -1,8 +1,8 @@
-"""Synchronizations taken out one at a time: what the simulator does not then report is not needed, or not
-covered.
+"""Removes synchronizations one at a time: if the simulator then reports nothing, the synchronization is
+unneeded or not covered by a test.
 
 A synchronization is a barrier, commit, wait or fence,
-by the lines of the source that ask for it (through inlined
+identified by the source lines that request it (through inlined
 functions). Waits are also tried with one group fewer.
 """
 
@@ -26,7 +26,7 @@ Run = Callable[[Simulator], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A call whose kernel loses synchronizations; ``run`` gives results that must not change."""
+    """A call from whose kernel synchronizations are removed; ``run`` returns results that must not change."""
 
     name: str
     kernel: str  # part of its name
@@ -36,7 +36,7 @@ class Subject:
 
 @dataclass
 class Mutants:
-    """By (place, operation): in which modes a mutant was reported, and as what."""
+    """(place, operation) to the modes in which a mutant was reported, and the kinds of the reports."""
 
     tried: set[tuple[str, str]] = field(default_factory=set)
     caught: dict[tuple[str, str], set[str]] = field(default_factory=dict)
@@ -103,7 +103,7 @@ def reference_subjects() -> list[Subject]:
 
 
 def outcome(simulator: Simulator, subject: Subject, mode: dict[str, Any], want: dict[str, Tensor]) -> str:
-    """The kind of the report, "other results", or "" where the mutant went unseen."""
+    """The kind of the report, "other results", or "" if the mutant was not detected."""
     simulator.options(multiprocessors=subject.multiprocessors, **mode)
     try:
         got = subject.run(simulator)

@@ -1,4 +1,4 @@
-"""Kernels through NVRTC, without a GPU, and executed: what cupy would compile on a machine without nvcc."""
+"""Kernels through NVRTC, without a GPU, and executed: as cupy compiles them on a machine without nvcc."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def compile_ptx(source: str, kernels: Sequence[str], architecture: str) -> tuple
 
 
 class SimulatedLauncher:
-    """``run_time.Launcher`` on the simulator: kernels see the memory that a call names, and no other."""
+    """``run_time.Launcher`` on the simulator: kernels can access only the memory of the call."""
 
     def __init__(self, simulator: Simulator, names: dict[str, str]) -> None:
         self.simulator, self.names = simulator, names
@@ -111,7 +111,7 @@ class SimulatedLauncher:
 
 
 def load_ratio_kernels(simulator: Simulator, architecture: str) -> int:
-    """Load what NVRTC makes of the ratio kernels in the place of nvcc's; how many there are."""
+    """Load the ratio kernels compiled by NVRTC in place of nvcc's; return their number."""
     ptx, names = compile_ptx(RATIO_SOURCE, RATIO_KERNELS, architecture)
     simulator.load(ptx, f"NVRTC (sm_{architecture})")
     return len(names)

@@ -171,7 +171,7 @@ def pack_weights(simulator: Simulator, weights: list[Tensor], image_shape: tuple
 
 @dataclass
 class Outcome:
-    """What a call gave, by name; its plan; with ``keep`` the staged operands."""
+    """The results of a call, by name; its plan; with ``keep`` the staged operands."""
 
     results: dict[str, Tensor]
     arguments: MixerArguments

@@ -1,5 +1,5 @@
-"""Packed weights, decoded by the ISA's own layouts of mma's operands: every element where an mma takes it
-from."""
+"""Packed weights, decoded by the ISA's own layouts of mma's operands: every element is at the
+place that mma reads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Reader:
 
 
 def check_packed(raw: Tensor, p: Problem) -> None:
-    """``raw`` is what the kernel made of the problem's weights; a ``Failure`` names the first wrong part."""
+    """``raw`` are the problem's weights packed by the kernel; a ``Failure`` names the first wrong part."""
     patch, position, mix, mix_bias, up, down, head = (w.float() for w in p.weights)
     (C, V), (T, _), (L, H, _) = patch.shape, position.shape, up.shape
     rows = 32 if T > 128 else 16

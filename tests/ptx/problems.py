@@ -1,4 +1,4 @@
-"""Problems of the ratio operations, and what their results should be: in float64, and rounded as the
+"""Problems of the ratio operations, and their expected results: in float64, and rounded as the
 kernels round."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffratio_fast.ops.noise import make_rng
 
 RNG = make_rng(-0x123456789ABCDEF, 0x700000005)
 PURPOSES, SUBSTEP = (3, 4), 1
-"""The streams of noise of the two halves; score differences take the first."""
+"""The streams of noise of the two halves; score differences use the first."""
 DIVERGENCES = list(reference_ratio.DIVERGENCES)
 NAMES = ("patch", "position", "mix", "mix_bias", "up", "down", "head")
 
@@ -45,7 +45,7 @@ LARGE = ("CIFAR-10", "128 tokens", "256, 128 tokens", "256, 256 tokens")
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides a problem's tensors."""
+    """Parameters that determine a problem's tensors."""
 
     shape: str
     batch: int
@@ -101,7 +101,7 @@ Results = dict[str, Tensor]
 
 
 def expected_log_ratio(p: Problem, noise: bool) -> tuple[Results, Results]:
-    """(emulated, float64) results, as the other functions below."""
+    """(emulated, float64) results, like the other functions below."""
     noised = p.noised(0) if noise else p.images[0].float()
     sigma, e = p.sigma[:, 0].double(), p.conditioning[0][:, 0].double()
     exact = reference_ratio.log_ratio(p.doubles(), noised.double(), sigma, e)

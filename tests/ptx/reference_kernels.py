@@ -29,7 +29,7 @@ def uniform(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32,
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a reference kernel; ``run`` raises ``Failure`` where its result is wrong."""
+    """A call of a reference kernel; ``run`` raises ``Failure`` if its result is wrong."""
 
     name: str
     kernel: str  # part of its name
@@ -82,7 +82,7 @@ def mix(simulator: Simulator, tokens: int, channels: int, samples: int, blocks: 
     w = uniform(channels, channels, scale=0.3, dtype=torch.bfloat16, seed=3)
     got = call(simulator, "mix", [tokens, x, m, w, ..., samples, blocks], (tuple(x.shape), torch.float32))
     y = x.double() + m.double() @ x.double()
-    # y is rounded to bf16 between the stages: a value next to a tie may go the other way
+    # y is rounded to bf16 between the stages: a value near a tie may be rounded in the other direction
     compare(got, y + y.float().bfloat16().double() @ w.double().T, 2e-3)
 
 
@@ -99,7 +99,7 @@ def share(simulator: Simulator, size: int, blocks: int) -> None:
 
 
 def operations(simulator: Simulator) -> None:
-    x = torch.arange(64, dtype=torch.int16).view(torch.bfloat16)  # the bits are what counts
+    x = torch.arange(64, dtype=torch.int16).view(torch.bfloat16)  # only the bits matter
     got = call(simulator, "operations", [x, ...], ((32, 12), torch.int32))
 
     def pair(low: int, high: int) -> int:
@@ -153,7 +153,7 @@ def planted(simulator: Simulator) -> list[Planted]:
 
 
 def run_planted(simulator: Simulator, which: Planted) -> str:
-    """The kind of the report, "counted" or "miscounted", or "" where nothing was found."""
+    """The kind of the report, "counted" or "miscounted", or "" if nothing was found."""
     simulator.library.simulator_clear()
     with Memory(simulator) as memory:
         source = memory.of(torch.ones(2 * 4 * THREADS), "in")

@@ -3,8 +3,8 @@
     python tests/ptx/run.py [--architecture 80|90a] [--only TEXT] [--marks] [--nvrtc] [--mutate]
                              [--count CASE]
 
-Without options all cases for sm_80: minutes on one core, besides the compilation, whose objects are kept in
-build/ptx. Exit status 1 where something fails.
+Without options all cases for sm_80: minutes on one core, without the compilation. Objects are kept in
+build/ptx. Exit status 1 if something fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OBJECTS = ROOT / "build" / "ptx"
 
 
 def run_cases(simulator: Simulator, only: str) -> int:
-    """Run the cases whose names contain ``only``; how many failed."""
+    """Run the cases whose names contain ``only``; return the number of failures."""
     failed = count = 0
     for case in all_cases():
         if only not in case.name:
@@ -50,7 +50,7 @@ def run_cases(simulator: Simulator, only: str) -> int:
 
 
 def run_small(simulator: Simulator, only: str) -> int:
-    """Reference kernels and planted bugs in every mode; how many were not as expected."""
+    """Run reference kernels and planted bugs in every mode; return the number of unexpected results."""
     wrong = count = 0
     for mode, options in MODES.items():
         simulator.options(multiprocessors=8, **options)
@@ -77,7 +77,7 @@ def run_small(simulator: Simulator, only: str) -> int:
 
 
 def run_mutations(simulator: Simulator, only: str) -> int:
-    """Mutations of reference and project kernels; how many synchronizations nothing needs."""
+    """Mutate reference and project kernels; return the number of unneeded synchronizations."""
     subjects = [s for s in [*mutation.reference_subjects(), *mutation.PROJECT] if only in s.name]
     found = mutation.mutate(simulator, subjects, list(MODES), report=lambda line: print(line, flush=True))
     for place, operation in found.missed():

@@ -1,4 +1,4 @@
-"""The simulator from Python: options, device memory, kernels, what they did. ``build.build`` makes its
+"""Python interface of the simulator: options, device memory, kernels, reports. ``build.build`` makes its
 library."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Options(C.Structure):
 
 @dataclass(frozen=True)
 class Synchronization:
-    """A barrier, commit, wait or fence of a kernel, by the lines of the source that ask for it."""
+    """A barrier, commit, wait or fence of a kernel, by the lines of the source that request it."""
 
     place: str
     operation: str
@@ -103,7 +103,7 @@ class Simulator:
             raise Failure(self.text("error") or f"error {code}")
 
     def load(self, ptx: str, name: str) -> None:
-        """A module beside those that nvcc's objects hold."""
+        """Load a module in addition to those in nvcc's objects."""
         self.check(self.library.simulator_load(ptx.encode(), name.encode()))
 
     def launch(
@@ -159,7 +159,7 @@ class Buffer:
             C.memmove(self.pointer, content.data_ptr(), self.bytes)
 
     def tensor(self) -> Tensor:
-        """The content; a ``Failure`` where a byte of it was not written."""
+        """The content; raises ``Failure`` if a byte of it was not written."""
         missing = self.simulator.library.simulator_count_invalid(self.pointer, self.bytes)
         if missing:
             raise Failure(f"not written: {missing} of {self.bytes} bytes of a result")
@@ -172,7 +172,7 @@ class Buffer:
 
 
 class Memory:
-    """Buffers of one call, which end with the block."""
+    """Buffers of one call, released at the end of the ``with`` block."""
 
     def __init__(self, simulator: Simulator) -> None:
         self.simulator = simulator
@@ -195,7 +195,7 @@ class Memory:
 
 
 def largest_error(got: Tensor, exact: Tensor) -> float:
-    """The largest difference over the largest exact value; infinite where a result is not finite."""
+    """The largest difference over the largest exact value; infinite if a result is not finite."""
     a, b = got.double().flatten(), exact.double().flatten()
     if not torch.isfinite(a).all():
         return math.inf

@@ -1,8 +1,8 @@
 """The weights pass followed step by step in float64, with the kernel's own staged operands in every matrix
-product, so that no rounding that goes the other way can spread.
+product, so that a different rounding cannot propagate.
 
 Every staged value must be a correct rounding, except for ``excess`` of the largest; every other result must
-be right to float32. Then the forward and the image pass must give the very same bits as this pass.
+be right to float32. Then the forward and the image pass must give the same bits as this pass.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Staged:
 
 
 class Follower:
-    """Follows the units of a call of the weights pass, and adds up the weight gradients."""
+    """Follows the units of a call of the weights pass, and sums the weight gradients."""
 
     def __init__(self, p: Problem, outcome: Outcome, given: bool) -> None:
         self.p, self.outcome, self.given = p, outcome, given
@@ -173,7 +173,7 @@ class Follower:
 
 
 def follow(simulator: Simulator, setting: Setting, form: Form, objective: Objective) -> str:
-    """Raises ``Failure`` where a step is wrong; else a line with the errors."""
+    """Raise ``Failure`` if a step is wrong; else return a line with the errors."""
     p = Problem(setting)
     packed = pack_weights(simulator, p.weights, tuple(p.images[0].shape[1:]))
     noise = RNG, p.index, PURPOSES, SUBSTEP

@@ -1,4 +1,4 @@
-"""Kernels compiled at run time: NVRTC without a GPU, and what it makes executed on the CPU."""
+"""Kernels compiled at run time: NVRTC without a GPU, and its output executed on the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_nvrtc = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def noise() -> run_time.Noise:
-    """The noise operations as cupy would compile them, on the simulator."""
+    """The noise operations as cupy compiles them, on the simulator."""
     return nvrtc.load_noise_kernels(Simulator(build(ROOT / "build" / "ptx", marks=True, small=True)), "80")
 
 

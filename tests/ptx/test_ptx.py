@@ -1,6 +1,6 @@
-"""The CUDA kernels executed on the CPU from nvcc's PTX, and proof that the simulator sees what is wrong.
+"""The CUDA kernels executed on the CPU from nvcc's PTX, and proof that the simulator detects errors.
 
-A quick part of the cases runs here, of one architecture; ``python tests/ptx/run.py`` runs all of them.
+The quick cases run here, for one architecture; ``python tests/ptx/run.py`` runs all of them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ QUICK = [case for case in all_cases() if case.quick]
 
 @pytest.fixture(scope="module")
 def small() -> Simulator:
-    """The kernels of the tests, which tell of their arrays in shared memory."""
+    """The kernels of the tests, which mark their arrays in shared memory."""
     return Simulator(build(OBJECTS, marks=True, small=True))
 
 
 @pytest.fixture(scope="module")
 def project() -> Simulator:
-    """The project's kernels, as they are for a GPU."""
+    """The project's kernels, compiled as for a GPU."""
     torch.set_num_threads(1)
     simulator = Simulator(build(OBJECTS))
     operations.prepare(simulator)
@@ -87,7 +87,7 @@ def test_kernels(project: Simulator, case: Case) -> None:
 
 
 def test_the_project_s_kernels_need_their_synchronizations(project: Simulator) -> None:
-    """Of one shape, in one mode; ``run.py --mutate`` tries all."""
+    """One shape, in one mode; ``run.py --mutate`` tries all."""
     subjects = [s for s in mutation.PROJECT if s.name in ("score, 64 channels", "products")]
     found = mutation.mutate(project, subjects, ["forward", "backward"], least=True)
     assert found.missed() == [] and len(found.tried) >= 20
@@ -100,7 +100,7 @@ def test_counts_of_a_case(project: Simulator) -> None:
 
 
 def test_packed_weights_have_the_bytes_that_torch_compile_expects(project: Simulator) -> None:
-    """Of the fake kernel in Python, and of the launchers."""
+    """The fake implementation in Python and the launchers agree on the size."""
     import ctypes
 
     for tokens, width, depth, hidden, vector in (

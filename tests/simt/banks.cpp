@@ -33,7 +33,7 @@ void count_accesses(const uint32_t* addresses, int lanes, uint32_t bytes, const 
   Passes& p = passes[to_string(site)];
   const int at_once = static_cast<int>(128 / std::max(bytes, 4u));  // a pass serves 128 bytes
   for (int first = 0; first < lanes; first += at_once) {
-    std::set<uint32_t> banks[32];  // the words wanted of each bank: the same word costs nothing more
+    std::set<uint32_t> banks[32];  // the words requested from each bank: the same word is free
     for (int lane = first; lane < std::min(lanes, first + at_once); ++lane) {
       for (uint32_t word = addresses[lane] / 4; word <= (addresses[lane] + bytes - 1) / 4; ++word) {
         banks[word % 32].insert(word);

@@ -1,7 +1,7 @@
 // Which accesses are ordered. Each thread has a vector clock: for every thread of its block, the last synchronization
 // of that thread that it is ordered after. Only barriers merge clocks. An access that is not ordered before another
-// access to the same bytes, directly or through other threads, is a race, whatever order the threads
-// happened to run in.
+// access to the same bytes, directly or through other threads, is a race, in any order of
+// execution.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct Access {
   Access(const Accessor& who, const Site& site)
       : block(who.block), thread(who.thread), clock(who.clock[who.thread]), phase(who.phase), site(site) {}
 
-  // Whether `who` has heard of this access.
+  // Whether this access is ordered before `who`.
   bool before(const Accessor& who) const { return block == who.block ? clock <= who.clock[thread] : phase < who.phase; }
 };
 

@@ -32,7 +32,7 @@ Context* entered_from = nullptr;
 
 #if !defined(SIMT_UCONTEXT)
 
-// Pushes the registers that a call must preserve, leaves the stack pointer in *from, and the same backwards.
+// Pushes the registers that a call must preserve, stores the stack pointer in *from, and the reverse.
 extern "C" void simt_switch(void** from, void* to);
 asm(R"(
 .text
@@ -78,7 +78,7 @@ void Context::start(void (*entry)(void*), void* argument) {
   bottom_ = stack_ + guard;
   size_ = stack_size;
 #if defined(SIMT_ASAN)
-  __asan_unpoison_memory_region(bottom_, size_);  // a thread that was abandoned half-way left its frames' redzones
+  __asan_unpoison_memory_region(bottom_, size_);  // an unfinished thread leaves the redzones of its frames
 #endif
 #if !defined(SIMT_UCONTEXT)
   // Six registers, the address to return to, and a slot that aligns the stack as a call would.

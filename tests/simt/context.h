@@ -1,4 +1,4 @@
-// A context is a stack and a place on it: what a thread of a GPU becomes on the CPU. Switching costs a few
+// A context is a stack and a position in it: it stands for a GPU thread on the CPU. Switching costs a few
 // nanoseconds (x86-64) or two system calls (elsewhere, ucontext). AddressSanitizer is notified of every switch.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace simt {
 
 class Context {
  public:
-  Context() = default;  // the one that runs already, or one to be start()ed
+  Context() = default;  // the running one, or one that is not started yet
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -23,9 +23,9 @@ class Context {
   // The next resume() runs entry(argument) on a fresh stack. entry must not return: it ends with leave(..., true).
   void start(void (*entry)(void*), void* argument);
 
-  // From `home` into this context; comes back when this one calls leave(home).
+  // Switches from `home` to this context; returns when this one calls leave(home).
   void resume(Context& home);
-  // From this context back into `home`. last: it will not be resumed.
+  // Switches from this context back to `home`. last: it will not be resumed.
   void leave(Context& home, bool last);
 
  private:

@@ -1,4 +1,4 @@
-// What the shim finds wrong, and where.
+// An error that the shim reports, and its place.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ inline bool same(const Site& a, const Site& b) {
 }
 
 struct Error : std::runtime_error {
-  // kind: "race", "deadlock", ...: what a test asks for. The message begins with it.
+  // kind: "race", "deadlock", ...: tests compare it. The message begins with it.
   Error(std::string kind, std::string text)
       : std::runtime_error(kind + ": " + text), kind(std::move(kind)), text(std::move(text)) {}
   std::string kind, text;

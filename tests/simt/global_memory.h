@@ -1,5 +1,5 @@
-// Global memory that a test asks to watch: races between threads and blocks, as in shared memory. Only accesses through
-// ptx::load, store, load16, store16 and copy_async are seen.
+// Global memory that a test watches: races between threads and blocks, as in shared memory. Only accesses through
+// ptx::load, store, load16, store16 and copy_async are checked.
 #pragma once
 
 #include <cstdint>

@@ -54,7 +54,7 @@ int check(const std::vector<Case>& cases, const std::vector<Planted>& planted) {
   return failures != 0;
 }
 
-// Whether some case fails under the mutation that is in force; counts how.
+// Whether some case fails under the active mutation; counts the kinds of failure.
 bool caught(const std::vector<const Case*>& cases, Mode mode, std::map<std::string, int>& kinds) {
   for (const Case* c : cases) {
     const Outcome outcome = run(*c, mode);
@@ -69,7 +69,7 @@ int mutate(const std::vector<Case>& cases) {
   std::vector<std::vector<const Case*>> users;  // of each point
   for (const Case& c : cases) {
     forget_executed();
-    if (!run(c, Mode{}).kind.empty()) return check(cases, {});  // nothing to learn from a suite that fails anyway
+    if (!run(c, Mode{}).kind.empty()) return check(cases, {});  // mutations need a suite that passes
     users.resize(sync_points().size());
     for (std::size_t i = 0; i < users.size(); ++i) {
       if (sync_points()[i].executed) users[i].push_back(&c);

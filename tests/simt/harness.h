@@ -15,8 +15,8 @@ struct Case {
   std::function<std::string(Mode)> run;
 };
 
-// A case that must fail in every mode, and how: kinds of Error or "wrong result", as in "race|uninitialized" where it
-// depends on who comes first.
+// A case that must fail in every mode, and how: kinds of Error or "wrong result". "race|uninitialized"
+// accepts either kind, where it depends on the order.
 struct Planted {
   Case bug;
   std::string expected;
@@ -25,12 +25,13 @@ struct Planted {
 // The programs' main():
 //   check            every case in every mode must pass, every planted bug must be caught as expected in every mode
 //   mutate           without each synchronization that a case executes, in turn, something must fail
-//   show CASE MODE   one case or planted bug, for example `show gemm ahead/wait`: prints what is reported, and
-//                    how often lanes met in a bank of shared memory
-// The exit status is 0 if all is as it should be.
+//   show CASE MODE   one case or planted bug, for example `show gemm ahead/wait`: prints the report and
+//                    the bank conflicts in shared memory
+// The exit status is 0 if all results are as expected.
 int main_of(int argc, char** argv, const std::vector<Case>& cases, const std::vector<Planted>& planted = {});
 
-// The largest |got - expected| over the largest |expected| is at most `tolerance`, and nothing is NaN: else a text.
+// The largest |got - expected| over the largest |expected| is at most `tolerance`, and nothing is NaN; otherwise
+// returns a text.
 std::string compare(const std::vector<float>& got, const std::vector<double>& expected, double tolerance);
 
 }  // namespace simt

@@ -1,4 +1,4 @@
-// The shim's reference kernels through nvcc, so that what the shim executes is what a GPU would.
+// The shim's reference kernels compiled by nvcc, so that the shim and a GPU execute the same code.
 #include "kernels/gemm.cuh"
 #include "kernels/mix.cuh"
 #include "kernels/operations.cuh"

@@ -9,7 +9,7 @@
 namespace simt {
 namespace {
 
-// The launch that runs.
+// The current launch.
 struct Execution {
   const Launch* launch;
   Mode mode;
@@ -54,7 +54,7 @@ void thread_main(void* argument) {
   t.context.leave(execution->home, true);
 }
 
-// Lets a thread run until it waits; false if it cannot.
+// Runs a thread until it waits; returns false if it cannot run.
 bool go(Thread& t) {
   if (t.waiting || t.exited) return false;
   execution->current = &t;
@@ -91,7 +91,7 @@ bool round(const std::vector<Block*>& blocks, Schedule schedule) {
   return any;
 }
 
-// Nothing moves: either all is done, or somebody waits for something that will not happen.
+// No progress: either all threads are done, or there is a deadlock.
 void check_finished(const std::vector<Block*>& blocks) {
   for (const Block* block : blocks) {
     std::map<std::string, std::pair<unsigned, unsigned>> places;  // how many wait, and the first of them
@@ -160,7 +160,7 @@ bool add(Barrier& barrier, unsigned expected, bool same_place, const char* opera
                                   to_string(barrier.place) + " for " + std::to_string(barrier.expected));
   }
   join(barrier.heard, t.clock);
-  ++t.clock[t.thread];  // what it does from now on, the others will not have heard of
+  ++t.clock[t.thread];  // its later accesses are not ordered before those of others
   return ++barrier.arrived == expected;
 }
 

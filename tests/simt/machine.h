@@ -16,7 +16,7 @@
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-// Of the thread that runs at the moment.
+// Of the current thread.
 inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #define __global__
@@ -24,10 +24,10 @@ inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 
-// forward, backward: threads in turn, each until it waits, from the first or from the last on.
-// ahead: one warp as far as it gets before the next warp starts.
+// forward, backward: threads in turn, each until it waits, in ascending or descending order.
+// ahead: one warp as far as possible before the next warp starts.
 enum class Schedule { forward, backward, ahead };
-// When an asynchronous copy lands: at once, or not before it is waited for.
+// When an asynchronous copy completes: at once, or only at its wait.
 enum class Landing { issue, wait };
 
 struct Mode {
@@ -47,10 +47,10 @@ struct Launch {
   bool cooperative = false;   // all blocks alive at once, so that they may wait for one another
 };
 
-// Runs a kernel: body() once per thread. Throws Error at the first thing that is wrong.
+// Runs a kernel: body() once per thread. Throws Error at the first error.
 void launch(const Launch& launch, Mode mode, const std::function<void()>& body);
 
-// --- what the operations of ptx_host.h are made of -------------------------------------------------------------
+// --- building blocks of the operations of ptx_host.h -----------------------------------------------------------
 
 struct Block;
 
@@ -65,7 +65,7 @@ struct Thread : Accessor {
   Block* home = nullptr;
   Context context;
   bool waiting = false, exited = false;
-  const char* waits_for = nullptr;  // what for and where, when waiting
+  const char* waits_for = nullptr;  // reason and place, while waiting
   Site waits_at;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
@@ -74,8 +74,8 @@ struct Thread : Accessor {
   unsigned lane() const { return thread % 32; }
 };
 
-// A point that a number of threads must reach. Everything that any of them did before it happens before everything
-// that those do which wait.
+// A point that a number of threads must reach. Everything before it in any of these threads happens before everything
+// after it in the threads that wait.
 struct Barrier {
   unsigned expected = 0, arrived = 0;
   std::vector<Thread*> waiting;
@@ -83,7 +83,7 @@ struct Barrier {
   Clock heard;
 };
 
-// Lanes in an operation that needs them all; the last to come does it for everybody.
+// Lanes in an operation of a whole warp; the last lane to arrive executes it for all.
 struct Collective {
   const char* operation = nullptr;
   uint32_t expected = 0, arrived = 0;  // sets of lanes
@@ -106,15 +106,15 @@ struct Block {
   SharedMemory shared;
 };
 
-// The thread that runs, and the launch it is part of.
+// The current thread and its launch.
 Thread& current();
 Mode current_mode();
 
-// wait: else only announces its arrival. same_place: all arrivals must come from one line of the source.
+// wait: otherwise only arrives. same_place: all arrivals must come from one line of the source.
 void arrive(Barrier& barrier, unsigned expected, bool wait, bool same_place, const char* operation, const Site& site);
 void arrive_at_grid(const Site& site);
 
-// Runs work(warp, operands) once, with an operand from each of `lanes`, when all have come.
+// Runs work(warp, operands) once, with an operand from each of `lanes`, when all have arrived.
 using Work = void (*)(Warp& warp, void* const* operands, const Site& site);
 void collective(const char* operation, uint32_t lanes, bool same_place, void* operand, Work work, const Site& site);
 

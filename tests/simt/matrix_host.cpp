@@ -1,4 +1,4 @@
-// ldmatrix and mma, done for the whole warp by its last lane.
+// ldmatrix and mma, executed for the whole warp by its last lane.
 #include "../../csrc/common/types.h"
 #include "banks.h"
 #include "machine.h"
@@ -26,7 +26,7 @@ void do_ldmatrix(Warp& warp, void* const* operands, const Site& site) {
       rows[j] = operand(lane)->row;
       uint16_t row[8];
       // It is not defined which lane reads, so the writer must be ordered with the lane that gives the address and with
-      // the one that gets the value: even a lane's own store needs a warp_sync before it.
+      // the one that receives the value: even a lane's own store must be followed by a warp_sync.
       shared.read(*warp.lanes[lane], rows[j], row, 16, site);
       for (int k = 0; k < 8; ++k) {
         const int receiver = transposed ? 4 * k + j / 2 : 4 * j + k / 2, half = transposed ? j % 2 : k % 2;

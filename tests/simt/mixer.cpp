@@ -16,7 +16,7 @@ int main(int argc, char** argv) {
       mixer("ratio_loss", {small, 3, 1, 2, Pass::weights, Objective::logistic, true, Form::several, 3}),
       mixer("ratio_loss, one launch", {small, 3, 1, 2, Pass::weights, Objective::logistic, true, Form::one_launch, 3}),
   };
-  // Three steps of tokens a unit: an odd number, so that the next tile's first copies meet the last step's readers.
+  // Three steps of tokens per unit: an odd number, so that the next tile's first copies overlap the last step's reads.
   cases.push_back(
       mixer("ratio_loss, 65 tokens", {tall, 2, 1, 1, Pass::weights, Objective::logistic, true, Form::several, 3}));
   const MixerSizes paired{1, 12, 20, 2, 60, 64, 2, 32}, largest{1, 16, 36, 2, 144, 200, 2, 24};

@@ -11,7 +11,7 @@
 #include "global_memory.h"
 #include "harness.h"
 
-// So that the kernel in two parts also runs at a size that is quick.
+// So that the kernel in two parts also runs at a small size.
 template <>
 inline constexpr bool diffratio::cuda::may_have_parts<64> = true;
 
@@ -31,7 +31,7 @@ struct Random {
   }
 };
 
-// Values that bf16 has, so that rounding the weights costs nothing and tolerances can be tight.
+// Values that bf16 represents, so that rounding the weights adds no error and tolerances can be tight.
 inline void round_to_bf16(std::vector<float>& x) {
   for (float& v : x) v = to_float(from_float<BFloat16>(v));
 }
@@ -89,7 +89,7 @@ struct Outputs {
   float loss = NAN;
 };
 
-// What a call gets: the same numbers for both implementations.
+// The inputs of a call: the same numbers for both implementations.
 struct Problem {
   explicit Problem(const Config& config) : g(config) {
     const MixerSizes& s = g.sizes;
@@ -244,7 +244,7 @@ struct Problem {
   int64_t rng[2] = {-0x123456789abcdef, 0x700000005};
 };
 
-// Rounding activations to bf16 costs this much of the largest value.
+// Error of rounding activations to bf16, relative to the largest value.
 constexpr double tolerance = 1.5e-2;
 
 inline std::string compare(const Problem& problem, const Outputs& got, const Outputs& expected) {

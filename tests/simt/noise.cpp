@@ -1,6 +1,6 @@
 // The CUDA noise kernels, executed on the CPU, against the CPU implementation: bit for bit, at odd sizes, unaligned
 // addresses, all types, few blocks and every schedule. Built with the address and undefined-behavior sanitizers, which
-// see accesses outside the exactly sized buffers and misaligned 16-byte accesses.
+// detect accesses outside the exactly sized buffers and misaligned 16-byte accesses.
 #include "simt.h"
 
 #include "../../csrc/cpu/noise.h"
@@ -17,7 +17,7 @@ using namespace diffratio;
 namespace {
 
 int comparisons = 0;
-bool sabotage = false;  // give the kernels another step, to see that the comparison notices
+bool sabotage = false;  // give the kernels another step: the comparison must fail
 
 // An exactly sized buffer that starts `offset` elements beyond a multiple of 16 bytes.
 struct Buffer {
@@ -123,7 +123,7 @@ void check_words(int64_t batch, int64_t count, unsigned grid) {
   ++comparisons;
 }
 
-// The 64-bit branch of divide(), which no test of a sensible size reaches through a kernel.
+// The 64-bit branch of divide(), which no kernel reaches at the size of a test.
 void check_divide() {
   const int64_t n[] = {0, 1, 7, 0xffffffff, 0x100000000, 0x7fffffffffff}, d[] = {1, 3, 8, 65537};
   for (int64_t a : n) {

@@ -1,4 +1,4 @@
-// Kernels with one bug each, which the shim must report in every mode: the proof that it can see them.
+// Kernels with one bug each, which the shim must report in every mode: this proves that it detects them.
 #include "global_memory.h"
 #include "kernels/cases.h"
 
@@ -13,7 +13,7 @@ constexpr unsigned threads = 96;  // three warps
 int thread() { return static_cast<int>(threadIdx.x); }
 int lane() { return thread() % 32; }
 
-// A bug that shows in what is accessed, whatever comes out.
+// A bug that is detected by its accesses, not by the result.
 Planted planted(const char* name, const char* expected, std::function<void()> body, uint32_t shared_bytes = 4096,
                 Dim3 grid = {}, bool cooperative = false) {
   return {{name,
@@ -50,7 +50,7 @@ void barrier_in_half_a_block() {
   if (thread() < 64) ptx::block_sync();
 }
 
-void barriers_in_both_branches() {  // the hardware lets them meet; the language does not
+void barriers_in_both_branches() {  // allowed by the hardware, not by the language
   if (thread() < 64)
     ptx::block_sync();
   else
@@ -153,7 +153,7 @@ void part_out_of_bounds() {
   arena.take<float>(threads, "x").part(90, 7);
 }
 
-void copy_into_redzone() {  // by address, of which an array's length is unknown
+void copy_into_redzone() {  // by address, without the array's length
   ptx::SharedArena arena;
   const auto x = arena.take<float>(4 * threads, "x");
   arena.take<float>(threads, "y");

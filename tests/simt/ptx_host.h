@@ -22,7 +22,7 @@ struct alignas(16) Vector16 {
 
 enum class Cache { keep, l2, streaming, constant };
 
-// --- what the templates below are made of ----------------------------------------------------------------------
+// --- building blocks of the templates below --------------------------------------------------------------------
 
 namespace host {
 

@@ -2,13 +2,13 @@
 
 namespace simt {
 
-constexpr uint64_t cell_bytes = 2;  // the smallest element there is
+constexpr uint64_t cell_bytes = 2;  // the smallest element
 
 void Shadow::reset(uint64_t bytes, bool initialized, Describe describe) {
   describe_ = std::move(describe);
   cells_.resize((bytes + cell_bytes - 1) / cell_bytes);
   for (Cell& cell : cells_) {
-    cell.reads.clear();  // and keep their memory: this is called for every block
+    cell.reads.clear();  // keeps the allocated memory: this is called for every block
     cell.written = cell.in_flight = false;
     cell.initialized = initialized;
   }

@@ -1,4 +1,4 @@
-// A shadow of some memory: for every two bytes, who wrote them last and who has read them since.
+// A shadow of some memory: for every two bytes, the last write and the reads since.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ class Shadow {
   void read(const Accessor& who, uint64_t offset, uint64_t bytes, bool may_be_old, const Site& site);
   void write(const Accessor& who, uint64_t offset, uint64_t bytes, const Site& site);
 
-  // An asynchronous copy writes at some time between the two; until then nobody may touch what it writes.
+  // An asynchronous copy writes at some time between the two; until then no access to its destination is allowed.
   void copy_begins(const Accessor& who, uint64_t offset, uint64_t bytes, const Site& site);
   void copy_lands(const Accessor& who, uint64_t offset, uint64_t bytes, const Site& site);
 

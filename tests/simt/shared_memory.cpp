@@ -34,7 +34,7 @@ uint32_t SharedMemory::take(uint32_t n, const char* name, uint32_t element_bytes
                              " bytes of shared memory in " + std::to_string(n + 1) + " arrays, the launch gave " +
                              std::to_string(budget_));
   }
-  // Where it would lie without redzones, plus whole rounds of banks.
+  // The address without redzones, plus a multiple of all banks.
   const uint32_t begin = window + taken_ - round16(bytes) + (n + 1) * redzone;
   arrays_.push_back({name, begin, bytes, element_bytes, keep});
   return begin;

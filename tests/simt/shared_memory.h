@@ -1,4 +1,4 @@
-// A block's shared memory: bytes, their shadow, and the arrays that the kernel's arena carves out of them, with
+// A block's shared memory: bytes, their shadow, and the arrays that the kernel's arena allocates in it, with
 // forbidden zones between.
 #pragma once
 
@@ -13,12 +13,12 @@ namespace simt {
 class SharedMemory {
  public:
   static constexpr uint32_t window = 0x400;  // the first address: an offset from 0 is then no valid address
-  static constexpr uint32_t redzone = 128;   // a whole round of banks, so that statistics are not disturbed
+  static constexpr uint32_t redzone = 128;   // a multiple of all banks, so that statistics do not change
 
   // Poisoned: filled with NaN in every floating-point type.
   void reset(uint32_t bytes);
 
-  // The n-th array that a thread takes: the same for all threads, else an error. Returns its address.
+  // The n-th array of a thread: the same for all threads, otherwise an error. Returns its address.
   uint32_t take(uint32_t n, const char* name, uint32_t element_bytes, uint32_t bytes, bool keep, const Site& site);
 
   void read(const Accessor& who, uint32_t address, void* to, uint32_t bytes, const Site& site);

@@ -1,4 +1,4 @@
-// The whole shim in one translation unit: the standard library's headers, parsed once, are most of its compilation.
+// The whole shim in one translation unit: parsing the standard library's headers dominates the compile time.
 #include "banks.cpp"
 #include "context.cpp"
 #include "global_memory.cpp"

@@ -21,7 +21,7 @@ std::string to_string(const SyncPoint& point);  // "copy_wait<1> at gemm.cuh:57"
 const std::vector<SyncPoint>& sync_points();
 void forget_executed();
 
-// none: nothing is changed. remove: the operation is not there. weaken: copy_wait waits for one group fewer.
+// none: no change. remove: the operation is skipped. weaken: copy_wait waits for one group fewer.
 enum class Change { none, remove, weaken };
 void change(std::size_t point, Change change);
 

@@ -1,4 +1,4 @@
-"""CUDA kernels executed on the CPU by the shim of tests/simt, and proof that the shim sees what is wrong."""
+"""CUDA kernels executed on the CPU by the shim of tests/simt, and proof that the shim detects errors."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_correct_kernels_pass_and_planted_bugs_are_caught(simt_programs: Program
 
 
 def assert_every_line_is_tried(files: Iterable[Path], output: str, least: int, helpers: str = "(?!)") -> None:
-    """Every line of the files that synchronizes was skipped in turn, and missed in each of the six modes.
+    """Every line of the files that synchronizes was skipped in turn, and each of the six modes detected it.
 
-    ``helpers`` matches calls of functions that synchronize in their caller's place.
+    ``helpers`` matches calls of functions that synchronize for their caller.
     """
     mutants = re.findall(r"^mutant (.*): caught in (\d) of 6 modes", output, re.MULTILINE)
     assert len(mutants) >= least and all(modes == "6" for _, modes in mutants), output

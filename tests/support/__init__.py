@@ -1,4 +1,4 @@
-"""What several tests share: small runs, data sets, published networks, the places of the checkout."""
+"""Helpers shared by several tests: small runs, data sets, published networks, paths of the checkout."""
 
 from __future__ import annotations
 

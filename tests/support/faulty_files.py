@@ -1,4 +1,4 @@
-"""File systems that refuse: a real full one, and errors for files whose path contains a word."""
+"""File systems that fail: a full one, and errors for files whose path contains a word."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(where: Path, size: str) -> Iterator[Path]:
-    """A real file system of so many bytes; the test is skipped where it cannot be mounted."""
+    """A real file system of the given size in bytes; the test is skipped if it cannot be mounted."""
     where.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], capture_output=True, check=False
@@ -31,7 +31,7 @@ def small_disk(where: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Fill a disk to its last byte; the file that does it."""
+    """Fill a disk completely; return the file that fills it."""
     path = disk / "filler"
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
@@ -40,10 +40,10 @@ def fill(disk: Path) -> Path:
 
 
 class Refusing:
-    """While ``number`` is set, what touches files whose path contains one of ``words`` fails with this errno.
+    """While ``number`` is set, operations on files whose path contains one of ``words`` fail with this errno.
 
-    That is opening to write, writing, flushing, renaming and removing, or with ``reading`` opening to read
-    and reading; ENOMEM is a ``MemoryError``. ``install`` puts it before the functions of ``os`` and ``open``.
+    The operations are opening to write, writing, flushing, renaming and removing, or with ``reading`` opening
+    to read and reading; ENOMEM is a ``MemoryError``. ``install`` wraps the functions of ``os`` and ``open``.
     """
 
     WRITING = ("open", "write", "fsync", "replace", "rename", "unlink")

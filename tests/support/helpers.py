@@ -1,4 +1,4 @@
-"""What several test files share: commands as processes, small runs."""
+"""Helpers shared by several test files: commands as processes, small runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess
 
 
 def in_child(act: Callable[[], object], *, memory: int = 2 << 30, seconds: int = 120) -> str:
-    """What ``act`` returns, as text, in a forked process; an error's message where it raises ``UserError``.
+    """Text that ``act`` returns in a forked process, or the message if it raises ``UserError``.
 
     The child may take ``memory`` bytes of address space beyond those it begins with, and so many seconds of
     processor time.
@@ -81,13 +81,13 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def checkpoint_tensors(run_dir: Path) -> dict[str, Tensor]:
-    """The tensors of the newest checkpoint, which one process wrote."""
+    """The tensors of the newest checkpoint of a run with one process."""
     (file,) = newest_checkpoint(run_dir).glob("*.safetensors")
     return load_file(file)
 
 
 def contents(directory: Path) -> dict[str, tuple[str, int]]:
-    """Digest and time of change of every file below a directory."""
+    """Digest and modification time of every file below a directory."""
     return {
         str(path.relative_to(directory)): (
             hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -99,7 +99,7 @@ def contents(directory: Path) -> dict[str, tuple[str, int]]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
+    """A free TCP port of this machine."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

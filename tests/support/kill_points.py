@@ -1,7 +1,7 @@
-"""Prepare a data set in children that kill themselves, one step of the work later each time.
+"""Prepare a data set in child processes that kill themselves, each one step later than the last.
 
 Usage: kill_points.py SOURCE DESTINATION SHARD_BYTES. Prints how many children were killed. A step is a
-rename, a flush to disk or a chunk of records; the kill comes right before it.
+rename, a flush to disk or a chunk of records; the process is killed right before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffratio_fast.data import writer
 
 
 def child(arguments: list[str], last: int) -> None:
-    """Prepare, but die at step number ``last``."""
+    """Prepare, but kill the process at step number ``last``."""
     step = 0
 
     def deadly(function: Any) -> Any:
@@ -46,7 +46,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            # Steps 1, 2, ... of what is left: every step of the whole work is a last one at some time.
+            # Steps 1, 2, ... of the remaining work: every step is the last one of some child.
             child(arguments, last=1 + killed % 12)
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status):

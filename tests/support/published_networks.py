@@ -40,12 +40,12 @@ def tiny(name: str) -> tuple[unet.Denoiser, dict[str, Tensor]]:
 
 
 def error(out: Tensor, right: Tensor) -> float:
-    """Root mean square of the difference over that of what is right."""
+    """Root mean square of the difference over that of the expected values."""
     return float((out.double() - right.double()).norm() / right.double().norm())
 
 
 def randomized(architecture: str, config: dict[str, Any]) -> unet.Denoiser:
-    """A network none of whose layers starts at zero, in eval mode."""
+    """A network without zero-initialized layers, in eval mode."""
     network = networks.from_published(architecture, config)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -55,7 +55,7 @@ class EasyDict(dict):  # type: ignore[type-arg]
 
 
 def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
-    """What the published code does: the source in the pickle is executed."""
+    """Execute the source in the pickle, as the published code does."""
     module = types.ModuleType("published")
     exec(meta["module_src"], module.__dict__)
     return module
@@ -76,7 +76,7 @@ def code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def published(module: torch.nn.Module, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
-    """A module of ours as the published code would pickle it."""
+    """A module of this package, pickled as the published code does."""
     children = {name: published(child) for name, child in module._modules.items() if child is not None}
     if isinstance(module, torch.nn.ModuleDict):
         container = torch.nn.ModuleDict()
@@ -98,7 +98,7 @@ def published(module: torch.nn.Module, arguments: dict[str, Any] | None = None, 
 
 
 def snapshot(name: str, **more: Any) -> dict[str, Any]:
-    """The dictionary that a published run pickles, around a fixture's network."""
+    """The dictionary that a published run pickles, with a fixture's network."""
     with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
         about = file.metadata()
     network, _ = networks.load_published(FIXTURES / f"{name}.safetensors")
@@ -120,7 +120,7 @@ def write(path: Path, content: Any, protocol: int | None = None) -> Path:
 
 
 def fails(path: Path, *options: str) -> str:
-    """The one line with which conversion fails; nothing is written."""
+    """The one-line error of a conversion that fails; nothing is written."""
     out = path.with_name("out.safetensors")
     with pytest.raises(UserError) as caught:
         convert.main([str(path), str(out), *options])

@@ -1,9 +1,9 @@
-"""Training in processes that work together, forked from one that has imported everything.
+"""Distributed training in processes forked from one that has imported all modules.
 
 Usage: python -m support.ranks PLAN.json. A plan is a list of entries, each with the number of "processes" and
 a file "out":
 {"kind": "train" | "pretrain", "options": {...}, "steps": N}, whose state ends up in the file ("taped": true
-replays recorded steps in the place of a CUDA graph), or
+replays recorded steps instead of a CUDA graph), or
 {"command": [NAME, argument, ...]}, whose output ends up in FILE.0, FILE.1, ... Prints the exit statuses.
 """
 
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def fork_ranks(processes: int, function: Callable[[], None]) -> list[int]:
-    """Call ``function`` in so many children with torchrun's environment; their process ids."""
+    """Call ``function`` in child processes with torchrun's environment; return their process IDs."""
     port, children = free_port(), []
     for rank in range(processes):
         pid = os.fork()
@@ -72,7 +72,7 @@ def wait_for(children: list[int]) -> list[int]:
 
 
 def steps(entry: dict[str, Any]) -> None:
-    """Make the steps of a plan's entry; rank 0 writes the weights."""
+    """Train the steps of a plan's entry; rank 0 writes the weights."""
     with joined(torch.device("cpu")) as world:
         state = (taped_steps if entry.get("taped") else run_steps)(entry, world)
         tensors = {
@@ -94,7 +94,7 @@ def run_steps(entry: dict[str, Any], world: World) -> RunState:
 
 
 def taped_steps(entry: dict[str, Any], world: World) -> RunState:
-    """The steps as ``--capture`` makes them, with a tape in the place of a CUDA graph."""
+    """The steps as with ``--capture``, with a tape instead of a CUDA graph."""
     settings = TrainConfig(device="cpu", threads=1, capture=True, **entry["options"])
     device, dataset = torch.device("cpu"), open_dataset(settings.data)
     iteration = Trainer.new_iteration(settings, dataset, device, world=world)
@@ -109,7 +109,7 @@ def taped_steps(entry: dict[str, Any], world: World) -> RunState:
 
 
 def call(entry: dict[str, Any]) -> None:
-    """Run a command of the package as this process."""
+    """Run a command of the package in this process."""
     name, *arguments = entry["command"]
     out = os.open(f"{entry['out']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)

@@ -18,20 +18,20 @@ import probe  # noqa: E402
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{SIMT}"]
 PLAIN: list[str] = []
 SANITIZED = ["-g1", "-fsanitize=address"]
-# The kernels only: in the shim this would triple the time of compilation.
+# Only for the kernels: in the shim this would triple the compile time.
 STRICT = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
 
 
 @dataclass
 class Programs:
-    """Compiles on demand into `folder` and keeps what it has compiled."""
+    """Compiles on demand into `folder` and keeps the programs."""
 
     folder: Path
     _shims: dict[str, Path] = field(default_factory=dict)
     _programs: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     def sanitized(self) -> list[str]:
-        """Flags for the sanitizers, or the plain ones where there are none."""
+        """Flags for the sanitizers, or the plain ones if they are not available."""
         source = self.folder / "empty.cpp"
         source.write_text("int main() {}\n")
         command = [probe.find_compiler(), *SANITIZED, *STRICT, source, "-o", self.folder / "empty"]

@@ -1,8 +1,8 @@
-"""``Tape``: a step recorded on the CPU and repeated without Python, in the place of a CUDA graph.
+"""``Tape``: a step recorded on the CPU and replayed without Python, instead of a CUDA graph.
 
-It records every operation that PyTorch dispatches, with the tensors it was given, and repeats them on the
-same memory. What depends on the step by a value of Python stays what it was when it was recorded. A read
-of the device by the host is refused. Reductions over processes are recorded and repeated too.
+It records every operation that PyTorch dispatches, with its tensor arguments, and replays them on the
+same memory. Python values that depend on the step are frozen when they are recorded. A read
+of the device by the host raises an error. Reductions over processes are recorded and replayed too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READS = {
     aten._local_scalar_dense, aten.item, aten.equal, aten.nonzero, aten.is_nonzero, aten._unique2,
     aten.masked_select, aten.lift_fresh, aten.allclose,
 }  # fmt: skip
-"""What makes the host wait for the device, or brings the host's numbers there."""
+"""Operations that make the host wait for the device, or copy host values to it."""
 
 
 def storage(tensor: Tensor) -> int:
@@ -35,7 +35,7 @@ def changes_its_arguments(func: Any) -> bool:
 
 
 class Tape(TorchDispatchMode):
-    """Records operations while it is entered. Like a capture, recording leaves every tensor as it was."""
+    """Records operations while it is entered. Like a capture, recording changes no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """``Tape`` in the place of CUDA graphs."""
+    """``Tape`` instead of CUDA graphs."""
 
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
@@ -101,7 +101,7 @@ class Recorder:
 
 
 class NothingIsWrong(TorchFunctionMode):
-    """Answers the questions that are asked on the CPU alone: is a label out of range, a noise level NaN?"""
+    """Skips the checks that only the CPU makes: is a label out of range, a noise level NaN?"""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         asking = ("class_vectors", "level", "add_noise")

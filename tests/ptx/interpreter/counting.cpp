@@ -6,7 +6,7 @@
 namespace ptx {
 
 // Wavefronts of a shared access of n bytes a lane: 4 bytes are served for all lanes together, 8 for half a warp, 16 for
-// a quarter; among those distinct words of one bank take turns.
+// a quarter; among those, distinct words of one bank are served one by one.
 void count_shared(const Instruction& i, const u32* address, u32 mask, u32 n) {
   if (!options.statistics) return;
   int groups = n <= 4 ? 1 : n == 8 ? 2 : 4, per = 32 / groups;

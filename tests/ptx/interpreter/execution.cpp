@@ -14,8 +14,8 @@ u32 next_random() {
 
 enum class Step { next, regroup, wait };  // after an instruction: the next one, look for another group, or stop here
 
-// A warp until it waits, is done or polls, or has executed `quantum` instructions. Lanes that have diverged are groups;
-// the group with the lowest pc runs, until it meets another.
+// Runs a warp until it waits, ends, polls or has executed `quantum` instructions. Lanes that have diverged are groups;
+// the group with the lowest pc runs until it reaches another.
 class WarpRun {
  public:
   WarpRun(Warp& w, u64 quantum) : w_(w), k_(*w.kernel), quantum_(quantum) {}
@@ -31,7 +31,7 @@ class WarpRun {
   }
 
  private:
-  // False where groups were merged: then choose again.
+  // Returns false if groups were merged: then choose again.
   bool choose_group() {
     auto& groups = w_.groups;
     group_ = -1;
@@ -243,7 +243,7 @@ void start_warp(Grid& g, Block& b, u32 index) {
   w.number = b.index * g.warps_per_block + index;
   w.storage.reset(new u8[k.register_bytes + 64]);
   w.registers = reinterpret_cast<u8*>((reinterpret_cast<u64>(w.storage.get()) + 63) / 64 * 64);
-  std::memset(w.registers, 0xdb, k.register_bytes);  // what nobody has written
+  std::memset(w.registers, 0xdb, k.register_bytes);  // never written
   w.written.assign(k.register_count, 0);
   for (const Constant& c : k.constants) {
     LANES {
@@ -280,7 +280,7 @@ void start_block(Grid& g, Block& b, int index) {
   for (u32 j = 0; j < g.warps_per_block; ++j) start_warp(g, b, j);
 }
 
-// All warps of a block have come to a barrier: order them, and hand their late atomics to the block.
+// All warps of a block have reached a barrier: order them, and move their late atomics to the block.
 void pass_barrier(Block& b) {
   const Kernel& k = *b.grid->kernel;
   Clocks all;
@@ -315,7 +315,7 @@ void pass_barrier(Block& b) {
   fail("deadlock: " + b.grid->kernel->name);
 }
 
-// Lets the block's warps run until all of them wait. True: something happened.
+// Runs the block's warps until all of them wait. Returns whether any made progress.
 bool run_block(Block& b) {
   std::vector<u32> order;
   for (u32 j = 0; j < b.warps.size(); ++j) order.push_back(j);
@@ -346,12 +346,12 @@ bool run_block(Block& b) {
   return moved;
 }
 
-// Performs what warps of a block that has ended had put off.
+// Performs the delayed atomics of a block that has ended.
 void end_block(Block& b) {
   for (Warp& w : b.warps) do_late_atomics(w);
 }
 
-// Blocks side by side, as many as the launch needs at once.
+// Blocks that run concurrently, as many as the launch needs.
 void run_together(Grid& g, int first, int count) {
   constexpr u64 most_idle = 1000000;
   std::vector<Block> blocks(count);
@@ -375,7 +375,7 @@ void run_together(Grid& g, int first, int count) {
 }
 
 void run_one_by_one(Grid& g) {
-  // What a block has put off is done when the grid ends: later blocks do not see it without a fence.
+  // A block's delayed atomics are done when the grid ends: later blocks do not see them without a fence.
   std::vector<LateAtomic> late;
   for (int j = 0; j < g.blocks; ++j) {
     Block b;

@@ -1,5 +1,5 @@
-// Executes PTX on the CPU, a warp of 32 lanes at a time, with checks on everything that it does. This is what the
-// stand-in for the CUDA runtime (../runtime) calls. Errors are std::runtime_error with a report of several lines.
+// Executes PTX on the CPU, a warp of 32 lanes at a time, and checks every instruction. It is called by the
+// stand-in for the CUDA runtime (../runtime). Errors are std::runtime_error with a report of several lines.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -15,8 +15,8 @@ enum class Schedule { forward, backward, random };  // warps and blocks in order
 struct Options {
   Schedule schedule = Schedule::forward;
   uint64_t seed = 1;
-  bool late_copies = true;   // cp.async lands no earlier than it is waited for; else at once
-  bool late_atomics = true;  // an atomic whose result nobody reads is done no earlier than a fence; else at once
+  bool late_copies = true;   // cp.async completes only at its wait; else at once
+  bool late_atomics = true;  // an atomic whose result is unused is done only at a fence; else at once
   bool approximate = false;  // approximations are off by up to what the ISA allows, at random; else exact to fp32
   bool coarse_sums = false;  // mma: fp32 sums of four products, truncated; else exact sums, one rounding
   bool races = true;         // detect races
@@ -30,10 +30,10 @@ extern Options options;
 // 512-byte aligned, filled with 0xff, with forbidden bytes around it. Bytes that are not `valid` may not be read
 // before they are written.
 void* allocate(uint64_t bytes, const char* name, bool valid);
-// Memory that is somebody else's, until it is released.
+// Memory that the caller owns, until it is released.
 void adopt(void* memory, uint64_t bytes, const char* name, bool valid);
 void release(void* allocation);
-// Makes the parts of an allocation, which begin at these offsets, allocations of their own.
+// Splits an allocation at these offsets into separate allocations.
 void split(void* allocation, const uint64_t* offsets, int count);
 void set_valid(void* bytes, uint64_t count);
 uint64_t count_invalid(const void* bytes, uint64_t count);
@@ -59,7 +59,7 @@ struct Statistic {
 std::vector<Statistic> take_statistics(Kernel& kernel);  // and sets them to zero
 std::vector<std::string> take_notes();                   // hazards that do not stop a launch
 
-// --- mutation: synchronizations (barriers, commits, waits, fences) by the source line that asks for them ---
+// --- mutation: synchronizations (barriers, commits, waits, fences) by the source line that requests them ---
 
 struct Synchronization {
   std::string place;      // FILE:LINE, or "PTX line N"

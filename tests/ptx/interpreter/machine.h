@@ -9,7 +9,7 @@
 
 namespace ptx {
 
-using Clocks = std::vector<u32>;  // a vector clock: for each warp of the grid, how far it is known
+using Clocks = std::vector<u32>;  // a vector clock: for each warp of the grid, its latest known time
 
 inline Clocks& join(Clocks& to, const Clocks& from) {
   if (to.size() < from.size()) to.resize(from.size());
@@ -17,12 +17,12 @@ inline Clocks& join(Clocks& to, const Clocks& from) {
   return to;
 }
 
-// Who touched two bytes last. Threads are named (warp << 6 | lane) + 1; lane 32 is the whole warp (ldmatrix: the ISA
-// does not tell which lane reads).
+// The last accesses of two bytes. Thread IDs are (warp << 6 | lane) + 1; lane 32 is the whole warp (ldmatrix: the ISA
+// does not specify which lane reads).
 struct Touch {
   u32 writer = 0, written = 0, reader = 0, read = 0, other_reader = 0, other_read = 0;
   u32 write_line = 0, read_line = 0;
-  u32 epoch = 0;  // of the writer: how often it had forgotten shared memory
+  u32 epoch = 0;  // of the writer: the number of its forget_shared() calls
 };
 
 struct Block;
@@ -99,7 +99,7 @@ struct Block {
   std::vector<u8> shared, valid;
   std::vector<Touch> touches;
   std::vector<u32> in_flight;            // for each 16 bytes, the thread that copies there
-  std::vector<LateAtomic> late_atomics;  // of warps that have met in a barrier since
+  std::vector<LateAtomic> late_atomics;  // of warps that have passed a barrier since
   std::vector<u8> forbidden;             // for each 16 bytes: between arrays, by a mark
   std::vector<u8> kept;                  // for each 16 bytes: not forgotten, by a mark
   u32 marked_end = 0;                    // of the arrays that marks have named

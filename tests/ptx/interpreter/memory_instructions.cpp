@@ -155,9 +155,9 @@ void copy_wait(Warp& w, const Instruction& i, u32 m) {
   w.copies.resize(kept);
 }
 
-// --- marks: in test builds kernels tell where arrays of shared memory end (csrc/cuda/ptx.cuh) ---
+// --- marks: in test builds kernels mark the ends of arrays in shared memory (csrc/cuda/ptx.cuh) ---
 
-// prefetchu.L1 of an address: an array ends there and `gap` bytes follow that are nobody's; an odd address: the array
+// prefetchu.L1 of an address: an array ends there and `gap` unused bytes follow; an odd address: the array
 // is not forgotten. Of zero: what this warp reads from now on must have been written since.
 void mark(Warp& w, const Instruction& i, u32 m) {
   constexpr u32 gap = 128;
@@ -187,8 +187,8 @@ void add(Warp& w, const LateAtomic& a) {
   join(w.block->grid->atomics[a.address], a.released);
 }
 
-// "membar", "fence": what this warp has seen may be released by an atomic after it, and what an atomic before it
-// acquired is seen after it. Atomics that nobody waited for are done by now: this warp's, and those of warps that a
+// "membar", "fence": an atomic after it may release what this warp has observed, and what an atomic before it
+// acquired is visible after it. Delayed atomics are done by now: this warp's, and those of warps that a
 // barrier of the block has ordered before it.
 void fence(Warp& w) {
   do_late_atomics(w);
@@ -197,7 +197,7 @@ void fence(Warp& w) {
   ++w.clocks[w.number];
 }
 
-// atom.add and red.add. One whose result nobody reads may be done as late as the next fence; other blocks do not see it
+// atom.add and red.add. If the result is unused, it may be done as late as the next fence; other blocks do not see it
 // before.
 void atomic_add(Warp& w, const Instruction& i, u32 m) {
   need_written(w, i, i.sources[0], m, "address");

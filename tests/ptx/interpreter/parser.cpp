@@ -1,4 +1,4 @@
-// PTX text to instructions with resolved operands. What it does not know is an error, never skipped.
+// PTX text to instructions with resolved operands. Unsupported text is an error and never skipped.
 #include <cctype>
 #include <map>
 #include <set>
@@ -84,7 +84,7 @@ class Places {
     files_[number] = statement.substr(open + 1, statement.rfind('"') - open - 1);
   }
 
-  // The call stack of the present place, innermost first.
+  // The call stack of the current place, innermost first.
   std::vector<Place> stack() const {
     std::vector<Place> frames;
     for (Place p = now_; p.file && frames.size() < 16;) {
@@ -337,7 +337,7 @@ std::vector<std::string> parts_of(const std::string& op) {
   return parts;
 }
 
-// Fills in the operands; the name under which the table has the instruction.
+// Fills in the operands; returns the instruction's name in the table.
 std::string KernelParser::operands(Instruction& i, const std::string& s) {
   const std::size_t space = s.find_first_of(" \t");
   const std::string op = s.substr(0, space);
@@ -543,7 +543,7 @@ class ModuleParser {
   Places places_;
   std::shared_ptr<Kernel> kernel_;
   std::unique_ptr<KernelParser> parser_;
-  std::vector<std::unique_ptr<KernelParser>> finished_;  // a place gets its name when files have theirs
+  std::vector<std::unique_ptr<KernelParser>> finished_;  // places are named after all files are read
   int line_ = 0, pending_line_ = 0, depth_ = 0;
   bool in_parameters_ = false;
 };

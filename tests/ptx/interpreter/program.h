@@ -1,4 +1,4 @@
-// A kernel as the parser leaves it.
+// A parsed kernel.
 #pragma once
 #include <cstdio>
 #include <stdexcept>
@@ -77,7 +77,7 @@ struct Kernel {
   }
 };
 
-// What an instruction does, in the tables of machine.h.
+// Implementation of an instruction, in the tables of machine.h.
 struct Entry {
   Handler handler;
   Kind kind = Kind::ordinary;

@@ -1,4 +1,4 @@
-// What a warp does together: ldmatrix, mma, shuffles, barriers, branches.
+// Operations of a whole warp: ldmatrix, mma, shuffles, barriers, branches.
 #include <cmath>
 
 #include "machine.h"
@@ -13,7 +13,7 @@ float number(u32 b) {
 }
 
 // "ldmatrix": thread 8 i + j gives the address of row j of matrix i; thread t gets of each matrix row t / 4, elements
-// 2 (t % 4) and the next; with .trans those of the transposed matrix.
+// 2 (t % 4) and the next; with .trans, those of the transposed matrix.
 template <bool trans>
 void ldmatrix(Warp& w, const Instruction& i, u32 m) {
   int count = i.result_count;
@@ -77,7 +77,7 @@ void mma(Warp& w, const Instruction& i, u32 m) {
         for (int n = 0; n < 8; ++n) sum[n] += double(A[r][k]) * B[k][n];
       for (int n = 0; n < 8; ++n) C[r][n] = float(sum[n]);
     }
-  } else {  // fp32 sums of four products at a time, truncated towards zero, as a coarse tensor core might
+  } else {  // fp32 sums of four products at a time, truncated toward zero, as a coarse tensor core might
     for (int r = 0; r < 16; ++r)
       for (int n = 0; n < 8; ++n) {
         float sum = C[r][n];

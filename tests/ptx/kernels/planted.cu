@@ -1,4 +1,4 @@
-// Kernels with one bug each, which the simulator must report in every mode: the proof that it can see them. Each is a
+// Kernels with one bug each, which the simulator must report in every mode: this proves that it detects them. Each is a
 // struct with a `run`; those that are correct pass in every mode.
 #include <cstdio>
 #include <cstring>
@@ -14,7 +14,7 @@ DR_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 DR_DEVICE int lane() { return thread() % 32; }
 DR_DEVICE int in_next_warp() { return (thread() + 32) % threads; }
 
-// Memory of a launch: what a result depends on goes to `out`, so that the compiler keeps it.
+// Memory of a launch: values are written to `out`, so that the compiler does not remove them.
 struct Memory {
   float* in;       // 2 * 4 * threads
   float* out;      // 4 * threads for each block
@@ -55,7 +55,7 @@ struct BarrierInHalfABlock {
     keep(m, 0);
   }
 };
-struct BarriersInBothBranches {  // the hardware lets them meet; the language does not
+struct BarriersInBothBranches {  // allowed by the hardware, not by the language
   static DR_DEVICE void run(const Memory& m) {
     if (thread() < 64) {
       keep(m, 1);
@@ -98,7 +98,7 @@ struct BarrierOfOthers {  // orders warps 0 and 1, and warp 2 reads too
 
 enum class Within { nothing, shuffle, warp_sync };
 
-// Hands values over: to a neighbor in the warp, or in the block.
+// Passes values to a neighbor in the warp, or in the block.
 template <Within order, bool block>
 struct HandOver {
   static DR_DEVICE void run(const Memory& m) {

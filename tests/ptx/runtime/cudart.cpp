@@ -30,7 +30,7 @@ struct Function {
   std::size_t shared_allowed = 48 * 1024;
 };
 
-// By the address of the host's stub. Registered before this file's own variables exist.
+// Keyed by the address of the host's stub. Registered before this file's own variables are initialized.
 std::map<const void*, Function>& functions() {
   static std::map<const void*, Function> all;
   return all;

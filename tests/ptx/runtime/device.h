@@ -1,4 +1,4 @@
-// The device that the stand-in for the CUDA runtime pretends to have, and what was launched on it.
+// The simulated device of the stand-in for the CUDA runtime, and its launches.
 #pragma once
 #include <cstddef>
 #include <memory>
@@ -21,7 +21,7 @@ void clear_error();
 std::vector<std::string> take_launches();  // one line each
 
 std::vector<std::shared_ptr<Module>>& modules();
-// A module that NVRTC made: its kernels take the place of those in fat binaries with the same names.
+// A module compiled by NVRTC: its kernels replace those with the same names in fat binaries.
 void load(const std::string& text, const std::string& name);
 // Launches a kernel of a loaded module by its name; checks shared memory as the runtime would.
 void launch(const std::string& kernel, int blocks, int threads, std::size_t shared, bool cooperative, void** arguments);

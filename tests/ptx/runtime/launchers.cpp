@@ -109,7 +109,7 @@ static cuda::MixerCall call_of(const MixerArguments& d) {
   return m;
 }
 
-// What the plan decided, for the caller.
+// The plan's values, for the caller.
 static void describe(const cuda::MixerPlan& plan, const cuda::MixerCall& m, MixerArguments& d) {
   const cuda::Staging& t = m.staging;
   d.blocks = plan.blocks, d.threads = plan.threads, d.shared = static_cast<int>(plan.shared);

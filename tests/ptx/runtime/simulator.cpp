@@ -3,7 +3,7 @@
 #include "device.h"
 
 namespace {
-std::string text;  // of the latest call that gives some: valid until the next
+std::string text;  // of the latest call that returns text: valid until the next
 
 const char* give(const std::string& s) {
   text = s;
@@ -95,7 +95,7 @@ const char* simulator_statistics() {
   return text.c_str();
 }
 
-// Names of the loaded kernels that have `part` in theirs.
+// Names of the loaded kernels that contain `part`.
 const char* simulator_kernels(const char* part) {
   std::vector<std::string> names;
   for (auto& module : ptx::device::modules()) {

@@ -95,7 +95,7 @@ simt::Case mix(int samples, unsigned blocks) {
                 }
               }
             }
-            // y is rounded to bf16 between the stages: a value next to a tie may go the other way.
+            // y is rounded to bf16 between the stages: a value near a tie may be rounded in the other direction.
             return simt::compare(out, expected, 2e-3);
           }};
 }
@@ -131,7 +131,7 @@ inline simt::Case share(int size, unsigned blocks) {
 inline simt::Case operations() {
   return {"operations", [](simt::Mode mode) -> std::string {
             alignas(16) BFloat16 x[64];
-            for (int i = 0; i < 64; ++i) x[i] = {static_cast<uint16_t>(i)};  // the bits are all that counts
+            for (int i = 0; i < 64; ++i) x[i] = {static_cast<uint16_t>(i)};  // only the bits matter
             alignas(16) uint32_t out[32][operations_out];
             const Operations o{x, out[0]};
             simt::launch({"operations", {1}, 32, operations_shared_bytes}, mode, [&] { operations_kernel(o); });

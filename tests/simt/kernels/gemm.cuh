@@ -1,5 +1,5 @@
-// C[s] = A[s] B[s]^T for a number of samples: what a kernel with double-buffered asynchronous copies, ldmatrix and
-// mma.sync looks like on both sides. A reference for tests, not meant to be fast.
+// C[s] = A[s] B[s]^T for a number of samples: an example of double-buffered asynchronous copies, ldmatrix and
+// mma.sync on a GPU and on the CPU. A reference for tests, not optimized.
 #pragma once
 
 #include "../../../csrc/common/types.h"
@@ -30,7 +30,7 @@ struct GemmMaps {
   static DR_DEVICE fragment::Element accumulator(int lane) { return fragment::accumulator(lane); }
 };
 
-// 32 rows of 16 elements from column `first` of rows `row`... of x[rows][k]; rows that there are not become zeros.
+// 32 rows of 16 elements from column `first` of rows `row`... of x[rows][k]; rows beyond the end are zeros.
 DR_DEVICE void gemm_fetch(const ptx::SharedTile<BFloat16, gemm_stride>& to, const BFloat16* x, int row, int rows,
                           int first, int k) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(gemm_threads) gemm_kernel(const Gemm g) {
       } else {
         ptx::copy_wait<0>();
       }
-      ptx::block_sync();  // everybody's copies of this step are there
+      ptx::block_sync();  // all threads' copies of this step are complete
       const Tile ta(a_stages.part(step % 2 * gemm_stage, gemm_stage));
       const Tile tb(b_stages.part(step % 2 * gemm_stage, gemm_stage));
       uint32_t fa[4], fb[4];

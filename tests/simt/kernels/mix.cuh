@@ -1,5 +1,5 @@
 // Two stages of a mixer, per sample: y = x + M x over tokens, then out = y + y W^T over channels, with the residual
-// in the accumulators throughout and both weights in shared memory for as long as the block lives.
+// in the accumulators throughout and both weights in shared memory for the lifetime of the block.
 #pragma once
 
 #include "../../../csrc/common/types.h"
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(mix_threads<tokens>) mix_kernel(const Mix g) {
     mix_fetch<tokens, channels>(x, g.x + static_cast<int64_t>(sample) * tokens * channels, threads);
     ptx::copy_commit();
     ptx::copy_wait<0>();
-    ptx::block_sync();  // x is there, and in the first round the weights
+    ptx::block_sync();  // x is loaded, and in the first iteration the weights
 
     float h[columns][4];
     DR_UNROLL
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(mix_threads<tokens>) mix_kernel(const Mix g) {
         ptx::mma_bf16(h[n + 1], a, b[2], b[3]);
       }
     }
-    ptx::block_sync();  // every warp has read all of x: now y takes its place
+    ptx::block_sync();  // every warp has read all of x: y may overwrite it
 
     DR_UNROLL
     for (int n = 0; n < columns; ++n) {

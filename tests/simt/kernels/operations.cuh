@@ -1,4 +1,4 @@
-// Every operation of ptx.cuh that no other reference kernel uses, by one warp, with answers known beforehand.
+// Every operation of ptx.cuh that no other reference kernel uses, by one warp, with known results.
 #pragma once
 
 #include "../../../csrc/common/types.h"
@@ -59,7 +59,7 @@ static __global__ void __launch_bounds__(32) operations_kernel(const Operations 
   uint32_t sum = 0;
   DR_UNROLL
   for (int i = 0; i < 4; ++i) sum ^= again[i].v[0];
-  if (sum == 0x12345678u) ptx::store(out, sum);  // so that the loads are not dropped; it never is
+  if (sum == 0x12345678u) ptx::store(out, sum);  // never true; keeps the loads from being removed
 }
 
 }  // namespace diffratio::reference

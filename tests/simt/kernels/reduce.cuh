@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(reduce_threads) reduce_kernel(const Red
     for (int i = thread; i < r.size; i += reduce_threads) sum += ptx::load(x + i);
     sum = warp_sum(sum);
     if (thread % 32 == 0) partial.store(thread / 32, sum);
-    ptx::block_sync();  // all warps' sums are there
+    ptx::block_sync();  // all warps' sums are written
     if (thread == 0) {
       float total = 0;
       for (int i = 0; i < reduce_warps; ++i) total += partial.load(i);

@@ -1,4 +1,4 @@
-// Named barriers: warp 0 reads x into two buffers in turn, the other warps add up what is in them. out[i] = the sum of
+// Named barriers: warp 0 reads x into two buffers in turn, the other warps sum their contents. out[i] = the sum of
 // x[round][i] over rounds.
 #pragma once
 

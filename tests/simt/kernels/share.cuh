@@ -1,4 +1,4 @@
-// A cooperative launch: out[i] = x[i] / (the sum of x), in which every block needs what the others have found.
+// A cooperative launch: out[i] = x[i] / (the sum of x), in which every block needs the sums of the others.
 #pragma once
 
 #include "reduce.cuh"
