@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from diffratio_fast import networks, ops
 from diffratio_fast.config.noise_laws import parse_noise_law
 from diffratio_fast.data import open_dataset
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference
 from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS
-from diffratio_fast.ops.divergences import DIVERGENCES
 
 BATCH, CLASSES, SEED = 128, 10, 0
 

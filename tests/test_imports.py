@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffratio_fast"
 
 LAYERS = (
+    ("divergences",),
     ("ops", "storage", "errors"),
     ("launch", "command", "progress"),
     ("devices",),

@@ -45,9 +45,9 @@ from benchmarks.studies.mixtures import Mixture, clusters
 from benchmarks.studies.score_estimators import Settings, train_denoiser, train_ratio
 from diffratio_fast import command
 from diffratio_fast.data.scaling import SIGMA_DATA
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.errors import UserError
 from diffratio_fast.objectives.weights import WEIGHTS
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.storage.writing import replace_file
 
 Row = dict[str, Any]

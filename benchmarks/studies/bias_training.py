@@ -23,8 +23,8 @@ from benchmarks.studies.score_estimators import (
     ratio_loss,
 )
 from diffratio_fast.data.scaling import SIGMA_DATA
+from diffratio_fast.divergences import DIVERGENCES, Divergence
 from diffratio_fast.objectives.weights import WEIGHTS
-from diffratio_fast.ops.divergences import DIVERGENCES, Divergence
 
 DIRECTIONS = 64
 

@@ -1,6 +1,6 @@
 // The divergences that a generator can descend: h(l) = f''(rho) rho^2 of each, with rho = e^l.
 //
-// The same table in Python is diffratio_fast/ops/divergences.py; tests compare names, order and values. To add a
+// The same table in Python is diffratio_fast/divergences.py; tests compare names, order and values. To add a
 // divergence, append one row to each table. Never reorder: the place in the table is the code of the operations.
 #pragma once
 

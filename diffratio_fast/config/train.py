@@ -14,16 +14,9 @@ from diffratio_fast.config.run import (
     RunConfig,
     RunOptions,
 )
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.errors import UserError
 
-DIVERGENCE_NAMES = (
-    "reverse_kl",
-    "jensen_shannon",
-    "softened_reverse_kl",
-    "forward_kl",
-    "squared_hellinger",
-    "jeffreys",
-)
 WEIGHT_NAMES = ("uniform", "sigma", "sigma2", "bounded", "dmd")
 LOSS_WEIGHT_NAMES = ("uniform", "total_std")
 INIT_WARMUP_STEPS = 500
@@ -135,7 +128,9 @@ class ObjectiveOptions(Options, group="objective"):
     conditional_rate: float = option(
         10.0, "conditional: learning rate of the read-out of tau, as a multiple of --ratio-lr", above=0
     )
-    divergence: str = option("reverse_kl", "divergence that the generator descends", choices=DIVERGENCE_NAMES)
+    divergence: str = option(
+        "reverse_kl", "divergence that the generator descends", choices=tuple(DIVERGENCES)
+    )
     weight: str = option("bounded", "weight w(sigma) of the generator's gradient", choices=WEIGHT_NAMES)
     ratio_noise: str = option("loguniform(0.07, 1.3)", "law of sigma for the ratio network")
     generator_noise: str | None = option(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffratio_fast import ops
-from diffratio_fast.ops.divergences import Divergence
+from diffratio_fast.divergences import Divergence
 
 PENALTY_STEP = 0.1
 """The finite difference of the slope's penalty, in units of sigma."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
+from diffratio_fast.divergences import DIVERGENCES, Divergence
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives.diffratio import RatioLoss, ScoreDifference
-from diffratio_fast.ops.divergences import DIVERGENCES, Divergence
 
 
 def ratio_loss(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.ops import noise_checks
-from diffratio_fast.ops.divergences import DIVERGENCES
 
 NAMES = ("patch", "position", "mix", "mix_bias", "up", "down", "head", "energy")
 """The weights of a RatioMixer in order (``weight_shapes``); the last exists only with an energy head."""

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.ops import ratio_checks as checks
 from diffratio_fast.ops import reference_noise
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.purpose import Purpose
 
 RESIDUAL = 0.7

@@ -20,6 +20,7 @@ from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.dataset import DataSet
 from diffratio_fast.data.pictures import grid, png, viewable
 from diffratio_fast.data.scaling import SIGMA_DATA
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.metrics.quality import Quality, run_quality
 from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.objectives.augmentation import flip
@@ -34,7 +35,6 @@ from diffratio_fast.objectives.refit import (
     Refitted,
     refit,
 )
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.progress import format_metric
 from diffratio_fast.training.step.generator import Iteration
 from diffratio_fast.verifier.calibration import calibrate

@@ -35,8 +35,8 @@ from benchmarks.studies.score_estimators import (
     ratio_loss,
     train_ratio,
 )
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.errors import UserError
-from diffratio_fast.ops.divergences import DIVERGENCES
 
 
 def two() -> Mixture:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.ops import compiled, ratio, reference_ratio
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.ratio import weight_shapes
 
 DEVICE = torch.device("cuda")

@@ -7,11 +7,11 @@ import torch
 from support.mixture import DATA, MODEL, SHAPE, draw, log_density
 
 from diffratio_fast import ops
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.networks import initialize
 from diffratio_fast.networks.mlp import MLPRatio
 from diffratio_fast.objectives.diffratio import ratio_loss, score_difference
 from diffratio_fast.objectives.held_out import pair_bounds
-from diffratio_fast.ops.divergences import DIVERGENCES
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffratio_fast import networks, ops
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.networks.ratio_mixer import RatioMixer
 from diffratio_fast.objectives import diffratio, fused
 from diffratio_fast.ops import Purpose, reference_ratio
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.ratio import forward_flops, weight_shapes
 
 CHANNELS, SIDE, SIZE = 2, 4, 2

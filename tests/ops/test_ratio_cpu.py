@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffratio_fast import ops
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.ops import compiled, ratio, reference_ratio
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.ops.ratio import HAS_OPERATIONS, weight_shapes
 from diffratio_fast.ops.ratio_scratch import cuda_packed_bytes, scratch_bytes
 

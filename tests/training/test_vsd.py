@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diffratio_fast import networks, ops, pretrain, train
 from diffratio_fast.config.train import TrainConfig
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.errors import UserError
 from diffratio_fast.networks.mlp import MLPDenoiser
 from diffratio_fast.objectives import diffratio, vsd
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training import monitor
 
 SHAPE = (2, 2, 2)

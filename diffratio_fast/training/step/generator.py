@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffratio_fast import ops
 from diffratio_fast.config.train import TrainConfig
 from diffratio_fast.data.scaling import SIGMA_DATA, Scaling
+from diffratio_fast.divergences import DIVERGENCES
 from diffratio_fast.networks.generate import latents_for
 from diffratio_fast.networks.layers import dropout_stream
 from diffratio_fast.networks.ratio_mixer import RatioMixer
@@ -22,7 +23,6 @@ from diffratio_fast.objectives.diffratio import RatioLoss, RatioNetwork, ScoreDi
 from diffratio_fast.objectives.matching import matched
 from diffratio_fast.objectives.sigma import sample_sigma
 from diffratio_fast.objectives.weights import WEIGHTS, loss_weight
-from diffratio_fast.ops.divergences import DIVERGENCES
 from diffratio_fast.training.processes.parallel import Parallel
 from diffratio_fast.training.processes.world import ALONE, World
 from diffratio_fast.training.state.ema import average_decay, ema_decay
