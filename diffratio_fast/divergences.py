@@ -33,7 +33,7 @@ class Divergence:
         """
         log_ratio = log_ratio.detach()
         if self.clamp is None:
-            return self.h(log_ratio), log_ratio.isnan() & False
+            return self.h(log_ratio), log_ratio.new_zeros(log_ratio.shape).bool()
         return self.h(log_ratio.clamp(-self.clamp, self.clamp)), log_ratio.abs() > self.clamp
 
 

@@ -140,8 +140,8 @@ def score_difference(
     """The generator's gradient: gradient[b] = -(1/K) sum_k weight_bk h(l_bk) grad l(x_bk), without 1/B.
 
     ``fake`` [B, channels, H, W] is clean; ``sigma`` and ``weight`` are [B, K]; ``conditioning`` is [B, K, D].
-    x_bk is fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence`` (``diffratio_fast.divergences``), with
-    the clamp inside h only. Returns gradient (like ``fake``) and log_ratio [B, K]; neither is differentiable.
+    x_bk is fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence``
+    (``diffratio_fast.divergences``), with the clamp inside h only. Returns gradient (like ``fake``) and log_ratio [B, K]; neither is differentiable.
     Dtypes, errors and source: see the module.
     """
     keywords: dict[str, Any] = {"weight": weight, "divergence": divergence, "purpose": purpose}
