@@ -141,8 +141,8 @@ def score_difference(
 
     ``fake`` [B, channels, H, W] is clean; ``sigma`` and ``weight`` are [B, K]; ``conditioning`` is [B, K, D].
     x_bk is fake[b] + sigma_bk eps with eps of draw k. h is that of ``divergence``
-    (``diffratio_fast.divergences``), with the clamp inside h only. Returns gradient (like ``fake``) and log_ratio [B, K]; neither is differentiable.
-    Dtypes, errors and source: see the module.
+    (``diffratio_fast.divergences``), with the clamp inside h only. Returns gradient (like ``fake``) and
+    log_ratio [B, K]; neither is differentiable. Dtypes, errors and source: see the module.
     """
     keywords: dict[str, Any] = {"weight": weight, "divergence": divergence, "purpose": purpose}
     if not _use_compiled("score_difference", weights, fake):
