@@ -1,1 +1,1 @@
-"""Safe writing of own files and safe reading of foreign ones."""
+"""Atomic writing of files, and safe reading of untrusted files."""

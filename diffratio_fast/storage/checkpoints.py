@@ -1,7 +1,7 @@
-"""The form of a checkpoint on disk: its names, its index and what must match before it is used.
+"""The format of a checkpoint on disk: names, index and integrity checks.
 
-``step-00001000/`` holds safetensors files, one of each process, and ``index.json``, which names them with
-their sizes and digests. All of it is JSON and plain numbers: reading runs no code.
+``step-00001000/`` contains one safetensors file per process and ``index.json`` with their names, sizes and
+digests. The content is JSON and numbers: reading runs no code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def step_of(name: str) -> int:
 
 
 def candidates(root: Path) -> list[Path]:
-    """The checkpoints below ``root`` by their names, the newest first; links are not among them."""
+    """The checkpoints in ``root`` by name, newest first, without symbolic links."""
     found = [
         path
         for path in root.glob("step-*")
@@ -47,15 +47,15 @@ def candidates(root: Path) -> list[Path]:
 
 
 def exists(root: Path) -> bool:
-    """Whether there is a checkpoint, of whatever state or version."""
+    """Whether there is a checkpoint, in any state or version."""
     return bool(candidates(root)) or (root / "state.safetensors").exists()
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of the checkpoint ``path``, every file of which is as it was written; else ``Damaged``."""
+    """Read the index of the checkpoint ``path`` and check all its files; raise ``Damaged`` on a mismatch."""
     try:
         index: dict[str, Any] = parse_json(read_bytes(path / INDEX, INDEX_LIMIT))
-        if index.pop("digest") != digest_of_index(index):  # first: the format may be what is damaged
+        if index.pop("digest") != digest_of_index(index):  # first, because the format field may be damaged
             raise Damaged(f"the digest of {INDEX} does not match")
         if index["format"] != FORMAT:
             raise UserError(f"{path}: not a checkpoint of this version of diffratio_fast; {ADVICE}")
@@ -92,7 +92,7 @@ def digest_of_index(index: dict[str, Any]) -> str:
 
 
 def newest_complete(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint below ``root`` that is as it was written, with its index; None without one."""
+    """The newest intact checkpoint in ``root`` and its index; None if there is none."""
     for path in candidates(root):
         try:
             return path, read_index(path)
@@ -103,7 +103,7 @@ def newest_complete(root: Path) -> tuple[Path, dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the ``newest``, one of each ``every_images`` images, and perhaps the best."""
+    """Which checkpoints to keep: the ``newest``, one per ``every_images`` images, optionally the best."""
 
     newest: int = 2
     every_images: int | None = None
@@ -114,7 +114,7 @@ class Retention:
 def kept(steps: list[int], policy: Retention, best: int | None) -> set[int]:
     """The steps of the checkpoints to keep; ``best`` is the step of the best evaluation.
 
-    Of several in one stretch of images the first is kept, so that one that was kept stays.
+    In each interval of ``every_images`` images the first is kept, so later steps do not replace it.
     """
     ordered = sorted(steps)
     chosen = set(ordered[-policy.newest :])

@@ -1,9 +1,8 @@
-"""Reading pickles without running them.
+"""Reading pickles without running code.
 
-A pickle is a program for a small stack machine; Python's own reader calls whatever the program names. This
-one calls nothing: it carries out the instructions that build plain data, and where the program would call
-something it records the call as a ``Record``. Names must be on an allow-list, so a pickle that needs
-anything else is refused at once, by that name. What a record means is for its reader to decide.
+A pickle is a program for a small stack machine. Python's reader calls any function that the program names.
+This reader calls nothing: it executes the instructions that build plain data and stores each call as a
+``Record``. Names must be on an allow-list; any other name raises ``Refused``. The caller interprets records.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from diffratio_fast.storage.reading import DAMAGE
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle mentions; no more than its dotted name."""
+    """The dotted name of a class or function in a pickle."""
 
     name: str
 
 
 @dataclass(eq=False, repr=False)
 class Record:
-    """A call noted down: ``name`` of ``arguments``, and the state that the pickle gives to the result."""
+    """A recorded call ``name(*arguments)``, and the state that the pickle sets on the result."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -41,19 +40,19 @@ class Record:
 
 
 class Refused(ValueError):
-    """The pickle asks for something that no snapshot needs; the message names it."""
+    """The pickle contains a name that is not allowed; the message has the name."""
 
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 STORAGE = "torch.storage._load_from_bytes"
 TENSOR = "torch._utils._rebuild_tensor_v2"
 PERSISTENT_ID = "persistent id"
-"""Name of the record of a persistent id, which is no class or function."""
+"""Name of the record of a persistent id, which is not a class or function."""
 PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _DICTIONARIES = ("collections.OrderedDict", "dnnlib.util.EasyDict")
-_AS_GIVEN = ("torch.Size", "builtins.set", "builtins.frozenset")  # stand for their argument
+_AS_GIVEN = ("torch.Size", "builtins.set", "builtins.frozenset")  # replaced by their argument
 _RECONSTRUCTOR = "copyreg._reconstructor"
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocols 0 to 2 spell them
+_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names in protocols 0 to 2
 
 ALLOWED = frozenset(
     [
@@ -70,21 +69,21 @@ ALLOWED = frozenset(
 
 
 OPERATIONS = 4_000_000
-"""Instructions of a pickle, at most."""
+"""Maximum instructions of a pickle."""
 LINE_LIMIT = 1 << 24
-"""Bytes of a line of protocol 0, at most."""
+"""Maximum bytes of a line of protocol 0."""
 KEY_LIMIT = 1000
-"""Characters, bytes or bits of a dictionary's key or a set's member, at most."""
+"""Maximum characters, bytes or bits of a dictionary key or a set member."""
 PLAIN_LIMIT = 100_000
-"""Items of plain data that ``plain`` copies, at most."""
+"""Maximum items of plain data that ``plain`` copies."""
 
 
 def read(data: BinaryIO, *, any_name: bool = False) -> Any:
     """The content of a pickle: plain data, ``Name`` and ``Record``; the file must be seekable.
 
-    A name outside ``ALLOWED`` is ``Refused``, unless ``any_name`` (which also allows persistent ids, as
-    ``torch.save`` writes them); every kind of damage is a ``ValueError``. Time and memory are proportional to
-    the size of the file: keys are short and plain, instructions are counted, and no instruction copies.
+    A name outside ``ALLOWED`` raises ``Refused``, unless ``any_name`` is set; this also allows the persistent
+    ids of ``torch.save``. A damaged pickle raises ``ValueError``. Time and memory are proportional to the
+    file size: keys are short and plain, instructions are counted, and no instruction copies data.
     """
     bounded = _Bounded(data)
     machine = _Machine(any_name, bounded.size)
@@ -101,9 +100,9 @@ def read(data: BinaryIO, *, any_name: bool = False) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A copy of plain data in which nothing is shared; ``ValueError`` where that is large or not plain.
+    """Copy plain data without shared parts; raise ``ValueError`` if it is too large or not plain.
 
-    A pickle of a hundred bytes can stand for a list of lists with 2^30 items.
+    With shared parts, a pickle of a hundred bytes can describe nested lists with 2^30 items.
     """
     left = PLAIN_LIMIT
 
@@ -124,12 +123,12 @@ def plain(value: Any) -> Any:
 
 
 def _shown(text: str, limit: int) -> str:
-    """The beginning of a text, without what a terminal would obey."""
+    """The beginning of a text, without terminal control characters."""
     return ascii(text[:limit])[1:-1][:limit]
 
 
 class _Bounded:
-    """A file whose ``read`` refuses to go past the end, before anything is allocated."""
+    """A file whose ``read`` raises before allocating memory if it would go past the end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -152,11 +151,11 @@ class _Bounded:
 
 
 class _Machine:
-    """The stack machine: ``step`` carries out one instruction."""
+    """The stack machine; ``step`` executes one instruction."""
 
     def __init__(self, any_name: bool = False, encoded: int = 0) -> None:
         self.any_name = any_name
-        self.encoded = encoded  # bytes that calls of encode may still make
+        self.encoded = encoded  # remaining bytes that encode calls may produce
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -266,17 +265,17 @@ class _Machine:
         return Name(name)
 
     def call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """The record of a call, or the plain data that it stands for."""
+        """Return the record of a call, or the plain data that it represents."""
         if name in _DICTIONARIES and not arguments:
             return {}
         if name in _AS_GIVEN and len(arguments) == 1:
             return arguments[0]
-        if name == "_codecs.encode":  # how protocols 0 to 2 spell bytes
+        if name == "_codecs.encode":  # bytes in protocols 0 to 2
             text, encoding = arguments
             if encoding != "latin1":
                 raise ValueError("bytes are not encoded as latin1")
             self.encoded -= len(_of_type(text, str))
-            if self.encoded < 0:  # one text of the file, encoded over and over
+            if self.encoded < 0:  # the same text is encoded many times
                 raise ValueError("more bytes than the file has")
             return text.encode("latin1")
         if name == _RECONSTRUCTOR:
@@ -300,7 +299,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _key(value: Any) -> Any:
-    """What may be hashed: short and not nested, as the hash of a tuple of tuples can take years."""
+    """Check that a key is short and not nested: hashing shared nested tuples takes exponential time."""
     if isinstance(value, (str, bytes)):
         long = len(value) > KEY_LIMIT
     elif isinstance(value, int):
@@ -313,15 +312,15 @@ def _key(value: Any) -> Any:
 
 
 def _build(target: Any, state: Any) -> None:
-    if not isinstance(target, dict):  # attributes that a dictionary's class may have beside its items: none
+    if not isinstance(target, dict):  # state of a dictionary is ignored
         _of_type(target, Record).state = state
 
 
 def tensor(value: Any) -> Tensor:
-    """The tensor (on the CPU, contiguous) that a record rebuilds; anything else is a ``ValueError``.
+    """The tensor (CPU, contiguous) that a record describes; ``ValueError`` for anything else.
 
-    Its storage goes through ``torch.load(weights_only=True)``, must be as long as the shape needs, and is
-    taken out of the record: no two tensors share one.
+    ``torch.load(weights_only=True)`` reads its storage, which must have the length that the shape needs. The
+    storage is removed from the record, so two tensors never share it.
     """
     if isinstance(value, Record) and value.name in PARAMETERS and value.arguments:
         return tensor(value.arguments[0])
@@ -343,7 +342,7 @@ def tensor(value: Any) -> Tensor:
 
 
 def array(value: Any, kinds: tuple[str, ...] = ("f2", "f4", "f8")) -> npt.NDArray[Any]:
-    """The array of numbers of ``kinds`` (NumPy's codes) that a record rebuilds; else a ``ValueError``."""
+    """The array of ``kinds`` (NumPy type codes) that a record describes; ``ValueError`` for anything else."""
     if not isinstance(value, Record) or not value.name.startswith("numpy."):
         raise ValueError(f"{_kind(value)} where an array is needed")
     try:
@@ -366,7 +365,7 @@ def array(value: Any, kinds: tuple[str, ...] = ("f2", "f4", "f8")) -> npt.NDArra
 
 
 def _storage(value: Any) -> Tensor:
-    """All numbers of a storage's record, as a vector."""
+    """All numbers of the storage in a record, as a vector."""
     if not (isinstance(value, Record) and value.name == STORAGE and len(value.arguments) == 1):
         raise ValueError(f"{_kind(value)} where a tensor's storage is needed")
     payload = value.arguments[0]
@@ -379,33 +378,33 @@ def _storage(value: Any) -> Tensor:
         raise ValueError(f"refused: a tensor's storage ({_shown(str(error), 200)})") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of storages' deprecation
+            warnings.simplefilter("ignore")  # deprecation warnings of storages
             storage = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
             if not isinstance(storage, torch.storage.TypedStorage):
                 raise ValueError(f"a {type(storage).__name__} where a tensor's storage is needed")
             return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
     except ValueError:
         raise
-    except Exception as error:  # torch.load raises whatever its damaged or hostile input leads it to
+    except Exception as error:  # torch.load can raise any error on damaged or malicious input
         raise ValueError(f"refused: a tensor's storage ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
-    """The reason of an error of torch.load in one line, such as "Unsupported global: ..."."""
+    """The reason for an error of torch.load in one line, such as "Unsupported global: ..."."""
     text = " ".join(str(error)[:10_000].split())
     start = max(text.find("Unsupported"), text.find("WeightsUnpickler error:"), 0)
     return _shown(f"{type(error).__name__}: {text[start:]}", 200)
 
 
 _LEGACY_PICKLES = 5
-"""Magic number, protocol, system, content, keys of the storages."""
+"""Pickles in a legacy file: magic number, protocol, system, content, storage keys."""
 
 
 def check_torch_file(file: BinaryIO) -> None:
-    """See that ``torch.load(weights_only=True)`` takes time and memory in proportion to a file's size.
+    """Check that ``torch.load(weights_only=True)`` needs time and memory proportional to the file size.
 
-    It would inflate a compressed archive without limit, reserve what a legacy file declares, and hash nested
-    tuples. ``ValueError`` where the file would lead it to; whatever else is wrong is left to ``torch.load``.
+    ``torch.load`` decompresses an archive without limit, allocates the declared size of a legacy file, and
+    hashes nested tuples. Raises ``ValueError`` for such a file. ``torch.load`` reports all other errors.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -433,7 +432,7 @@ def _pickles_of_archive(file: BinaryIO, size: int) -> Iterator[Any]:
 
 
 def _check_storages(content: Any, size: int) -> None:
-    """Storages that a pickle of torch.save declares, each once, are no larger than the file."""
+    """Check that the storages declared by a pickle of torch.save are not larger than the file."""
     declared: dict[Any, int] = {}
     todo, seen = [content], set()
     while todo:

@@ -1,6 +1,6 @@
-"""Reading files that anybody may have written: plain data only, of bounded size and depth. Nothing is run.
+"""Reading untrusted files: plain data only, of bounded size and depth. No code is run.
 
-Whatever is wrong with such a file is one of ``DAMAGE``, for its reader to say in one line.
+An invalid file raises one of ``DAMAGE``; the caller reports it in one line.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ DAMAGE = (
     RecursionError, MemoryError, NotImplementedError, SyntaxError, struct.error, zipfile.BadZipFile,
     tarfile.TarError, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
-"""What a damaged or hostile file leads Python's readers to raise."""
+"""Errors that Python's readers raise for a damaged or malicious file."""
 
 TEXT_LIMIT = 1 << 20
-"""Bytes of a file of options, at most."""
+"""Maximum bytes of an options file."""
 UNPACKED_LIMIT = 1 << 31
-"""Default of --max-bytes: bytes that a compressed file may unpack to in memory, at most."""
+"""Default of --max-bytes: maximum bytes of a decompressed file in memory."""
 JSON_ITEMS = 50_000_000
-"""Values of a JSON text, at most: each takes up to a hundred bytes of memory."""
+"""Maximum values of a JSON text: each takes up to a hundred bytes of memory."""
 ALWAYS = 4096
-"""A number in a network's arguments that is allowed however small its file is."""
+"""A number in the arguments of a network that is allowed for any file size."""
 
 
 def one_line(error: object) -> str:
-    """A text, an error's for example, as part of a message of one line."""
+    """Return a text, such as that of an error, as a part of a one-line message."""
     text = " ".join(str(error)[:10_000].split())[:400]
     if isinstance(error, KeyError):
         return f"{text} is missing"
@@ -54,7 +54,7 @@ def one_line(error: object) -> str:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file to read; ``OSError`` for anything else, as a FIFO, which would block."""
+    """Open a regular file for reading; ``OSError`` for anything else, such as a FIFO, which would block."""
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = os.fstat(opened).st_mode
     if not stat.S_ISREG(kind):
@@ -66,12 +66,12 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """``OSError`` unless ``path`` is a regular file, for readers that open it themselves."""
+    """Raise ``OSError`` unless ``path`` is a regular file; for readers that open it themselves."""
     open_regular(path).close()
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
-    """The content of a regular file; ``ValueError`` where it is longer than ``limit`` bytes."""
+    """The content of a regular file; ``ValueError`` if it is longer than ``limit`` bytes."""
     with open_regular(path) as file:
         content = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(content) > limit:
@@ -80,12 +80,12 @@ def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The content of a regular file as UTF-8; what is none is replaced."""
+    """The content of a regular file as UTF-8; invalid bytes are replaced."""
     return read_bytes(path).decode(errors="replace")
 
 
 class Limited(io.RawIOBase):
-    """A stream that refuses (``ValueError``) to give more than ``limit`` bytes, as of a compressed file."""
+    """A stream that raises ``ValueError`` after ``limit`` bytes, for example of a compressed file."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self._stream, self._limit, self._left = stream, limit, limit
@@ -106,7 +106,7 @@ class Limited(io.RawIOBase):
 
 
 def open_packed(path: Path, limit: int) -> IO[bytes]:
-    """A regular file to read; one in gzip, bzip2 or xz is unpacked, to ``limit`` bytes at most."""
+    """Open a regular file; gzip, bzip2 and xz are decompressed, to at most ``limit`` bytes."""
     file = open_regular(path)
     magic = file.read(6)
     file.seek(0)
@@ -118,7 +118,7 @@ def open_packed(path: Path, limit: int) -> IO[bytes]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text; ``ValueError`` where it is none, is too large or nested too deeply."""
+    """Parse a JSON text; ``ValueError`` if it is invalid, too large or nested too deeply."""
     marks: Any = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
     if sum(text.count(mark) for mark in marks) > JSON_ITEMS:
         raise ValueError(f"more than {JSON_ITEMS} values")
@@ -129,7 +129,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain data without anchors: a few lines of references to references can stand for any amount."""
+    """Loads plain data without anchors: nested references can expand to any size."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -138,20 +138,20 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain data of a YAML file; ``OSError``, or ``ValueError`` where it is none or is too large."""
+    """The plain data of a YAML file; ``OSError``, or ``ValueError`` if it is invalid or too large."""
     content = read_bytes(path, TEXT_LIMIT)
     try:
         return yaml.load(content, _PlainLoader)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except (yaml.YAMLError, *DAMAGE) as error:  # a date that is none is a ValueError, for one
+    except (yaml.YAMLError, *DAMAGE) as error:  # for example ValueError for an invalid date
         raise ValueError(one_line(error)) from None
 
 
 def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
-    """(shape, dtype, in Fortran order) of a ``.npy`` stream, which is left at the first number.
+    """(shape, dtype, in Fortran order) of a ``.npy`` stream; leaves the stream at the data.
 
-    ``ValueError`` for anything but an array of numbers or text: Python objects are not read.
+    Raises ``ValueError`` for anything but an array of numbers or text: Python objects are not read.
     """
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -173,7 +173,7 @@ def read_npz(
 ) -> dict[str, np.ndarray]:
     """The arrays ``names`` (default: all) of an ``.npz``; each is at most as large as its header states.
 
-    ``ValueError`` where they are larger than ``limit`` bytes together, before any is read.
+    Raises ``ValueError`` before reading if they have more than ``limit`` bytes in total.
     """
     found = {}
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -198,7 +198,7 @@ def read_npz(
 
 
 def check_ambition(arguments: Any, numbers: int) -> None:
-    """``ValueError`` where a network's arguments ask for more than a file of so many numbers can fill."""
+    """Raise ``ValueError`` if the arguments of a network are too large for a file of so many numbers."""
     if _largest(arguments) > max(numbers, ALWAYS):
         raise ValueError(f"its arguments ask for more than the {numbers} numbers that it holds")
 

@@ -1,8 +1,8 @@
-"""Writing files atomically, whenever the writer is killed and whatever lies at their place.
+"""Atomic writing of files, safe against kills and symbolic links.
 
-A file is written under an exclusively created, unpredictable name in a directory that stays open, flushed to
-disk and renamed over its place. Nothing is opened through a symbolic link: neither the file, nor the
-directories below the one that the user named.
+A file is created exclusively under an unpredictable name in an open directory, flushed to disk and renamed to
+its final name. Symbolic links are never followed, neither for the file nor for directories below the one that
+the user named.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _LOCK_POLL = 0.1
 
 
 def replace_file(path: Path, content: bytes | str, *, root: Path | None = None) -> None:
-    """Write ``content`` beside ``path``, flush it to disk and rename it over ``path``.
+    """Write ``content`` to a temporary file, flush it to disk and rename it to ``path``.
 
-    On failure the old file stays as it was and the error is a ``UserError`` that names the file. ``root`` is
-    as in ``replacing``.
+    On failure the old file is unchanged and a ``UserError`` names the file. ``root`` is as in ``replacing``.
     """
     with replacing(path, root=root) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -38,12 +37,12 @@ def replace_file(path: Path, content: bytes | str, *, root: Path | None = None) 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True, root: Path | None = None) -> Iterator[BinaryIO]:
-    """A file, writable and seekable, that replaces ``path`` when the block ends without an error.
+    """Yield a writable, seekable file that replaces ``path`` if the ``with`` block ends without an error.
 
-    For content too large to hold; failures of the file system are those of ``replace_file``. What is not
-    ``durable`` is not flushed to disk: complete after a kill, but after a power cut perhaps an empty file.
-    Directories between ``root`` and the file must not be symbolic links; without ``root`` the directory is
-    one that the user named, and may be a link.
+    For content that does not fit in memory. File system errors are those of ``replace_file``. Without
+    ``durable`` the file is not flushed to disk: it is complete after a kill, but may be empty after a power
+    failure. Directories between ``root`` and the file must not be symbolic links. Without ``root`` the
+    directory is one that the user named and may be a link.
     """
     temporary, directory = "", None
     try:
@@ -72,12 +71,12 @@ def replacing(path: Path, *, durable: bool = True, root: Path | None = None) -> 
 
 
 def _created(target: str, directory: int) -> tuple[str, int]:
-    """Name and descriptor of a new file, locked so that ``_remove_abandoned`` lets it be."""
+    """Name and descriptor of a new file, locked so that ``_remove_abandoned`` skips it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         name = f".{target}.{secrets.token_hex(8)}.tmp"
         file = os.open(name, flags, 0o666, dir_fd=directory)
-        with contextlib.suppress(OSError):  # a file system without locks; or another process removes it
+        with contextlib.suppress(OSError):  # no locks on this file system, or a concurrent removal
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file).st_nlink:
             return name, file
@@ -85,14 +84,14 @@ def _created(target: str, directory: int) -> tuple[str, int]:
 
 
 def _remove(name: str, directory: int | None) -> None:
-    """Remove a file where that works; an error here would hide the one that led to it."""
+    """Remove a file and ignore errors: they would hide the original error."""
     if directory is not None and name:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=directory)
 
 
 def _remove_abandoned(directory: int, target: str | None = None) -> None:
-    """Remove temporaries (of ``target``) whose writer was killed: nobody holds their lock."""
+    """Remove temporary files (of ``target``) of killed writers: those that no process has locked."""
     with contextlib.suppress(OSError):
         for name in os.listdir(directory):
             match = _TEMPORARY.fullmatch(name)
@@ -108,7 +107,7 @@ def _remove_abandoned(directory: int, target: str | None = None) -> None:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove what killed processes left half written in a directory; does nothing where that fails."""
+    """Remove incomplete files of killed processes from a directory; ignore errors."""
     with contextlib.suppress(OSError):
         opened = open_directory(directory)
         try:
@@ -118,7 +117,7 @@ def remove_abandoned(directory: Path) -> None:
 
 
 def open_directory(path: Path, *, root: Path | None = None, create: bool = False) -> int:
-    """A file descriptor of a directory; ``OSError`` where a part of it below ``root`` is a symbolic link."""
+    """Open a directory descriptor; ``OSError`` if a component below ``root`` is a symbolic link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if create:
         (root or path).mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ def open_directory(path: Path, *, root: Path | None = None, create: bool = False
 
 
 def open_in_place(path: Path, flags: int) -> int:
-    """Open a regular file (created where it is missing), never through a link and without blocking."""
+    """Open a regular file (created if missing) without following a link and without blocking."""
     try:
         file = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -157,7 +156,7 @@ def open_in_place(path: Path, flags: int) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk, so that a rename in it outlives a power cut."""
+    """Flush the entries of a directory to disk, so that a rename survives a power failure."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -166,7 +165,7 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path, *, root: Path | None = None) -> None:
-    """Create a directory and see that files can be written in it; else a ``UserError``.
+    """Create a directory and check that it is writable; raise ``UserError`` on failure.
 
     ``root`` is as in ``replacing``.
     """
@@ -180,15 +179,15 @@ def make_directory(path: Path, *, root: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool | float = False) -> Iterator[bool]:
-    """Hold the lock file ``path``, which dies with its process; yields False where another holds it.
+    """Lock the file ``path`` until the block or the process ends; yield False if another process holds it.
 
-    ``wait`` is True, or how many seconds to wait at most. A link or a device there is an ``OSError``.
+    ``wait`` is True, or the maximum seconds to wait. Raises ``OSError`` if ``path`` is a link or a device.
     """
     file = open_in_place(path, os.O_RDWR)
     try:
         yield _locked(file, wait)
     finally:
-        with contextlib.suppress(OSError):  # as of a file server that is gone: not what this is about
+        with contextlib.suppress(OSError):  # for example a file server that is gone
             os.close(file)
 
 
@@ -208,7 +207,7 @@ def _locked(file: int, wait: bool | float) -> bool:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file that may be missing; a ``UserError`` where that fails."""
+    """Remove a file if it exists; raise ``UserError`` on failure."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
