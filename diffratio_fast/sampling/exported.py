@@ -1,4 +1,4 @@
-"""A generator as a program for other software: torch.export and ONNX."""
+"""Export of a generator for other software: torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CHECKED = (1, 5)
 """Batch sizes at which an exported program is compared with PyTorch; neither is the traced one."""
 TRACED = 2
 PIXEL_TOLERANCE = 1
-"""Gray levels by which ONNX Runtime may differ, where rounding falls to the other side."""
+"""Gray levels by which ONNX Runtime may differ, because of rounding."""
 LATENT_TOLERANCE = 1e-3
 
 
 class Program(nn.Module):
-    """latents float32 [N, *latent_shape] and labels int64 [N] to images uint8 [N, C, H, W].
+    """Maps latents float32 [N, *latent_shape] and labels int64 [N] to images uint8 [N, C, H, W].
 
-    Latents of a VAE come out as float32 [N, c, h, w], unscaled: what the VAE decodes.
+    If the generator produces VAE latents, the result is float32 [N, c, h, w], unscaled: the input of the VAE.
     """
 
     def __init__(self, generator: nn.Module, scaling: Scaling) -> None:
@@ -52,14 +52,14 @@ class Program(nn.Module):
 
 
 def example(generator: nn.Module, count: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Inputs of a program: fixed standard normal latents, classes in turn."""
+    """Example inputs of a program: fixed standard normal latents and cyclic labels."""
     shape: tuple[int, ...] = generator.latent_shape  # type: ignore[assignment]
     noise = torch.Generator().manual_seed(count)
     return torch.randn(count, *shape, generator=noise), torch.arange(count) % classes
 
 
 def trace(program: Program, classes: int) -> torch.export.ExportedProgram:
-    """The program by ``torch.export``, for any batch size up to ``LARGEST_BATCH``."""
+    """Export the program with ``torch.export``, for any batch size up to ``LARGEST_BATCH``."""
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     inputs = example(program.generator, TRACED, classes)
     with _quiet():
@@ -77,7 +77,7 @@ def write_torch(program: Program, classes: int, path: Path) -> float:
 
 
 def write_onnx(program: Program, classes: int, path: Path) -> float | None:
-    """Write an ``.onnx`` file; return ONNX Runtime's largest difference, None where it is not installed."""
+    """Write an ``.onnx`` file; return ONNX Runtime's largest difference (None if not installed)."""
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -128,7 +128,7 @@ def _check(program: Program, classes: int, other: Any, path: Path) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' notes on optional packages."""
+    """Suppress messages of the exporters about optional packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A run's generator as a folder for the Hugging Face Hub: weights, metrics, a model card."""
+"""A folder for the Hugging Face Hub: generator weights, metrics and a model card."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Metrics are of this run, on the splits named in them. The images follow the trai
 
 
 def metrics_of(run: RunPaths) -> dict[str, Any]:
-    """The numbers of summary.json; empty where there are none."""
+    """The numbers of summary.json; empty if there are none."""
     try:
         summary = parse_json(read_text(run.summary))
     except DAMAGE:
@@ -52,7 +52,7 @@ def metrics_of(run: RunPaths) -> dict[str, Any]:
 
 
 def write_card(folder: Path, source: Path, weights: Path, sha256: str, about: SavedNetwork) -> list[Path]:
-    """Fill ``folder`` with a card and the weights of ``source``, a run directory or a file; the files."""
+    """Write a card and the weights of ``source`` (run directory or file) to ``folder``; return the paths."""
     make_directory(folder)
     run = RunPaths(source if source.is_dir() else source.parent)
     files = [(weights, "generator.safetensors")]

@@ -24,7 +24,7 @@ from diffratio_fast.storage.reading import DAMAGE, one_line, parse_json, read_np
 from diffratio_fast.storage.writing import lock, make_directory, replace_file, replacing
 
 CHUNK = 256
-"""Images per chunk: the maximum loss of a kill, and the images in memory."""
+"""Images per chunk: at most so many are lost in a kill, and so many are in memory."""
 ABOUT = "samples.json"
 PARTIAL = "partial"
 

@@ -21,14 +21,14 @@ from diffratio_fast.sampling.sampler import Sampler, VerifiedSampler
 Images = npt.NDArray[np.uint8]
 Classes = int | str | Sequence[int | str] | Tensor | npt.NDArray[Any] | None
 CHUNK = 256
-"""Images in memory at a time, beside the result."""
+"""Maximum images in memory besides the result."""
 
 
 class TrainedGenerator:
     """The averaged generator of a run, a snapshot or a file, on a device.
 
-    ``class_names`` are the classes' names in order; ``shape`` is (C, H, W) of an image. Where latents are
-    generated and no VAE was named, only ``output="x0"`` works.
+    ``class_names`` are the names of the classes in order; ``shape`` is (C, H, W) of an image. A generator of
+    latents without a VAE supports only ``output="x0"``.
     """
 
     def __init__(self, path: Path, device: torch.device, vae: Path | None, verifier: Path | None) -> None:
@@ -48,7 +48,7 @@ class TrainedGenerator:
 
     @property
     def x0_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x0: of pixels, or of latents."""
+        """Shape (C, H, W) of x0, which is pixels or latents."""
         channels, height, width = self._sampler.about.arguments["shape"]
         return channels, height, width
 
@@ -81,13 +81,13 @@ class TrainedGenerator:
         sigma: float | None = None,
         output: str = "uint8",
     ) -> Images | Tensor:
-        """Generate images number ``start`` to ``start + count - 1`` of ``seed``, the same as the command's.
+        """Generate images ``start`` to ``start + count - 1`` of ``seed``, the same as the command ``sample``.
 
-        ``classes``: one number or name, or several that take turns; None: all in turn. With ``candidates``
-        above 1 each image is one of so many, chosen by the ratio network of ``refit`` (``select``, ``sigma``:
-        as ``sample --select`` and ``--sigma``). Returns uint8 [count, H, W, C] (NumPy), or with
-        ``output="x0"`` float32 [count, C, H, W] on the device, of standard deviation 0.5. ``UserError`` for
-        bad input.
+        ``classes``: a number or name, or a list that is repeated; None: all classes, repeated. With
+        ``candidates`` > 1, the ratio network of ``refit`` chooses each image from so many candidates;
+        ``select`` and ``sigma`` are those of ``sample --select`` and ``--sigma``. Returns a uint8 NumPy array
+        [count, H, W, C]. With ``output="x0"`` returns float32 [count, C, H, W] on the device, with standard
+        deviation 0.5. Raises ``UserError`` for invalid input.
         """
         if output not in ("uint8", "x0"):
             raise UserError(f"output must be uint8 or x0, not {output!r}")
@@ -111,11 +111,11 @@ class TrainedGenerator:
         seed: int = 0,
         draws: int = 16,
     ) -> Tensor:
-        """log p_data(x) - log p_gen(x) at noise level ``sigma``, float32 [N]: higher is more real.
+        """Return log p_data(x) - log p_gen(x) at noise level ``sigma``, float32 [N]: higher is more real.
 
-        ``images``: clean ones, uint8 [N, H, W, C], or x0 as floating point [N, C, H, W]. Noise is added here;
-        the result is the mean of ``draws`` draws of ``seed``. ``classes`` as in ``sample``, one an image or
-        in turn. The ratio network is that of ``refit`` where there is one, else the run's.
+        ``images``: clean images, uint8 [N, H, W, C], or x0 as floating point [N, C, H, W]. This method adds
+        the noise and returns the mean of ``draws`` draws of ``seed``. ``classes`` as in ``sample``: one per
+        image, or repeated. The ratio network is that of ``refit`` if it exists, otherwise that of the run.
         """
         if not 0 < sigma < math.inf or draws < 1:
             raise UserError(f"sigma must be positive and draws at least 1, not {sigma} and {draws}")
@@ -135,7 +135,7 @@ class TrainedGenerator:
         return torch.cat(found)
 
     def labels(self, classes: Classes, count: int, start: int = 0) -> Tensor:
-        """Labels int64 [count]: ``classes`` in turn, from image number ``start`` on."""
+        """Labels int64 [count] of the images from number ``start`` on: ``classes``, repeated."""
         names = self.class_names
         if classes is None:
             chosen = list(range(len(names)))
