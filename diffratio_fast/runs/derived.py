@@ -1,4 +1,4 @@
-"""Derived output: files of a run that can be made again, or missed. They never end training."""
+"""Derived output: files of a run that are not needed to continue. Their errors never stop training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from diffratio_fast.storage.reading import one_line
 
 
 class Derived:
-    """Writes derived output; where that fails, one warning is printed until it works again."""
+    """Writes derived output; after a failure, prints one warning until a write succeeds again."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._failing: set[str] = set()
 
     def attempt(self, what: str, write: Callable[[], object]) -> bool:
-        """Whether ``write`` succeeded; an error of the file system is a warning that names ``what``."""
+        """Return whether ``write`` succeeded; a file system error becomes a warning that names ``what``."""
         try:
             write()
         except (OSError, UserError) as error:

@@ -29,7 +29,7 @@ from diffratio_fast.storage.writing import (
 )
 
 PATIENCE = 60.0
-"""Seconds that a process of a launcher waits for the lock: an earlier one on another node may be ending."""
+"""Seconds that a launched process waits for the lock: an earlier process on another node may be exiting."""
 
 
 class RunDirectory(RunPaths):
@@ -42,9 +42,9 @@ class RunDirectory(RunPaths):
         """Whether this process holds the lock."""
 
     def take(self) -> None:
-        """Hold the directory against a second process; a ``UserError`` where that fails.
+        """Lock the directory; raise ``UserError`` if another process holds the lock or it cannot be locked.
 
-        A directory of the run that is a symbolic link is refused: it would lead writes elsewhere.
+        A directory inside the run that is a symbolic link is an error: it would redirect writes.
         """
         for path in (self.checkpoint, self.samples, self.snapshots):
             if path.is_symlink():
@@ -63,7 +63,7 @@ class RunDirectory(RunPaths):
             remove_abandoned(path)
 
     def open(self) -> None:
-        """Create the directory and ``take`` it, unless that was done; a ``UserError`` where that fails."""
+        """Create the directory and ``take`` it if this was not done yet; raise ``UserError`` on failure."""
         if not self.taken:
             make_directory(self.root)
             self.take()
@@ -73,7 +73,7 @@ class RunDirectory(RunPaths):
         self.taken = False
 
     def clear(self) -> None:
-        """Remove a run's files, and no others, for a fresh start; a ``UserError`` where that fails."""
+        """Remove the files of a run, and no others, for a new run; raise ``UserError`` on failure."""
         for path in (
             self.summary, self.generator, self.denoiser, self.ratio, self.ratio_average, self.refitted,
             self.metrics, self.history, self.config, self.measurements, self.neighbors, self.report,
@@ -88,14 +88,14 @@ class RunDirectory(RunPaths):
                 raise UserError(f"cannot remove {directory}: {error.strerror or error}") from None
 
     def run_id(self) -> str | None:
-        """The identity of the run that is here, as its first start drew it; None where none is noted."""
+        """The id of the run in this directory, generated at its first start; None if not recorded."""
         known = [line["run"] for line in read_history(self.history) if isinstance(line.get("run"), str)]
         return known[0] if known else None
 
     def older_values(self, config: RunConfig) -> dict[str, Any]:
-        """Values with which to resume the run that is here, for the options that are newer than it.
+        """Values of options that are newer than the run in this directory, needed to resume it.
 
-        A ``UserError`` names the options in which ``config`` with these values differs from the run.
+        Raises ``UserError`` with the options in which ``config`` with these values differs from the run.
         """
         if not self.config.exists():
             raise UserError(

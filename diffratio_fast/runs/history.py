@@ -1,4 +1,4 @@
-"""history.jsonl: a line for each start of a run: when, from which step, with which versions and options."""
+"""history.jsonl: one line per start of a run, with time, step, versions and options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two environments, in words; empty where nothing does."""
+    """Describe the differences between two environments; empty if there are none."""
     return ", ".join(
         f"{name} {before.get(name)} -> {now.get(name)}"
         for name in COMPARED
@@ -42,7 +42,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def add_start(path: Path, derived: Derived, **entry: Any) -> None:
-    """Append a line to the history; like all derived output it may fail."""
+    """Append a line to the history; a failure is a warning, as for all derived output."""
     lines = [*read_history(path), {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     derived.attempt("history.jsonl", lambda: replace_file(path, text))

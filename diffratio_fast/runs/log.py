@@ -1,7 +1,7 @@
-"""metrics.jsonl: what a run has measured, a line each.
+"""metrics.jsonl: the metrics of a run, one JSON object per line.
 
-It is derived output: where the file system refuses it, training goes on. What could not be written is
-kept in memory and written once that works again.
+It is derived output: training continues after a file system error. Lines that could not be written are kept
+in memory and written when writing works again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class MetricsLog:
     """metrics.jsonl: one JSON object per line, without lines of steps after the resumed checkpoint."""
 
     def __init__(self, path: Path, step: int, say: Callable[[str], None] = print) -> None:
-        """Open for appending after ``step``; later lines, of lost steps, are removed."""
+        """Open for appending after ``step``; remove later lines, which belong to lost steps."""
         self.path = path
         self.lines: list[dict[str, Any]] = []
         """All lines so far, as read back from the file."""
         self._derived = Derived(say)
         self._file: int | None = None
         self._complete = True  # whether the file, if any, contains ``lines``; otherwise it is rewritten
-        self._read_back = True  # else ``lines`` is not all of it, and it is only appended to
+        self._read_back = True  # False: ``lines`` is incomplete, so the file is only appended to
         if path.is_symlink() or path.exists():
             self._read_back = self._derived.attempt("metrics.jsonl", lambda: self._read(step))
             self._complete = not self._read_back

@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, a CSV file (``--logger``).
+"""Loggers of metrics besides metrics.jsonl: TensorBoard, Weights & Biases, a CSV file (``--logger``).
 
 Loggers are derived output: a logger that cannot start, or fails, is reported once and skipped; the run
 continues.
@@ -28,7 +28,7 @@ from diffratio_fast.storage.writing import open_in_place, replace_file
 Scalars = dict[str, float]
 Say = Callable[[str], None]
 Levels = Mapping[str, list[float]]
-"""Noise levels by the name of the log's field that holds them: ``sigma`` and ``generator_sigma``."""
+"""Noise levels by the name of their log field: ``sigma`` and ``generator_sigma``."""
 
 GROUPS = {
     "loss": ("loss", "error", "ratio_loss", "student_loss", "validation_error"),
@@ -42,11 +42,11 @@ GROUPS = {
 }  # fmt: skip
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 GENERATOR_FIELDS = ("log_ratio_gradient_by_sigma", "generator_gradient_share")
-"""Lists over the generator's noise levels; other lists are over the ratio network's."""
+"""Lists over the noise levels of the generator; other lists are over those of the ratio network."""
 
 
 class Logger(Protocol):
-    """Takes a line's numbers and the sample grids of a run that is at ``step``."""
+    """Logs the numbers of a log line and the sample grids at ``step``."""
 
     def scalars(self, values: Scalars, step: int) -> None: ...
 
@@ -58,7 +58,7 @@ class Logger(Protocol):
 def named_scalars(values: Mapping[str, Any], levels: Levels) -> Scalars:
     """The finite numbers of a log line under grouped names.
 
-    A list over noise levels has a name for each, by its sigma: ``divergence_by_sigma/sigma 0.040``.
+    A list over noise levels gets one name per sigma: ``divergence_by_sigma/sigma 0.040``.
     """
     levels = {**levels, **{name: values[name] for name in ("sigma", "generator_sigma") if values.get(name)}}
     found: Scalars = {}
@@ -85,11 +85,11 @@ def _keep(found: Scalars, name: str, value: Any) -> None:
 
 
 PENDING_LIMIT = 64 << 20
-"""Bytes of a log that wait in memory while the file system refuses them, at most; later ones are lost."""
+"""Maximum bytes of a log kept in memory while writing fails; later bytes are lost."""
 
 
 class _File:
-    """A file that grows: what cannot be written waits, and is written once that works again."""
+    """An append-only file; bytes that cannot be written are kept and written later."""
 
     def __init__(self, path: Path, what: str, say: Say) -> None:
         self._path, self._what, self._derived = path, what, Derived(say)
@@ -107,7 +107,7 @@ class _File:
     def _flush(self) -> None:
         if self._file is None:
             self._file = open_in_place(self._path, os.O_WRONLY | os.O_APPEND)
-        while self._pending:  # a part of a record stays, to be completed
+        while self._pending:  # keep the unwritten rest of a record
             del self._pending[: os.write(self._file, self._pending)]
 
     def close(self) -> None:
@@ -120,9 +120,9 @@ class _File:
 class TensorBoard:
     """An event file, with the sample grids.
 
-    A resumed run writes a new file; its first event makes TensorBoard forget what came after ``step``. The
-    file is written here, record by record: TensorBoard's own writer has a thread that ends with the first
-    error of the file system, and the process with it.
+    A resumed run writes a new file; its first event makes TensorBoard discard events after ``step``. Records
+    are written here because the writer of TensorBoard has a thread that fails at the first file system error
+    and then stops the process.
     """
 
     def __init__(self, root: Path, step: int, config: Mapping[str, Any], say: Say) -> None:
@@ -131,14 +131,14 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        # TensorBoard reads files in the order of their names: those of one second by their nanoseconds
+        # TensorBoard reads files in the order of their names; nanoseconds order the files of one second
         now = time.time_ns()
         place = f"{socket.gethostname()}.{now % 10**9:09d}.{secrets.token_hex(4)}"
         name = f"events.out.tfevents.{now // 10**9:010d}.{place}"
         self._file = _File(root / name, "TensorBoard's events", say)
         self._records = RecordWriter(self._file)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # purging starts at the step itself, so the next one is named
+        # events from the step of START on are purged, so use the next step
         start = SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -172,7 +172,7 @@ class CsvFile:
     def __init__(self, root: Path, step: int, config: Mapping[str, Any], say: Say) -> None:
         path = root / CSV_FILE
         rows: list[list[str]] = []
-        if path.exists():  # without the rows of steps that a kill undid, and without one that it cut off
+        if path.exists():  # drop rows of lost steps and a truncated row
             with io.TextIOWrapper(open_regular(path), newline="") as file:
                 rows = [row for row in list(csv.reader(file))[1:] if _is_row(row) and int(row[0]) <= step]
         replace_file(path, "".join(",".join(row) + "\n" for row in (list(CSV_COLUMNS), *rows)))
@@ -197,9 +197,9 @@ WANDB_ID = "wandb-id.txt"
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; a resumed run goes on in the same one. Extra ``[wandb]``.
+    """A run of Weights & Biases; a resumed run continues it. Extra ``[wandb]``.
 
-    Project, entity, offline mode and key are those of wandb's own environment variables.
+    The environment variables of wandb set project, entity, offline mode and key.
     """
 
     def __init__(self, root: Path, step: int, config: Mapping[str, Any], say: Say) -> None:
@@ -230,11 +230,11 @@ LOGGERS: dict[str, Callable[[Path, int, Mapping[str, Any], Say], Logger]] = {
     "csv": CsvFile,
     "wandb": WeightsAndBiases,
 }
-"""By the name of ``--logger``: takes the run directory, the step to go on from, the options, what prints."""
+"""Loggers by ``--logger`` name. Arguments: run directory, first step, options, function that prints."""
 
 
 def parse_loggers(text: str) -> list[str]:
-    """The names in ``--logger``: some of ``LOGGERS``, with commas between, or none."""
+    """The names in ``--logger``: a comma-separated list of names from ``LOGGERS``; may be empty."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if words == ["none"]:
         return []
@@ -244,7 +244,7 @@ def parse_loggers(text: str) -> list[str]:
 
 
 class Loggers:
-    """All loggers of a run; a failure of one is reported by ``say``, once, and ends that one alone."""
+    """All loggers of a run; a logger that fails is reported once with ``say`` and then skipped."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class Loggers:
                 self._loggers[name] = LOGGERS[name](root, step, config, say)
             except ImportError:
                 say(f"warning: no log for {name}: it is not installed (pip install {name})")
-            except Exception as error:  # whatever a logger raises, it is not worth a run
+            except Exception as error:  # an error of a logger must not stop the run
                 say(f"warning: no log for {name}: {_text(error)}")
 
     def line(self, values: Mapping[str, Any]) -> None:
