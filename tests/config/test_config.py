@@ -101,7 +101,7 @@ def test_bad_options_get_one_line(argv: list[str], expected: str) -> None:
 
 
 def test_a_recorded_run_keeps_what_it_is_older_than(tmp_path: Path) -> None:
-    """A run's config.yaml without an option that came later means the value from before the option."""
+    """A config.yaml older than an option has the option's ``before`` value."""
     record = dataclasses.asdict(TrainConfig()) | {"preset": "digits", "environment": {}}
     for name in ("ratio_shared_noise", "ratio_head"):
         del record[name]
@@ -114,7 +114,7 @@ def test_a_recorded_run_keeps_what_it_is_older_than(tmp_path: Path) -> None:
     assert directory.older_values(TrainConfig()) == {"ratio_shared_noise": False, "ratio_head": "scalar"}
     with pytest.raises(UserError, match="--seed 0 -> 1"):
         directory.older_values(TrainConfig(seed=1))
-    file.write_text("seed: 3\n")  # a file of options is no record
+    file.write_text("seed: 3\n")  # a file of options is not the record of a run
     assert read_yaml(TrainConfig, file) == {"seed": 3}
 
 

@@ -1,4 +1,4 @@
-"""Distances and scores against their definitions, written out plainly."""
+"""Distances and scores against plain implementations of their definitions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_torch_fidelity_finds_the_same_on_the_same_features() -> None:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
         from torch_fidelity.metric_isc import isc_features_to_metric
         from torch_fidelity.metric_kid import kid_features_to_metric
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that is not for this torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is for another torch version
         pytest.skip(f"torch-fidelity: {error}")
     a, b = (torch.from_numpy(cloud(seed, 700, 40, seed / 9) @ cloud(5, 40, 40)) for seed in (0, 1))
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(x) for x in (a, b)), verbose=False)
@@ -117,7 +117,7 @@ def test_neighbor_metrics_of_extremes() -> None:
     assert same.precision == same.recall == same.coverage == 1
     far = neighbor_metrics(x + 100, x)
     assert far == (0, 0, 0, 0)
-    copies = neighbor_metrics(np.repeat(x[:1], 300, 0), x)  # one image over and over: faithful, not diverse
+    copies = neighbor_metrics(np.repeat(x[:1], 300, 0), x)  # one image repeated: faithful, not diverse
     assert copies.precision == 1 and copies.recall < 0.02 and copies.coverage < 0.05
     with pytest.raises(ValueError, match="more than 5"):
         neighbor_metrics(x[:5], x)
@@ -139,7 +139,7 @@ def test_subsets_are_the_same_whenever_they_are_drawn() -> None:
 
 
 class Plain:
-    """As much of an extractor as figures need."""
+    """The part of an extractor that the metrics need."""
 
     from diffratio_fast.metrics.features.base import Names
 

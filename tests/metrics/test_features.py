@@ -1,4 +1,4 @@
-"""Feature extractors: the networks against other implementations of them, and what they do to images."""
+"""Feature extractors: the networks against other implementations, and their preprocessing of images."""
 
 from __future__ import annotations
 

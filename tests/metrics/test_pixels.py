@@ -78,4 +78,4 @@ def test_proportional_labels_keep_the_frequencies() -> None:
         [500, 301, 0, 200],
         [500, 300, 0, 201],
     )
-    assert abs(int((drawn[:100] == 0).sum()) - 50) <= 1  # classes take turns
+    assert abs(int((drawn[:100] == 0).sum()) - 50) <= 1  # classes alternate

@@ -56,7 +56,7 @@ def random_quality(dataset: DataSet) -> Quality:
 
 
 def test_random_features_are_the_same_everywhere() -> None:
-    """Their weights are of the noise contract: a change would end the comparison with earlier runs."""
+    """Their weights follow the noise contract: a change would make earlier runs incomparable."""
     network = RandomFeatures(3)
     assert network.dimension == 2 * 2 * (64 + 128) + 3 * 16
     image = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
@@ -65,7 +65,7 @@ def test_random_features_are_the_same_everywhere() -> None:
     assert torch.equal(features[0, :48].reshape(3, 4, 4), torch.nn.functional.avg_pool2d(image, 2)[0])
     torch.manual_seed(5)
     assert torch.equal(RandomFeatures(3)(image), features)
-    for size in (1, 2, 3, 5):  # small and odd sides are no problem
+    for size in (1, 2, 3, 5):  # small and odd sizes are supported
         assert torch.isfinite(network(torch.zeros(2, 3, size, size))).all()
 
 

@@ -1,4 +1,4 @@
-"""Generators and ratio networks from the published U-Nets: their start, their weights' source, dropout."""
+"""Generators and ratio networks from the published U-Nets: initialization, copied weights, dropout."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def inputs(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def awake(network: torch.nn.Module) -> torch.nn.Module:
-    """No parameter is zero any more, so that every one has a say."""
+    """Make every parameter nonzero, so that each one affects the output."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.abs().max() < 1e-2:
@@ -73,7 +73,7 @@ def test_a_ratio_network_starts_at_zero_and_can_leave_it(backbone: str, pool: st
     x, sigma, labels = inputs()
     out = network(x, sigma, labels)
     assert out.shape == (4,) and torch.equal(out, torch.zeros(4))
-    rate = 1e-2 if backbone == "edm2:xs" else 5e-4  # the head begins with its gains, or with every weight
+    rate = 1e-2 if backbone == "edm2:xs" else 5e-4  # at first the head's gains train, or all its weights
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     target = torch.tensor([1.0, -1.0, 1.0, -1.0])
     losses = []
@@ -85,7 +85,7 @@ def test_a_ratio_network_starts_at_zero_and_can_leave_it(backbone: str, pool: st
         optimizer.step()
     assert min(losses) < 0.5 * losses[0]
     silent = [name for name, p in network.named_parameters() if p.grad is None]
-    assert silent == []  # nothing of the network is there for nothing
+    assert silent == []  # every parameter has an effect
     assert any(
         name.endswith("_in0.conv0.weight") or "_in0.conv_res0" in name for name in network.state_dict()
     ) == (middle)
@@ -239,7 +239,7 @@ def test_compiled_training_stores_the_weights_that_eager_training_stores() -> No
         networks.initialize(network, 0, stream=0)
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter.mul_(0.3)  # far from normalized, where twice is not once
+                parameter.mul_(0.3)  # far from normalized: normalizing twice would differ
             network.unet.out_gain.fill_(1)
         wrap(network)(x, sigma, labels).square().mean().backward()
         stored.append([m.weight.detach().clone() for m in network.modules() if isinstance(m, edm2.MPConv)])
@@ -256,7 +256,7 @@ def dataset(scaling: Scaling = SCALED, size: int = 16) -> InMemoryDataSet:
 
 
 def converted(path: Path, backbone: str, **options: Any) -> Path:
-    """A file as ``convert`` writes it, of a network none of whose weights is zero."""
+    """A file as ``convert`` writes it, of a network without zero weights."""
     config = BACKBONES[backbone] | {"img_resolution": 16, "img_channels": 2, "label_dim": 3} | options
     network = awake(networks.from_published(backbone, config))
     file = path / "published.safetensors"

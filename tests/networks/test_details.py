@@ -1,4 +1,4 @@
-"""Details of the published networks: what is easily got wrong; labels, dropout and errors."""
+"""Details of the published networks: details that are easy to get wrong; labels, dropout and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffratio_fast import networks
 from diffratio_fast.networks import edm2, unet
 
-# The traps.
+# Details that are easy to get wrong.
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -48,7 +48,7 @@ def test_forced_normalization_in_training_mode_only() -> None:
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
     network.train()
     trained = network(data["x"], data["sigma"], data["labels"])
-    assert error(trained, out) < 1e-4  # the same function: normalizing twice is normalizing once, to eps
+    assert error(trained, out) < 1e-4  # normalizing twice equals normalizing once, up to eps
     for layer, weight in zip(layers, before, strict=True):
         if layer is network.logvar_linear:
             continue
@@ -187,7 +187,7 @@ def test_a_configuration_that_is_none(config: Any) -> None:
 
 
 def test_gradients_of_the_image_agree_with_differences() -> None:
-    """What a generator is trained by: through normalization, resampling, attention and preconditioning."""
+    """The generator's gradient: through normalization, resampling, attention and preconditioning."""
     for architecture in ("edm:ncsnpp", "edm:adm", "edm2:tiny"):
         network = randomized(architecture, WIDE | {"img_resolution": 4, "attn_resolutions": [2]}).double()
         x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The dense ratio network: its heads, and files that are older than they are."""
+"""The dense ratio network: its heads, and files from before the heads existed."""
 
 from __future__ import annotations
 

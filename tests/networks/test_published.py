@@ -52,7 +52,7 @@ def test_bfloat16_is_right_to_rounding(name: str, cast: str) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
         out = network(data["x"], data["sigma"], data.get("labels"))
     assert out.dtype == torch.float32
-    assert 1e-4 < error(out, data["denoised"]) < 5 * 2**-8  # bfloat16 has eight bits; and it was used
+    assert 1e-4 < error(out, data["denoised"]) < 5 * 2**-8  # bfloat16 has eight bits; it was used
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_every_option_builds_a_network_that_learns_everywhere(
 
 @torch.no_grad()
 def test_skip_types_carry_an_image_pyramid() -> None:
-    """With every residual block's output cut, what is left of the skip decoder is the sum of its pyramid."""
+    """With every residual block's output cut, the output of the skip decoder is the sum of its pyramid."""
     network = randomized("edm:ddpmpp", SONG | {"decoder_type": "skip", "encoder_type": "skip"})
     names = network.state_dict()
     assert "model.enc.8x8_aux_down.resample_filter" in names and "model.enc.8x8_aux_down.weight" not in names

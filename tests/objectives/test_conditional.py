@@ -124,13 +124,13 @@ def test_the_optimum_is_the_pair_of_posterior_means_and_gives_the_score_differen
     found = conditional.score_difference(
         exact, fake, sigma, labels, ops.make_rng(1, 0), index, weight=sigma**2
     ).gradient
-    # the scores differ by (mean - mean') / (variance + sigma^2), whatever x
+    # the scores differ by (mean - mean') / (variance + sigma^2) for every x
     expected = -(sigma**2 / (VARIANCE + sigma**2)).mean(1) * (DATA_MEAN - FAKE_MEAN)
     torch.testing.assert_close(found.flatten(), expected)
 
 
 def test_stable_targets_keep_the_optimum_and_lower_the_variance() -> None:
-    """The posterior mean of a large batch is near to the exact one, which a single image is not."""
+    """The posterior mean of a large batch is close to the exact one; a single image is not."""
     count = 3000
     generator = torch.Generator().manual_seed(0)
     clean = DATA_MEAN + VARIANCE**0.5 * torch.randn(count, 1, 1, 1, generator=generator, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_stable_targets_keep_the_optimum_and_lower_the_variance() -> None:
     best = DATA_MEAN + VARIANCE / (VARIANCE + 0.25) * (x - DATA_MEAN)
     stable = posterior_mean(x, clean, level, labels)
     assert float((stable - best).square().mean()) < 0.02 * float((clean - best).square().mean())
-    for c in (0, 1):  # a class sees its own images alone
+    for c in (0, 1):  # the mean of a class uses only its own images
         alone = posterior_mean(x[labels == c], clean[labels == c], level[labels == c], labels[labels == c])
         torch.testing.assert_close(stable[labels == c], alone)
     errors = denoising_errors(

@@ -1,4 +1,4 @@
-"""The geometric augmentation of pre-training: each transform, its labels, what the denoiser sees."""
+"""The geometric augmentation of pre-training: each transform, its labels, the denoiser's input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_flips_turns_and_whole_shifts_move_pixels() -> None:
     np.testing.assert_array_equal(applied(x, upend=1), x.numpy()[..., ::-1, :])
     square = picture(7, 7)
     for quarters in (-1, 1, 2):
-        turned = np.rot90(square.numpy(), quarters, (2, 3))  # anticlockwise, as seen
+        turned = np.rot90(square.numpy(), quarters, (2, 3))  # counterclockwise, as seen
         np.testing.assert_allclose(applied(square, angle=quarters * math.pi / 2), turned, atol=1e-6)
     right, down = 3, -2
     moved = applied(x, right=right / geometric.SHIFT / 8, down=down / geometric.SHIFT / 6)
@@ -76,14 +76,14 @@ def test_flips_turns_and_whole_shifts_move_pixels() -> None:
     ids=lambda values: "-".join(values),
 )  # fmt: skip
 def test_every_transform_is_that_of_scipy(values: dict[str, float]) -> None:
-    """On a smooth image, of which splines and bicubic interpolation make the same."""
+    """On a smooth image, where splines and bicubic interpolation agree."""
     rows, columns = np.mgrid[0:33, 0:33]
     x = np.cos(np.pi * (rows + 0.5) / 33) + 0.5 * np.cos(np.pi * 2 * (columns + 0.5) / 33) * np.cos(
         np.pi * (rows + 0.5) / 33
     )
     t = {name: values.get(name, 0.0) for name in Transform._fields}
 
-    def turn(angle: float) -> np.ndarray:  # anticlockwise, in (column, row)
+    def turn(angle: float) -> np.ndarray:  # counterclockwise, in (column, row)
         return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
     widen = np.diag([geometric.STRETCH ** t["stretch"], geometric.STRETCH ** -t["stretch"]])
@@ -95,7 +95,7 @@ def test_every_transform_is_that_of_scipy(values: dict[str, float]) -> None:
     offset = np.array([16, 16]) - back @ (np.array([16, 16]) + moved)
     expected = ndimage.affine_transform(x, back, offset, mode="reflect", order=3)
     found = applied(torch.from_numpy(x)[None, None], **values)[0, 0]
-    assert np.abs(found - x).max() > 0.1  # it does something
+    assert np.abs(found - x).max() > 0.1  # the transform has an effect
     np.testing.assert_allclose(found, expected, atol=0.01)
 
 
@@ -103,7 +103,7 @@ def test_labels_say_what_was_done() -> None:
     found = transform(mirror=1, upend=1, scale=0.3, angle=0.5, stretch=2, stretch_angle=0.7, right=-1, down=3)
     expected = [1, 1, 0.3, math.cos(0.5) - 1, math.sin(0.5), 2 * math.cos(0.7), 2 * math.sin(0.7), -1, 3]
     assert found.labels().tolist() == [pytest.approx(expected)]
-    assert not transform(stretch_angle=1.0).labels().any()  # along which nothing is stretched
+    assert not transform(stretch_angle=1.0).labels().any()  # an angle without stretching
 
 
 def test_how_often_and_how_far() -> None:

@@ -1,4 +1,4 @@
-"""DiffRatio on a plane where everything is known: mixtures of Gaussians, their ratio and its gradient."""
+"""DiffRatio on a plane with exact solutions: mixtures of Gaussians, their ratio and its gradient."""
 
 import math
 
@@ -16,7 +16,7 @@ from diffratio_fast.objectives.held_out import pair_bounds
 
 @pytest.mark.slow
 def test_learned_score_difference_is_the_analytic_one() -> None:
-    """Both steps of the method on exact samples: l and -grad l against closed forms, where the two differ."""
+    """Both steps of the method on exact samples: l and -grad l against closed forms, where they differ."""
     generator = torch.Generator().manual_seed(0)
     network = MLPRatio(SHAPE, 1, width=64, depth=3)
     initialize(network, seed=0, stream=1)

@@ -192,7 +192,7 @@ def test_ratio_loss_shares_the_noise_of_a_pair_and_gives_the_fakes_no_gradient()
 
 
 def slopes(purposes: tuple[ops.Purpose, ops.Purpose], sigma: float, count: int = 4000) -> Tensor:
-    """Gradients of the loss of a pair with respect to ``shift``, for pairs of their own: float64 [count]."""
+    """Gradients of the loss of a pair with respect to ``shift``, for separate pairs: float64 [count]."""
     generator = torch.Generator().manual_seed(5)
     real, fake = torch.randn(2, count, 1, 1, 1, generator=generator, dtype=torch.float64)
     shift = torch.full((count,), 0.4, dtype=torch.float64, requires_grad=True)
@@ -301,7 +301,7 @@ def test_bin_means_follow_each_bin() -> None:
 
 
 def test_slope_penalty_is_the_squared_slope_of_a_linear_ratio() -> None:
-    """For l = <a, x> its mean is sigma^2 |a|^2 exactly in expectation, whatever the finite difference."""
+    """For l = <a, x> its mean is sigma^2 |a|^2 exactly in expectation, for any finite difference."""
     count = 40_000
     direction = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64).reshape(1, 3, 1, 1)
 

@@ -80,7 +80,7 @@ def test_a_tuple_is_its_parts_in_order():
     both = ops.add_noise((real, fake), sigma, rng, index, (3, 4))
     apart = [ops.add_noise(real, sigma, rng, index, 3), ops.add_noise(fake, sigma, rng, index, 4)]
     assert torch.equal(both, torch.cat(apart))
-    assert not torch.equal(both[:4] - real, both[4:] - fake)  # each has its own noise
+    assert not torch.equal(both[:4] - real, both[4:] - fake)  # the halves have independent noise
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
@@ -123,7 +123,7 @@ def test_every_16_bit_number_passes_unchanged(source):
     """With sigma = 0 the whole chain of conversions is the identity."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(source)
     got = ops.add_noise(x[None], torch.zeros(1), RNG, torch.zeros(1, dtype=torch.int64), 0)[0]
-    # fma(0, eps, x0) keeps x0 but for -0 + 0 = 0, and NaN.
+    # fma(0, eps, x0) keeps x0 except for -0 + 0 = 0, and NaN.
     keep = ~x.isnan() & (x != 0)
     assert torch.equal(got[keep].view(torch.int16), x[keep].view(torch.int16))
     assert got[x.isnan()].isnan().all() and (got[x == 0] == 0).all()
@@ -194,9 +194,9 @@ def test_compiles_without_graph_breaks():
         noised = ops.add_noise((real, fake + z), sigma, rng, index, purposes, scale=1 / sigma)
         return (noised * 2).sum() + u.sum()
 
-    # aot_eager traces everything, autograd too, and needs no compiler.
+    # aot_eager traces autograd too, and needs no compiler.
     optimized = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for seed in (1, 2):  # the second call must not have the first one's noise built in
+    for seed in (1, 2):  # the noise of the first call must not be a constant of the graph
         rng = ops.make_rng(seed, 0)
         expected = step(real, fake, sigma, rng, index)
         got = optimized(real, fake, sigma, rng, index)

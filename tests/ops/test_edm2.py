@@ -23,7 +23,7 @@ SHAPES = [(2, 24, 4, 8), (3, 10, 5, 3), (1, 36, 17, 17), (2, 6, 1, 1)]
 
 
 class Operation(NamedTuple):
-    """``fused``, its definition and what the networks do without it, on ``inputs`` made of a shape."""
+    """``fused``, its definition and the networks' unfused path, on ``inputs`` made from a shape."""
 
     fused: Callable[..., object]
     reference: Callable[..., object]

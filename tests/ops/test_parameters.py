@@ -113,7 +113,7 @@ def test_step_agrees_with_the_reference(level: str, decoupled: bool, channels_la
 
 @needs_operations
 def test_normalized_is_a_function_of_the_stored_weight(level: str) -> None:
-    """A run that resumes computes it from the checkpoint, and must find the same bits."""
+    """A resumed run computes it from the checkpoint, and must get the same bits."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         ours = problem()
         ours["normalized"] = [None if x is None else x.to(dtype) for x in ours["normalized"]]

@@ -39,7 +39,7 @@ def problem(
 
 
 def straightforward(weights: list[Tensor], x: Tensor, sigma: Tensor, e: Tensor) -> Tensor:
-    """The log ratio of one image, token by token and channel by channel as the documentation writes it."""
+    """The log ratio of one image, computed per token and channel as in the documentation."""
     patch, position, mix, mix_bias, up, down, head, *energy = weights
     c_in = 1 / (sigma**2 + 0.25).sqrt()
     vectors = []

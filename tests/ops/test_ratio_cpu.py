@@ -82,7 +82,7 @@ def loss(module: Any, p: dict[str, Any]) -> list[Tensor]:
 
 
 def log_ratio(module: Any, p: dict[str, Any]) -> list[Tensor]:
-    """The log ratio, and its gradients by everything, with a different upstream for every sample."""
+    """The log ratio and all its gradients, with a different upstream gradient for every sample."""
     inputs = [*p["weights"], p["real"], p["conditioning"][:, 0]]
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     out = module.log_ratio(inputs[:-2], inputs[-2], p["sigma"][:, 0], inputs[-1])
@@ -300,7 +300,7 @@ def test_plans_grow_with_samples_up_to_the_workspace(operation, device):
     few, many = (scratch_bytes(operation, weights, n, device=device, threads=4) for n in (2, 1 << 16))
     assert cuda_packed_bytes(weights) < 1 << 20
     assert 0 < few <= many < (256 << 20) + (64 << 20)
-    assert (few < many) or (operation, device) == ("log_ratio", "cuda")  # which stages nothing
+    assert (few < many) or (operation, device) == ("log_ratio", "cuda")  # log_ratio stages nothing
 
 
 def test_the_plan_refuses_an_unknown_operation():

@@ -93,7 +93,7 @@ def test_uniforms_are_the_words():
 def test_purposes_are_unique_and_fit_the_counter():
     assert len({int(p) for p in Purpose}) == len(Purpose.__members__)
     assert all(0 <= p < 256 for p in Purpose)
-    # Numbers are identities: changing one silently changes every run.
+    # The numbers are fixed: changing one silently changes every run.
     some = (Purpose.NOISE_REAL, Purpose.NOISE_FAKE, Purpose.DATA_ORDER, Purpose.EVALUATION_FAKE)
     assert some == (3, 4, 9, 15)
 

@@ -1,4 +1,4 @@
-"""A captured step: the same numbers, from device operations alone. ``Tape`` stands for the CUDA graph."""
+"""A captured step: the same numbers, from device operations only. ``Tape`` replaces the CUDA graph."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def trained(config: RunConfig, steps: int, recorder: Recorder | None) -> RunState:
-    """The state after so many steps, ordinary ones or, with a recorder, captured ones."""
+    """The state after the given number of steps: ordinary ones or, with a recorder, captured ones."""
     dataset = open_dataset(config.data)
     stepper = KINDS[type(config)].new_iteration(config, dataset, CPU)
     step = stepper if recorder is None else Captured(stepper, recorder)
@@ -85,7 +85,7 @@ def test_replayed_steps_give_the_same_numbers(case: str) -> None:
 
 
 def test_the_tape_repeats_what_python_decided() -> None:
-    """The tool itself: a value of Python is frozen, one in memory is not, and a read is refused."""
+    """The tool itself: a Python value is frozen, a value in memory is not, and a read raises an error."""
     step, memory, total = [1.0], torch.tensor(1.0), torch.zeros(())
     recorder = Recorder()
     replay = recorder.record(lambda: total.add_(memory * step[0]))  # type: ignore[arg-type, return-value]

@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: copies in time, two at a time, and files that anybody may have written."""
+"""Checkpoints alone: the time of the copy, two at once, and untrusted files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: p
     write = checkpoint._write_complete
     monkeypatch.setattr(checkpoint, "_write_complete", lambda *a: (go.wait(60), write(*a)))
     before = copies(run)
-    run.checkpoints.save(run.state)  # has begun, and waits
+    run.checkpoints.save(run.state)  # has started, and waits
     batches = run.batches()
     run.advance(next(batches))
     assert not same(before, copies(run))
@@ -75,7 +75,7 @@ def test_two_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     batches = run.batches()
     for _ in range(3):
         saved(run)
-        saved(run)  # the same step again: it is there
+        saved(run)  # the same step again: it exists
         run.advance(next(batches))
     assert sorted(path.name for path in root.iterdir()) == ["mine", "step-00000002", "step-00000003"]
 
@@ -102,7 +102,7 @@ class Payload:
 
 
 def sign(path: Path, **changes: Any) -> None:
-    """Make the index of a checkpoint fit the files that are there."""
+    """Make the index of a checkpoint match the files that exist."""
     index = json.loads((path / "index.json").read_text())
     del index["digest"]
     index["files"] = {file.name: checkpoint._about(file.read_bytes()) for file in path.glob("*.safetensors")}
@@ -174,7 +174,7 @@ def test_whole_and_part_readers_agree(tmp_path: Path) -> None:
 
 
 def test_a_format_with_a_flipped_bit_is_damage(tmp_path: Path) -> None:
-    """Then an older checkpoint is used; only an intact index of another format is of another version."""
+    """Then an older checkpoint is used; only an intact index of another format counts as another version."""
     path = tmp_path / "step-00000001"
     path.mkdir()
     index = {"format": checkpoints.FORMAT, "step": 1, "seconds": 0.0, "best": {}, "files": {}}

@@ -1,4 +1,4 @@
-"""Reports, metrics, pictures and events never end training: on a full disk, a read-only or a broken one."""
+"""Reports, metrics, pictures and events never end training: on a full, read-only or broken disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 
 
 def at_steps(monkeypatch: pytest.MonkeyPatch, actions: dict[int, object]) -> None:
-    """Call what ``actions`` has for a step before that step is made."""
+    """Call the entry of ``actions`` for a step before that step."""
     advance = Run.advance
 
     def wrapped(self: Run, batches: object) -> None:

@@ -1,4 +1,4 @@
-"""Several processes: the same training as one, one voice, one error line."""
+"""Several processes: the same training as one; output and errors once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 ROUNDED = {"two": (2, {}), "two, bfloat16": (2, {"reduce_dtype": "bfloat16"})}
 FEWER = ("one", "two", "two, parts", "fsdp")
 CAPTURED = ("mixer", "backbone")
-"""Cases that are also made by recorded steps."""
+"""Cases that are also run with recorded steps."""
 
 
 def ways(case: str) -> dict[str, tuple[int, dict[str, Any]]]:
@@ -81,7 +81,7 @@ def run_plan(where: Path, plan: list[dict[str, Any]]) -> Statuses:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
-    """The state after training each case in each way."""
+    """The state after training each case with each launch."""
     where = tmp_path_factory.mktemp("ranks")
     plan = [
         {
@@ -112,7 +112,7 @@ def test_gradients_averaged_in_bfloat16_are_rounded(weights: Any) -> None:
     whole, rounded = weights["rounded", "two"], weights["rounded", "two, bfloat16"]
     far = {name: float((whole[name] - rounded[name]).abs().max()) for name in whole}
     ratio = [far[name] for name in far if name.startswith("ratio.")]
-    assert 0 < max(ratio) <= 2 * 0.01  # Adam's steps are of the size of the learning rate, but for their sign
+    assert 0 < max(ratio) <= 2 * 0.01  # Adam's steps have the size of the learning rate; signs may differ
 
 
 @pytest.mark.slow

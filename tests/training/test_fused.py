@@ -1,4 +1,4 @@
-"""Training EDM2 networks with the fused operations: the same to rounding, resumable to the bit."""
+"""Training EDM2 networks with the fused operations: equal up to rounding, with exact resume."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_log_ratios_noise_every_half_and_draw_apart() -> None:
     some = log_ratios(
         first, zeros[550:], zeros[550:], sigma[550:], labels[550:], rng, index[550:], shared_noise=False
     )
-    assert torch.equal(some[0], real[550:])  # whatever the chunks
+    assert torch.equal(some[0], real[550:])  # for any chunks
     halves = log_ratios(first, zeros, zeros, sigma, labels, rng, index, shared_noise=True)
     assert torch.equal(halves[0], real) and torch.equal(halves[1], real)
 
@@ -183,7 +183,7 @@ def line(step: int, **values: Any) -> dict[str, Any]:
         ([line(1), line(2)], []),
         ([line(1, divergence_train=0.12), line(2, divergence_train=0.2)], ["overfitting"]),
         ([line(1, divergence_train=0.3), line(2, divergence_train=0.2)], []),  # the gap shrinks
-        ([line(1), line(2, divergence_train=0.2, divergence_error=0.05)], []),  # not sure
+        ([line(1), line(2, divergence_train=0.2, divergence_error=0.05)], []),  # within the error
         ([line(1, divergence_refit=0.1), line(2, divergence_refit=0.2)], ["rising"]),
         ([line(1, divergence_refit=0.2), line(2, divergence_refit=0.1)], []),
         ([line(1, divergence=0.05, divergence_train=0.05), line(2)], ["rising"]),  # without a refit
@@ -192,7 +192,7 @@ def line(step: int, **values: Any) -> dict[str, Any]:
                 line(1, divergence_refit=0.1, frechet_distance_validation=2.0),
                 line(2, divergence_refit=0.2, frechet_distance_validation=1.0),
             ],
-            [],  # the images are nearer all the same: the ratio network has become better
+            [],  # the images are still closer: the ratio network has improved
         ),
         ([line(1, divergence_refit=None), line(2, divergence_refit=0.2)], []),
         ([line(1, ratio_accuracy_by_sigma=[1.0, 0.7])], ["saturated"]),

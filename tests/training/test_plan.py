@@ -1,4 +1,4 @@
-"""Plans: the estimate against the allocator, every preset, what cannot fit."""
+"""Plans: the estimate against the allocator, every preset, plans that do not fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BACKBONE = {"generator": "backbone", "ratio_network": "encoder", "backbone_optio
 
 
 def measured_peak(config: RunConfig, path: Path) -> int:
-    """Bytes at most during a step, by the CPU allocator's own record."""
+    """Peak memory of a step in bytes, from the CPU allocator's record."""
     run: Any = (Trainer if isinstance(config, TrainConfig) else Pretrainer)(
         "digits", config, RunDirectory(path)
     )
@@ -93,7 +93,7 @@ def test_checkpointing_and_small_parts_take_less_and_flops_are_per_step() -> Non
     again = cost(TrainConfig(**BACKBONE, batch_size=64, activation_checkpointing=True), data)
     assert parts.activations < plain.activations / 4 and again.activations < plain.activations / 2
     assert plain.flops < again.flops < 2 * plain.flops
-    assert plain.flops < parts.flops < 1.5 * plain.flops  # the generator runs once more
+    assert plain.flops < parts.flops < 1.5 * plain.flops  # one more generator pass
     assert plain.parameters["generator"] > plain.parameters["ratio network"] > 0
 
 
@@ -104,9 +104,9 @@ def test_flops_of_a_dense_step() -> None:
     )
     generator, ratio = 16 * 32 + 32 * 32 + 32 * 64, 64 * 24 + 24 * 24 + 24
     conditioning = 32 * 64 + 64 * 24
-    # generator: forward, and backward to weights, and to features but for the first layer
+    # generator: forward, and backward to weights, and to features except for the first layer
     passes = 2 * 10 * (3 * generator - 16 * 32)
-    # ratio step, both halves: forward, to weights, to features but the first; then forward and back to images
+    # ratio step, both halves: forward, to weights, to features but the first; then forward, to images
     passes += 2 * 20 * (3 * (ratio + conditioning) - 64 * 24 - 32 * 64)
     passes += 2 * 10 * (2 * ratio + conditioning)
     assert cost(config, open_dataset("digits")).flops == passes
@@ -114,7 +114,7 @@ def test_flops_of_a_dense_step() -> None:
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_flops_of_a_step_with_fused_operations(draws: int) -> None:
-    """They are seen as their definition in plain PyTorch is: a mixer's forward pass 1 + 2, 1 + 1 times."""
+    """They count like their definition in plain PyTorch: a mixer's forward pass 1 + 2, 1 + 1 times."""
     config = TrainConfig(
         batch_size=10, generator_width=32, generator_depth=2, latent_size=16, ratio_network="mixer",
         ratio_width=24, ratio_depth=2, noise_draws=draws,
@@ -168,7 +168,7 @@ def test_a_preset_has_a_plan(preset: str, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("preset", ["fashion", "cifar10-cond", "imagenet64", "imagenet512-m"])
 def test_a_mixer_fits_the_preset(preset: str) -> None:
     options = PRESETS[preset] | RATIO_NETWORKS[preset, "mixer"] | {"ratio_network": "mixer", "batch_size": 2}
-    small = {"generator": "mlp", "generator_width": 8, "generator_depth": 1}  # the mixer is the matter
+    small = {"generator": "mlp", "generator_width": 8, "generator_depth": 1}  # this test is about the mixer
     config = TrainConfig(**(options | small | {"micro_batch": None}))
     data, there = planned_data(preset, config)
     assert not there and cost(config, data).parameters["ratio network"] > 10_000

@@ -1,4 +1,4 @@
-"""Averages made after the run: closed forms against quadrature, made ones against those tracked directly."""
+"""Averages made after the run: closed forms against quadrature, computed averages against tracked ones."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def test_a_denoiser_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run's own average is of the width that is made of the others."""
+    """The run's own average has the width that is computed from the others."""
     run, out = tmp_path / "run", tmp_path / "made.safetensors"
     assert pretrain.main(["digits", *SHORT, "--steps", "40", "--snapshot-every", "4", "--lr", "3e-3",
                           "--ema-std", "0.13", "--posthoc-ema", "0.10, 0.05",
@@ -123,7 +123,7 @@ def test_a_denoiser_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_generator_of_another_width(tmp_path: Path) -> None:
-    """From the first update of the generator on, its own width among those kept; halves on disk."""
+    """From the first update of the generator on, with its own width among those kept; float16 on disk."""
     run, out = tmp_path / "run", tmp_path / "made.safetensors"
     options = ["--generator-width", "16", "--ratio-width", "16", "--refit-steps", "0", "--steps", "20"]
     assert train.main(["digits", *SHORT, *options, "--snapshot-every", "5", "--ratio-warmup-steps", "6",
@@ -136,7 +136,7 @@ def test_a_generator_of_another_width(tmp_path: Path) -> None:
         assert last[name].dtype == torch.float16 and torch.equal(last[name], tensor.half())
     assert average.average(run, 0.1, out) < 1e-6
     made = load_file(out)
-    for name, tensor in own.items():  # to the rounding of halves
+    for name, tensor in own.items():  # up to float16 rounding
         torch.testing.assert_close(made[name], tensor, rtol=1e-3, atol=1e-6)
     _, about = networks.load(out, "generator")
     assert about.training["ema_std"] == 0.1 and about.training["ema_updates"] == 14

@@ -1,4 +1,4 @@
-"""A process that dies, is stopped or hangs is named by those that live, which then end."""
+"""The other processes report a process that dies, is stopped or hangs, and exit."""
 
 import os
 import signal
@@ -153,7 +153,7 @@ def test_who_is_missing_when_a_connection_is_lost() -> None:
         with two.beating():
             time.sleep(0.3)
             assert one.missing() is None
-        assert one.missing() is None  # it has ended in good order
+        assert one.missing() is None  # it exited normally
         last = store["pulse/1"].decode().replace("done", "")
         late = threading.Timer(0.04, store.set, ("pulse/1", last.replace('"beat": 0', '"beat": 99')))
         store.set("pulse/1", last)
@@ -173,7 +173,7 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
 
 
 def ranks(where: Path, *options: str) -> list[subprocess.Popen[str]]:
-    """Two processes of one run, as a launcher would start them; both are past their first checkpoint."""
+    """Two processes of one run, as a launcher starts them; both are past their first checkpoint."""
     started = []
     port = free_port()
     for rank in range(2):

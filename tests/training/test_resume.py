@@ -1,4 +1,4 @@
-"""What a run continues from: its own checkpoint, of its own data; or another run's, with other options."""
+"""Resuming: from a run's own checkpoint and data; or from another run's, with other options."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_other_data_of_the_same_shape_are_refused(
     shutil.rmtree(other)
     folder = tmp_path / "b"
     first = sorted(folder.rglob("*.png"))[0]
-    first.write_bytes(sorted(folder.rglob("*.png"))[-1].read_bytes())  # one image is another
+    first.write_bytes(sorted(folder.rglob("*.png"))[-1].read_bytes())  # one image is replaced
     assert prepare.main([str(folder), str(other), "--validation", "16", "--test", "16"]) == 0
     assert bytes(content) != (other / "shard-00000.bin").read_bytes()
     index = read_index(candidates(run / "checkpoint")[0])

@@ -1,4 +1,4 @@
-"""Processes of one start come together in a store that is full of what earlier starts left."""
+"""Processes of one start find each other in a store with keys of earlier starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATIENCE = timedelta(seconds=60)
 
 
 def start(store: dist.Store, size: int, delays: dict[int, float] | None = None) -> list[str]:
-    """The names that ``size`` processes (threads here) agree on; some of them begin late."""
+    """The names that ``size`` processes (threads here) agree on; some of them start late."""
     names = [""] * size
 
     def process(rank: int) -> None:
@@ -59,7 +59,7 @@ def test_what_dead_processes_left_is_not_taken_for_this_start() -> None:
     store.set(f"{PREFIX}/proposal", json.dumps(stale))
     store.set(f"{PREFIX}/{'-'.join(stale)}/0", "confirmed")
     store.set(f"{PREFIX}/{'-'.join(stale)}/1", "confirmed")
-    names = start(store, 2, {1: 0.3})  # rank 0 meets the dead rank 1's token first
+    names = start(store, 2, {1: 0.3})  # rank 0 reads the dead rank 1's token first
     assert len(set(names)) == 1 and "dead" not in names[0]
 
 
@@ -76,7 +76,7 @@ def test_a_process_that_does_not_come_is_an_error() -> None:
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_kill(tmp_path: Path) -> None:
-    """A rank is killed in a job of a real torchrun: restarted once, it ends as one that nothing disturbed."""
+    """A rank is killed in a job of a real torchrun: restarted once, it ends like an uninterrupted one."""
     options = [*SMALL, "--steps", "30", "--checkpoint-every", "2", "--log-every", "1", "--eval-every", "40"]
     options += ["--hang-timeout", "20"]
 

@@ -1,4 +1,4 @@
-"""Score distillation: its gradient against closed forms, its runs, and what it refuses."""
+"""Score distillation: its gradient against closed forms, its runs, and its errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_gradient_is_the_exact_score_difference() -> None:
 
 
 def test_equals_the_gradient_of_the_exact_ratio() -> None:
-    """With optimal networks both objectives descend the same, draw by draw."""
+    """With optimal networks both objectives have the same gradient for each draw."""
     given = batch()
     weight = torch.ones_like(given["sigma"])
 
@@ -108,7 +108,7 @@ def test_normalization_divides_by_the_distance_to_the_teacher() -> None:
 
 
 def test_student_learns_the_denoiser_of_what_the_generator_makes() -> None:
-    """The loss's minimum over linear denoisers is at the posterior mean, and gives the fakes no gradient."""
+    """The loss's minimum over linear denoisers is at the posterior mean, and the fakes get no gradient."""
     count = 40_000
     generator = torch.Generator().manual_seed(1)
     fake = MODEL_MEAN + MODEL_VARIANCE**0.5 * torch.randn(
@@ -218,7 +218,7 @@ def test_generator_and_teacher_from_init(teacher: Path, tmp_path: Path) -> None:
         for name, tensor in kept.items()
         if name.startswith("teacher.")
     ]
-    assert same and all(same)  # the whole run is warm-up, in which the generator stands still
+    assert same and all(same)  # the complete run is warm-up, in which the generator is frozen
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_command_line_reports_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_another_backbone_has_its_own_options() -> None:
-    """The preset's options are of its U-Net; --backbone alone takes another network's defaults."""
+    """The preset's options belong to its U-Net; with only --backbone, another network uses its defaults."""
     _, config = pretrain.resolve({"preset": "digits", "config": None, "backbone": "mlp"})
     assert config.backbone_options == "{}"
     _, config = pretrain.resolve({"preset": "digits", "config": None, "lr": 1.0})

@@ -39,7 +39,7 @@ def note(watch: Watch, *values: float) -> None:
 
 
 def test_mean_and_variance_are_those_of_the_formula() -> None:
-    """Against a plain loop in float64: rates 1/n up to the horizon, jumps cut at their limit."""
+    """Against a plain loop in float64: rates 1/n up to the horizon, jumps clipped at their limit."""
     random = np.random.default_rng(0)
     values = random.normal(10, 1, 400)
     values[[150, 151, 300]] = 100.0
@@ -71,7 +71,7 @@ def test_bad_steps_are_counted_between_log_lines_and_in_a_row_across_them() -> N
     note(watch, 1.0, 100.0)
     assert watch.take() == (2, 2)
     note(watch, float("nan"), 1.0)
-    assert watch.take() == (1, 3)  # in a row since the line before
+    assert watch.take() == (1, 3)  # consecutive since the previous line
     note(watch, 1.0, 1.0)
     assert watch.take() == (0, 3)
     assert watch.take() == (0, 0)
@@ -99,7 +99,7 @@ def test_fewer_numbers_leave_the_others_alone() -> None:
 
 
 def lines(count: int, **last: Any) -> list[dict[str, Any]]:
-    """Log lines of an ordinary run, whose last five have the figures ``last`` instead."""
+    """Log lines of an ordinary run; the last five have the metrics ``last`` instead."""
     usual = {
         "images_per_second": 100.0, "loader_share": 0.01, "ratio_accuracy": 0.6, "log_ratio_real": 0.3,
         "log_ratio_fake": -0.3, "bad_steps": 0,
@@ -118,7 +118,7 @@ def lines(count: int, **last: Any) -> list[dict[str, Any]]:
         (lines(20, loader_share=0.5), "loader", "50% of the time"),
         (lines(20, images_per_second=50.0), "slower", "at most 50 images a second since step 160, 100"),
         (lines(20, images_per_second=70.0), None, ""),
-        (lines(5, images_per_second=50.0), None, ""),  # nothing to compare with
+        (lines(5, images_per_second=50.0), None, ""),  # no baseline
         ([line | {"seconds": line["seconds"] / 100} for line in lines(20, loader_share=0.9)], None, ""),
         (lines(19, loader_share=0.5)[:-1] + lines(19)[-1:], None, ""),  # it has recovered
         (lines(20, images_per_second=None, ratio_accuracy=None, log_ratio_real=None), None, ""),
@@ -142,7 +142,7 @@ def options(run_dir: Path, *more: object) -> list[str]:
 
 @pytest.fixture
 def spike(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Multiplies what the ratio network sees of real images in the given steps, and with it the loss."""
+    """Multiplies the ratio network's real images in the given steps, and thereby the loss."""
 
     def at(*steps: int) -> None:
         advance = generator_run.Trainer.advance
