@@ -1,4 +1,4 @@
-"""Shared by all tests: reproducible torch, and what is not collected where it cannot run."""
+"""Shared by all tests: reproducible torch, and tests that are not collected if they cannot run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Tests are small: a second thread brings nothing, and where something else runs too, threads that wait for
-# one another make them ten times slower. Processes that tests start inherit it.
+# Tests are small: a second thread does not help, and on a busy machine threads that wait for one another
+# make them ten times slower. Processes that tests start inherit the setting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -17,13 +17,13 @@ from support.simt_programs import Programs
 
 from diffratio_fast import train
 
-# The CUDA checks need a CUDA device; without one they are not collected at all (no row of skips).
+# The CUDA checks need a CUDA device; without one they are not collected (no list of skips).
 collect_ignore: list[str] = [] if torch.cuda.is_available() else ["gpu"]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, one worker runs all tests of a file: fixtures of a file are made once."""
+    """With ``-n``, one worker runs all tests of a file: fixtures of a file are created once."""
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)
@@ -42,7 +42,7 @@ def simt_programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a small finished run of the digits; each file of tests has one of its own."""
+    """The directory of a small finished run of the digits; each test file has its own."""
     where = tmp_path_factory.mktemp("trained") / "run"
     threads = torch.get_num_threads()
     assert train.main([*SMALL, "--steps", "3", "--run-dir", str(where)]) == 0

@@ -1,4 +1,4 @@
-"""Links between documentation pages lead somewhere; every page is on the site."""
+"""Links between documentation pages have a target; every page is on the site."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The layer order of the package (DESIGN of imports: commands at the top, the compiled module at the bottom).
 
-Imports are read from the source, those inside functions too: a lazy import may not point upward either.
+Imports are read from the source, including those inside functions: lazy imports must not point upward either.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LAYERS = (
     ("train", "pretrain", "sample", "evaluate", "refit", "average", "prepare", "convert", "export"),
     ("completion", "__main__"),
 )
-"""From the bottom up. A part of the package imports from layers below its own, and from itself."""
+"""Layers from bottom to top. A part of the package imports only from lower layers and from itself."""
 FOUNDATION = {"errors"}
-"""What everything imports, its own layer included."""
+"""Modules that every part may import, including those of the same layer."""
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name; a package by its own."""
+    """Dotted name to module of the package; a package has its own name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts

@@ -1,4 +1,4 @@
-"""The studies of bias: closed forms of mixtures, the decomposition, and the study itself at a tiny size."""
+"""The studies of bias: closed forms of mixtures, the decomposition, and the study at a tiny size."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_samples_have_the_mixture_s_moments() -> None:
 
 
 def test_distances_have_their_closed_forms() -> None:
-    """A shift by t is at Wasserstein distance |<t, u>| in direction u; KL of two Gaussians is known."""
+    """A shift by t is at Wasserstein distance |<t, u>| in direction u; KL of Gaussians has a closed form."""
     generator = torch.Generator().manual_seed(0)
     data = clusters(5, 8, 0.2, generator)
     shift = torch.tensor([0.1, 0.0, -0.2, 0.05, 0.0], dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_decomposition_of_a_case_with_known_answer() -> None:
 
 
 def test_batched_networks_do_not_touch_one_another() -> None:
-    """Training the second alone changes nothing in the first, and sizes are as counted."""
+    """Training only the second does not change the first, and sizes match the counts."""
     generator = torch.Generator().manual_seed(0)
     ratio = Ratios(2, 3, 8, 2, generator)
     assert sum(p[0].numel() for p in ratio.parameters()) == parameter_count(3, 1, 8, 2)
@@ -151,7 +151,7 @@ def test_trained_ratio_nears_the_exact_one() -> None:
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys"])
 def test_generator_gradient_follows_the_objective(divergence: str) -> None:
-    """Weight, h and slope as ``objectives.diffratio`` joins them."""
+    """Weight, h and slope combined as in ``objectives.diffratio``."""
     sigma, log_ratio = torch.tensor([[0.5, 2.0]]), torch.tensor([[0.3, -1.0]])
     slope = torch.randn(1, 2, 3)
     nothing = torch.zeros(1, 2, 3)

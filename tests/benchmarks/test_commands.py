@@ -1,4 +1,4 @@
-"""The benchmark command: its files, its schema, its errors. No timings are judged here."""
+"""The benchmark command: its files, its schema, its errors. Timings are not checked."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def test_committed_results_name_no_machine():
     for file in files:
         text = file.read_text()
         content = json.loads(text)
-        if "benchmark" not in content.get("rows", [{}])[0]:  # a study: figures that are no times
+        if "benchmark" not in content.get("rows", [{}])[0]:  # a study: results that are not times
             assert "median_s" not in text and len(content) > 1
         else:
             for row in content["rows"]:
-                if row["benchmark"] == "presets":  # whole steps: there is nothing to check them against
+                if row["benchmark"] == "presets":  # complete steps: no reference to check them against
                     assert set(row) >= COMMON - {"checked"}
                     continue
-                # these two add figures of their own
+                # these two add further fields
                 own = row["benchmark"] in ("data", "methods")
                 assert set(row) >= COMMON if own else set(row) - {"repeats"} == ROW
                 assert row["checked"] is True

@@ -1,4 +1,4 @@
-"""A sample of the fault injection that benchmarks/fault_injection.py runs at length."""
+"""A small part of the fault injection of benchmarks/fault_injection.py."""
 
 from __future__ import annotations
 

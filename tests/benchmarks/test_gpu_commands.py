@@ -1,4 +1,4 @@
-"""The commands for a GPU, tried without one: checks, benchmarks, first run, training, pieces."""
+"""The commands for a GPU, run without one: checks, benchmarks, first run, training, parts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_checks_that_no_time_is_left_for_are_named(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["noise", "ratio"])
 def test_the_checks_themselves_pass_on_the_cpu(name: str, monkeypatch: Any) -> None:
-    """At small shapes: what a GPU will run is known to run."""
+    """At small shapes: the code that a GPU runs has run on the CPU."""
     module = gpu_checks.load(name)
     monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     if name == "ratio":
@@ -98,7 +98,7 @@ def case(op: str, seconds: float = 0.0, wrong: bool = False) -> harness.Case:
 def run_benchmarks(
     cases: dict[str, list[Any]], path: Path, monkeypatch: Any, *options: str
 ) -> tuple[int, Any]:
-    """``python -m benchmarks`` on these cases; a string among them is raised as an error of the set-up."""
+    """``python -m benchmarks`` on these cases; a string among them is raised as an error of the setup."""
 
     def module(name: str) -> SimpleNamespace:
         def generate(_: harness.Settings) -> Iterator[harness.Case]:
@@ -188,7 +188,7 @@ def test_jobs_end_in_time_and_leave_a_table(tmp_path: Path) -> None:
 
 
 def test_the_first_run_calls_the_tools_as_documented(tmp_path: Path, monkeypatch: Any) -> None:
-    """With programs of their names that write down their arguments; ncu also makes its file."""
+    """With stand-in programs that record their arguments; ncu also writes its file."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("ncu", "compute-sanitizer"):

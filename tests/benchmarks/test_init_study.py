@@ -1,4 +1,4 @@
-"""The study of starts, at a tiny size: four combinations that differ in nothing but what they start from."""
+"""The study of initialization, at a tiny size: four combinations that differ only in initial weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_study_at_a_tiny_size(images: InMemoryDataSet, monkeypatch: pytest.Monke
     rows = list(init_study.study(init_study.reduced(images), seeds=1, share=0.02))
     assert [row["start"] for row in rows] == list(init_study.STARTS)
     first = {row["start"]: row["distance"][0] for row in rows}
-    # before the first step the curves know of the generator's start alone
+    # before the first step the curves depend only on the generator's initial weights
     assert first["both random"] == first["ratio network pre-trained"]
     assert first["generator pre-trained"] == first["both pre-trained"] != first["both random"]
     assert len({row["distance"][-1] for row in rows}) == 4

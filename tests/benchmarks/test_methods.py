@@ -24,7 +24,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["DiffRatio, encoder", "score distillation"])
 def test_passes_are_those_that_an_iteration_makes(method: str) -> None:
-    """Images that go through each network forward, and whose output's gradient comes back."""
+    """Number of images in forward passes of each network, and in backward passes."""
     one = iteration(method, torch.device("cpu"), SHAPE, **SIZE)
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
@@ -48,7 +48,7 @@ def test_passes_are_those_that_an_iteration_makes(method: str) -> None:
 
 
 def test_flops_of_score_distillation_are_the_passes_of_its_networks() -> None:
-    """A backward pass of weights and inputs costs twice a forward one: all of it is made of these."""
+    """A backward pass to weights and inputs costs two forward passes: the total is made of these."""
     one = iteration("score distillation", torch.device("cpu"), SHAPE, **SIZE)
     records, labels = batch()
     total = counted_flops(lambda: one.run([(records, labels)]))

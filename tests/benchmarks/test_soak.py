@@ -1,4 +1,4 @@
-"""The soak of ``benchmarks/soak.py``, for seconds instead of minutes; and that it would notice a leak."""
+"""The soak test of ``benchmarks/soak.py``, for seconds instead of minutes; it detects a leak."""
 
 from typing import Any
 

@@ -174,7 +174,7 @@ def test_a_cuda_compiler_that_does_not_work(tmp_path):
     nvcc.chmod(0o755)
     result = build(tmp_path, DIFFRATIO_CUDA="1", CUDACXX=str(nvcc))
     assert result.returncode != 0 and "cannot use the CUDA compiler" in result.stderr
-    # what is compiled does not matter here
+    # the compiled sources do not matter here
     for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):
         (tmp_path / "csrc" / name).write_text("")
     result = build(tmp_path, DIFFRATIO_CUDA="auto", CUDACXX=str(nvcc))
@@ -206,10 +206,10 @@ def test_a_build_in_place_imports_without_a_gpu(tmp_path):
     assert f"'cuda_archs': {['90a-real'] if cuda == '1' else []}" in shown.stdout
     again = build(tmp_path, DIFFRATIO_CUDA=cuda, DIFFRATIO_CUDA_ARCHS="9.0")
     assert again.returncode == 0 and "Building C" not in again.stdout
-    # A moved tree configures and builds afresh instead of failing on the old one's cache.
+    # A moved tree is configured and built again; the old cache does not make it fail.
     moved = tmp_path.parent / f"{tmp_path.name}-moved"
     tmp_path.rename(moved)
-    for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # slow; only their turn counts
+    for name in ("noise_bindings.cpp", "ratio_bindings.cpp", "module.cpp"):  # slow; only their order matters
         (moved / "csrc" / name).write_text("")
     again = build(moved, DIFFRATIO_CUDA="0")
     assert again.returncode == 0 and "Building C" in again.stdout, again.stderr
@@ -219,7 +219,7 @@ def test_a_build_in_place_imports_without_a_gpu(tmp_path):
 
 
 def test_the_torch_of_the_invoking_environment_is_found(tmp_path, monkeypatch):
-    """Through pip's isolation: a build environment's own torch, on PYTHONPATH, is not the one."""
+    """Through pip's isolation: the build environment's torch, on PYTHONPATH, is not used."""
     fake = tmp_path / "pip-build-env-x" / "site" / "torch"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("__version__ = '9.9'\nclass _C: _GLIBCXX_USE_CXX11_ABI = 1\n")

@@ -1,7 +1,7 @@
 """Pre-train, train, sample and evaluate on CIFAR-10 and Fashion-MNIST themselves, at a reduced size.
 
-Where the environment names no copy of a data set (``DIFFRATIO_CIFAR10``: a file or folder as ``prepare``
-takes them; ``DIFFRATIO_FASHION_MNIST``: the folder of its IDX files), its tests are skipped.
+Tests of a data set are skipped if its environment variable is not set (``DIFFRATIO_CIFAR10``: a file or
+folder for ``prepare``; ``DIFFRATIO_FASHION_MNIST``: the folder of its IDX files).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def logged(run: Path, key: str) -> list[float]:
 
 @pytest.fixture(scope="module", params=list(VARIABLES))
 def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """The run directories of a denoiser and of the generator that started from it."""
+    """The run directories of a denoiser and of the generator initialized from it."""
     preset = request.param
     source = os.environ.get(VARIABLES[preset])
     if not source:
@@ -77,7 +77,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 def test_the_denoiser_learns(chain: Chain) -> None:
-    """1 is the weighted error of a network that puts out zero, and so of the start."""
+    """1 is the weighted error of a network whose output is zero, and of the initial network."""
     errors = logged(chain.denoiser, "error")
     assert 0.8 < errors[0] < 1.1 and errors[-1] < 0.85 * errors[0]
     (error,) = logged(chain.denoiser, "validation_error")
@@ -113,7 +113,7 @@ def test_the_generator_starts_as_the_denoiser_and_moves(chain: Chain, tmp_path: 
         torch.testing.assert_close(start(z, index), torch.clamp(wanted, start.low, start.high))
         trained, _ = networks.load(chain.run / "generator.safetensors", "generator")
         change = float((trained(z, index) - wanted).square().mean().sqrt())
-    assert 1e-3 < change < 0.5  # in four steps: it moved, and was not destroyed
+    assert 1e-3 < change < 0.5  # after four steps: changed, but still close
 
 
 def test_the_ratio_network_separates_held_out_and_generated_images(chain: Chain) -> None:
@@ -143,4 +143,4 @@ def test_samples_and_their_figures(chain: Chain, tmp_path: Path, capsys: pytest.
     found = json.loads(capsys.readouterr().out)
     assert found["count"] == 30
     floor = found["floors"]["test against validation"]["real"]["kernel_distance"]
-    assert found["results"][0]["kernel_distance"] > 2 * abs(floor)  # not yet like photographs
+    assert found["results"][0]["kernel_distance"] > 2 * abs(floor)  # not yet similar to photographs

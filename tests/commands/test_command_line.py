@@ -1,4 +1,4 @@
-"""The commands as a newcomer meets them: overview, help, hints, completion, defaults."""
+"""The commands for a new user: overview, help, hints, completion, defaults."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -
 
 
 def complete(line: str) -> set[str]:
-    """What bash offers at the end of a line."""
+    """Bash completions at the end of a line."""
     words = line.split(" ")
     script = completion.bash() + (
         f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _diffratio; echo "${{COMPREPLY[@]}}"'

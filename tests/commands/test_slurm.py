@@ -1,4 +1,4 @@
-"""The SLURM script with stand-ins for SLURM's commands: two processes, a signal, the job queued again."""
+"""The SLURM script with stand-ins for SLURM's commands: two processes, a signal, the job is requeued."""
 
 import os
 import signal

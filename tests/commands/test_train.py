@@ -41,7 +41,7 @@ STEPS = 23
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing interrupted."""
+    """The directory of an uninterrupted run."""
     where = tmp_path_factory.mktemp("finished")
     result = run("train", *SMALL, "--steps", STEPS, "--run-dir", "run", cwd=where)
     assert result.returncode == 0, result.stderr
@@ -59,7 +59,7 @@ def same_networks(a: Path, b: Path) -> None:
 
 
 def log_lines(run_dir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without the fields that depend on time."""
     timed = {"seconds", "images_per_second", "loader_share", "memory_bytes", "evaluation_seconds"}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
@@ -159,7 +159,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_process_that_was_killed(finished: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--steps", STEPS, "--run-dir", "run", "--fresh"]  # of the first start alone
+    arguments = [*SMALL, "--steps", STEPS, "--run-dir", "run", "--fresh"]  # for the first start only
     launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
          "--max-restarts", "1", "-m", "diffratio_fast.train", *map(str, arguments)],
@@ -217,7 +217,7 @@ def test_every_option_of_the_objective_trains(tmp_path: Path) -> None:
         assert in_process(directory, "--steps", 6, "--seed", i, *options) == 0
         lines = [line for line in log_lines(directory) if "ratio_loss" in line]
         assert np.isfinite([line["ratio_loss"] for line in lines]).all()
-        # continuing restores what these options keep in the state
+        # resuming restores the state of these options
         assert in_process(directory, "--steps", 9, "--seed", i, *options) == 0
 
 
@@ -259,7 +259,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def copy_run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run without the mark of its end, as a run to continue."""
+    """A copy of the finished run without its completion marker, as a run to resume."""
     target = tmp_path / "run"
     subprocess.run(["cp", "-r", str(finished), str(target)], check=True)
     (target / "summary.json").unlink()
@@ -319,7 +319,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(finished: Path, tmp_path:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the disk be full while the checkpoint of ``step`` is written."""
+    """Simulate a full disk while the checkpoint of ``step`` is written."""
     write = checkpoint._write_file
 
     def full(path: Path, content: bytes) -> None:
@@ -345,7 +345,7 @@ def test_a_full_disk_during_a_save(
 
 
 def test_a_disk_too_full_for_the_log(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel refuses a file's growth, as a full disk does; what lies in buffers is not in the way."""
+    """RLIMIT_FSIZE stops a file's growth, as a full disk does; buffered data does not matter."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     monkeypatch.setattr(checkpoint, "_write_file", lambda path, content: path.write_bytes(content))
@@ -407,7 +407,7 @@ def test_an_unwritable_directory(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, as in a container, may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, as in a container, can write anywhere
     with pytest.raises(UserError, match="permission denied"):
         in_process(tmp_path / "run", "--steps", 1)
     assert list((tmp_path / "run").iterdir()) == []

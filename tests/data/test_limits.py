@@ -1,4 +1,4 @@
-"""Files that unpack to far more than they are, and files that are none: refused before memory is taken."""
+"""Decompression bombs and paths that are not files: rejected before memory is allocated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from diffratio_fast.metrics.features.base import read_weights
 from diffratio_fast.storage.pickles import check_torch_file
 
 MANY = 1 << 30
-"""Bytes that each of these claims; a child that takes them fails, as it has less."""
+"""Bytes that each file claims; a child that allocates them fails, as its limit is lower."""
 
 
 def npy_head(shape: tuple[int, ...], dtype: str) -> bytes:
@@ -35,7 +35,7 @@ def npy_head(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def npz_bomb(path: Path, *names: str) -> Path:
-    """An .npz of arrays of a GiB of zeros each, a thousandth of that on disk."""
+    """An .npz of arrays of a GiB of zeros each, a thousandth of the size on disk."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name in names:
             info = zipfile.ZipInfo(f"{name}.npy")
@@ -163,7 +163,7 @@ def test_what_is_called_an_image_and_is_no_file(kind: str, tmp_path: Path) -> No
     if kind == "FIFO":
         os.mkfifo(path)
     elif kind == "socket":
-        os.chdir(path.parent)  # the name of a socket is short
+        os.chdir(path.parent)  # the path of a socket must be short
         socket.socket(socket.AF_UNIX).bind("x.png")
     elif kind == "device":
         os.symlink("/dev/zero", path)

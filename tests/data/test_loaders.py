@@ -1,4 +1,4 @@
-"""The two loaders: one order, the same bytes, exact resume; and what they say of damaged data."""
+"""The two loaders: one order, the same bytes, exact resume; and errors for damaged data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """A data set of its own, to be damaged."""
+    """A separate data set that the test damages."""
     return prepared(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_the_ring_lends_a_buffer_again_once_nobody_holds_it() -> None:
     part = tensor[2]
     address = lent.ctypes.data
     del lent, tensor
-    assert ring.acquire().ctypes.data != address  # `part` still looks at it
+    assert ring.acquire().ctypes.data != address  # `part` is still a view of it
     del part
     held = [ring.acquire() for _ in range(2)]
     assert address in {array.ctypes.data for array in held}
@@ -241,7 +241,7 @@ def test_first_epoch_verifies_each_record_once_after_a_resume(damaged: Path) -> 
     for shard in range(3):
         flip_bit(damaged / f"shard-{shard:05d}.bin", 11)
     for _ in range(6):
-        next(batches)  # no longer looked at
+        next(batches)  # no longer referenced
     with pytest.raises(UserError, match="is damaged"):
         next(data.batches("train", n, seed=0, start=3))
     with pytest.raises(UserError, match="is damaged"):

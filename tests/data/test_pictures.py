@@ -1,4 +1,4 @@
-"""Grids of images: cells at their places, white gaps, labels beside the rows."""
+"""Grids of images: positions of cells, white gaps, labels beside the rows."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Every kind of source: what is read is what was there, and what is hostile or broken is refused."""
+"""Every kind of source: data is read correctly, and hostile or broken files are rejected."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_crops_keep_the_center_square(crop: str, size: tuple[int, int]) -> None:
     height, width = size
     out = decode_image(gradient(height, width), ImageOptions(16, crop), "x")
     assert out.shape == (3, 16, 16) and out.dtype == np.uint8
-    # A gradient stays a gradient: compare with its values at the centers of the output's pixels.
+    # Resizing keeps a gradient: compare with its values at the centers of the output's pixels.
     side, centers = min(size), (np.arange(16) + 0.5) / 16
     rows = 255 * ((height - side) / 2 + centers * side) / height
     columns = 255 * ((width - side) / 2 + centers * side) / width
@@ -256,7 +256,7 @@ def test_hostile_and_broken_tars(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cifar(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """Six small batches, uint8 (20, 3073), with md5s of their own in the place of the published ones."""
+    """Six small batches, uint8 (20, 3073), with their md5 digests instead of the published ones."""
     rng = np.random.default_rng(0)
     batches = {name: rng.integers(0, 256, (20, 3073), np.uint8) for name in arrays.CIFAR10_MD5}
     for batch in batches.values():
@@ -348,7 +348,7 @@ def test_a_hostile_python_batch_runs_nothing(
 
 
 def test_cifar10_published_md5s_are_those_of_the_binary_version() -> None:
-    """Agrees with a copy of the data, where the environment names one."""
+    """Agrees with a copy of the data, if an environment variable gives its path."""
     where = os.environ.get("DIFFRATIO_CIFAR10")
     if not where:
         pytest.skip("DIFFRATIO_CIFAR10 names no copy of CIFAR-10")

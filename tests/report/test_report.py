@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What is on a page: its tags, whether they close, what it refers to."""
+    """The content of a page: its tags, whether they are closed, its references."""
 
     VOID = frozenset(("meta", "img", "input", "br", "line", "circle", "polyline", "polygon"))
 
@@ -102,7 +102,7 @@ def test_a_denoisers_lines_make_charts_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_page_of_little_is_a_page(tmp_path: Path) -> None:
-    """A run that has only just begun, and one whose files are damaged."""
+    """A run that has just started, and one with damaged files."""
     (tmp_path / "config.yaml").write_text("preset: digits\nsteps: 10\ndata: <script>alert(1)</script>\n")
     text = report.write(tmp_path).read_text()
     assert "not finished" in text and "<script>alert" not in text
@@ -176,7 +176,7 @@ def browse(page: Path, folder: Path, width: int, *options: str) -> subprocess.Co
 
 
 def with_probe(text: str) -> str:
-    """The page with the probe, which its policy then allows; the policy allows no other script."""
+    """The page with the probe, added to its policy; the policy allows no other script."""
     script = PROBE.removeprefix("<script>").removesuffix("</script>")
     digest = digest_of(script)
     assert text.count("script-src ") == 1
@@ -190,7 +190,7 @@ addEventListener("load", () => Object.assign(
   document.documentElement.dataset, document.querySelector("iframe").contentDocument.documentElement.dataset,
 ));
 </script></body></html>"""
-"""A window has a least width that is more than a phone's; a frame has not."""
+"""A window has a minimum width larger than a phone's; a frame does not."""
 
 
 @in_browser
@@ -217,7 +217,7 @@ def test_a_screenshot_shows_a_page(finished: Path, tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert pixels.shape == (2000, width, 3)
     paper = (pixels == pixels[1, 1]).all(-1)
-    assert 0.02 < 1 - paper.mean() < 0.9  # drawn upon, but mostly paper
+    assert 0.02 < 1 - paper.mean() < 0.9  # not empty, but mostly background
     assert len(np.unique(pixels[::3, ::3].reshape(-1, 3), axis=0)) > 50
 
 

@@ -1,4 +1,4 @@
-"""Loggers: what each keeps, after a resume too, and that none of them ends a run."""
+"""Loggers: the records of each, also after a resume; their failures never end a run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_csv_has_a_row_for_each_number(tmp_path: Path) -> None:
         first.line({"step": step, "loss": step / 3})
     first.close()
     with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("30,lo")  # cut off by a kill
+        file.write("30,lo")  # truncated by a kill
     resumed, _ = opened(["csv"], tmp_path, 20)
     resumed.line({"step": 30, "loss": 31.0})
     resumed.close()
@@ -85,7 +85,7 @@ def test_csv_has_a_row_for_each_number(tmp_path: Path) -> None:
 
 
 class StandIn:
-    """wandb, as far as it is used."""
+    """The part of wandb that is used."""
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """Hostile versions of every kind of file that the package loads: no code runs, and the error is one line.
 
-A payload of each kind would create the file ``marker``. The table in docs/security.md is that of this file.
+A payload of each kind would create the file ``marker``. docs/security.md has a table of these cases.
 """
 
 import gzip
@@ -34,7 +34,7 @@ DEEP = "[" * 100_000
 
 
 class Payload:
-    """Python's own reader of pickles creates the file."""
+    """Python's pickle module creates the file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -59,7 +59,7 @@ def test_the_payload_would_run(marker: Path) -> None:
 
 
 def refused(main: Callable[[list[str]], int | None], arguments: list[object], marker: Path) -> str:
-    """The one line by which the command refuses; nothing has run."""
+    """The one-line error of the command; no payload has run."""
     with pytest.raises(UserError) as caught:
         main([str(argument) for argument in arguments])
     message = str(caught.value)
@@ -254,7 +254,7 @@ def test_configurations(case: str, copied: Path, tmp_path: Path, marker: Path) -
     shutil.copyfile(path, copied / "config.yaml")
     refused(train.main, [*SMALL, "--steps", 4, "--run-dir", copied], marker)
     refused(refit.main, [copied], marker)
-    assert report_main([str(copied)]) == 0  # shows what else is there
+    assert report_main([str(copied)]) == 0  # shows the other files
     assert not marker.exists()
 
 

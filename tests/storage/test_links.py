@@ -1,4 +1,4 @@
-"""A run directory from somebody else, with symbolic links that lead writes to files elsewhere."""
+"""An untrusted run directory, with symbolic links that redirect writes to files elsewhere."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_lock_that_is_a_fifo_is_refused(run: Path) -> None:
 def test_the_lock_is_taken_before_anything_is_loaded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with writing.lock(run / ".lock") as mine:
         assert mine
-        shutil.rmtree(run / "checkpoint")  # what would be an error of its own
+        shutil.rmtree(run / "checkpoint")  # would be a separate error
         with pytest.raises(UserError, match="another process is training here"):
             resume(run)
 

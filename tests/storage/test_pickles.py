@@ -31,7 +31,7 @@ from diffratio_fast import convert
 from diffratio_fast.errors import UserError
 from diffratio_fast.storage import pickles
 
-# Hostile pickles: nothing runs.
+# Hostile pickles: no code runs.
 
 
 def evil(marker: Path) -> Call:
@@ -63,7 +63,7 @@ def _zipped(value: Any) -> bytes:
 
 
 def in_network(place: str, value: Any) -> bytes:
-    """A snapshot with ``value`` in a buffer, among the arguments, or beside the network."""
+    """A snapshot with ``value`` in a buffer, among the arguments, or next to the network."""
     content = snapshot("edm2_tiny")
     state = content["ema"].meta["state"]
     if place == "buffer":
@@ -194,7 +194,7 @@ def test_the_source_in_a_published_pickle_is_never_executed(
     monkeypatch.setattr(published_snapshots, "SOURCE", f"open({str(marker)!r}, 'w')")
     path = write(tmp_path / "n.pkl", snapshot("edm2_tiny"))
     pickle.loads(path.read_bytes())
-    assert marker.exists()  # Python's own reader does
+    assert marker.exists()  # Python's pickle module runs it
     marker.unlink()
     assert convert.main([str(path), str(tmp_path / "o.safetensors")]) == 0
     assert not marker.exists()
@@ -207,9 +207,9 @@ def test_the_source_in_a_published_pickle_is_never_executed(
 def test_a_hostile_storage_is_refused(wrap: Callable[[Any], bytes], tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     payload = wrap(evil(marker))
-    with contextlib.suppress(Exception):  # whatever it ends with, it has run by then
+    with contextlib.suppress(Exception):  # it has run even if an error follows
         torch.load(io.BytesIO(payload), weights_only=False)
-    marker.unlink()  # raises if it had not
+    marker.unlink()  # raises if it has not run
     path = tmp_path / "n.pkl"
     path.write_bytes(in_network("buffer", storage_call(payload)))
     printed = fails(path)

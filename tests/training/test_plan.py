@@ -106,7 +106,7 @@ def test_flops_of_a_dense_step() -> None:
     conditioning = 32 * 64 + 64 * 24
     # generator: forward, and backward to weights, and to features except for the first layer
     passes = 2 * 10 * (3 * generator - 16 * 32)
-    # ratio step, both halves: forward, to weights, to features but the first; then forward, to images
+    # ratio step, both halves: forward, to weights, to features but the first; forward, back to images
     passes += 2 * 20 * (3 * (ratio + conditioning) - 64 * 24 - 32 * 64)
     passes += 2 * 10 * (2 * ratio + conditioning)
     assert cost(config, open_dataset("digits")).flops == passes

@@ -1,4 +1,4 @@
-"""The verifier and its calibration against closed forms, on a plane where the density ratio is known."""
+"""The verifier and its calibration against closed forms, on a plane with a known density ratio."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from diffratio_fast.verifier.calibration import (
 from diffratio_fast.verifier.noise_level import candidate_sigmas, choose_sigma
 from diffratio_fast.verifier.selection import Verifier, effective_share, select
 
-# deliberately wrong: a component three times too frequent, one moved, all too wide
+# deliberately wrong: one component three times too frequent, one shifted, all too wide
 WRONG = (torch.tensor([[0.6, 0.0]] * 3 + [[-0.3, 0.5], [-0.2, -0.6]]), 0.22)
 SIGMA = 0.1
 AXIS = torch.linspace(-1.9, 1.9, 191, dtype=torch.float64)
@@ -33,7 +33,7 @@ COARSE = 10  # cells of the plane's grid along a bin of the histograms
 
 
 class Mixture(nn.Module):
-    """A generator whose law is a mixture of Gaussians: the first number of a latent picks the component."""
+    """A generator of a mixture of Gaussians: the first number of a latent selects the component."""
 
     latent_shape = (3,)
     means: Tensor
@@ -66,7 +66,7 @@ def resampled_law(sigma: float) -> Tensor:
     kernel = kernel / kernel.sum(1, keepdim=True)
     weight = kernel @ (on_plane(DATA, sigma) / on_plane(WRONG, sigma)) @ kernel.T
     law = on_plane(WRONG, 0.0) * weight
-    assert abs(float(law.sum()) - 1) < 5e-3  # the formula makes a probability by itself
+    assert abs(float(law.sum()) - 1) < 5e-3  # the formula is normalized
     return law / law.sum()
 
 
@@ -104,13 +104,13 @@ def refitted() -> MLPRatio:
     )
     assert result.checks[0] == (0, pytest.approx(0, abs=1e-6))
     assert result.bound == max(bound for _, bound in result.checks) > 0.03
-    assert not network.last.weight.any()  # the network that was given has not moved
+    assert not network.last.weight.any()  # the input network is unchanged
     return result.network  # type: ignore[return-value]
 
 
 @pytest.mark.slow
 def test_resample_draws_from_its_closed_form_law_and_nears_the_data(refitted: MLPRatio) -> None:
-    """With the exact ratio the histogram is the law's; with the refitted one it comes close, and gains."""
+    """With the exact ratio the histogram is the law's; with the refitted one it is close, and improves."""
     count = 8192
     labels = torch.zeros(count, dtype=torch.int64)
     generator = Mixture(WRONG)
@@ -123,10 +123,10 @@ def test_resample_draws_from_its_closed_form_law_and_nears_the_data(refitted: ML
             for ratio in (exact_ratio, refitted)
         )
     assert variation(histogram(on_plane(WRONG, 0.0)), data) > 0.3
-    assert variation(law, data) < 0.5 * variation(plain, data)  # what the theory promises here
+    assert variation(law, data) < 0.5 * variation(plain, data)  # the theoretical improvement
     assert variation(counted(exact.images), law) < 1.5 * noise
     assert variation(counted(learned.images), law) < 0.08 + noise
-    assert variation(counted(learned.images), data) < 0.6 * variation(plain, data)  # the gain
+    assert variation(counted(learned.images), data) < 0.6 * variation(plain, data)  # the improvement
     assert exact.effective_share > 0.2
 
 
