@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Objective:
     """One way to train a generator.
 
-    The *online network* is the one that trains beside the generator: a ratio network, a student denoiser.
+    The *online network* trains together with the generator: a ratio network, or a student denoiser.
     It is ``state.ratio`` and takes the options ``ratio_lr``, ``ratio_weight_decay``, ``ratio_noise``,
     ``ratio_steps`` and ``ratio_warmup_steps``.
     """

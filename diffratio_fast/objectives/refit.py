@@ -85,7 +85,7 @@ def refit(
     """Fit a copy of ``ratio`` to distinguish ``batches`` from images of the frozen ``generator``.
 
     ``batches`` and ``held_out`` are (x0 [B, C, H, W], labels int64 [B]) on the networks' device, in their
-    dtype. Neither network changes. The result is a function of the arguments alone.
+    dtype. Neither network changes. The result depends only on the arguments.
     """
     network = copy.deepcopy(ratio).requires_grad_(True)
     # with momentum, unlike online: the generator is frozen, so older gradients remain valid

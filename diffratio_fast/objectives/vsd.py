@@ -41,7 +41,7 @@ def student_errors(
 ) -> Tensor:
     """Weighted denoising errors [B] of clean generated images [B, C, H, W] at sigma [B].
 
-    Differentiable in the student's weights alone; at the optimum the student is E[x0 | x_sigma] under the
+    Differentiable only in the student's weights; at the optimum the student is E[x0 | x_sigma] under the
     generator's law.
     """
     return denoising_errors(

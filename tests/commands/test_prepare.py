@@ -423,7 +423,7 @@ def test_info_describes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
         and f"{data.manifest.statistics.std[1]:.4g}" in out
     )
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    if kind == "image":  # the page has the first picture of the first class, enlarged six times
+    if kind == "image":  # the sheet has the first picture of the first class, enlarged six times
         records, labels = records_of(directory, "train")
         first = records[labels == 0][0].transpose(1, 2, 0)
         np.testing.assert_array_equal(sheet[3 : 3 + 48 : 6, 3 : 3 + 48 : 6], first)

@@ -1,4 +1,4 @@
-"""The digits that ship with the package, and the order in which records are seen."""
+"""The digits that ship with the package, and the order in which records are read."""
 
 import numpy as np
 import pytest

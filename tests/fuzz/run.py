@@ -1,8 +1,8 @@
 """Fuzz the readers of foreign files: ``python tests/fuzz/run.py [TARGET ...] [--seconds N]``.
 
 Each target runs in a child of bounded memory for its share of the time. Inputs are mutations of a kept
-corpus; one that leads to an outcome not seen before (another error message, for example) joins it for the
-rest of the run, and with ``--keep`` for good. An error that the target does not allow, a crash, a hang or a
+corpus; one with a new outcome (such as another error message) is added to it for the rest
+of the run, and with ``--keep`` permanently. An error that the target does not allow, a crash, a hang or a
 lack of memory is a finding: it is printed with the file that holds the input, and the exit status is 1. With
 a fixed seed the inputs are the same each time, as many as the time allows. ``--engine atheris`` mutates by
 coverage instead, where that is installed.

@@ -1,6 +1,6 @@
 // A GPU's threads, warps and blocks, and the scheduler that runs them.
 //
-// Each thread has a stack of its own and runs until it must wait for others; then the schedule selects the next thread.
+// Each thread has its own stack and runs until it must wait for others; then the schedule selects the next thread.
 #pragma once
 
 #include <deque>

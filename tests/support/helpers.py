@@ -37,8 +37,8 @@ def run(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess
 def in_child(act: Callable[[], object], *, memory: int = 2 << 30, seconds: int = 120) -> str:
     """Text that ``act`` returns in a forked process, or the message if it raises ``UserError``.
 
-    The child may take ``memory`` bytes of address space beyond those it begins with, and so many seconds of
-    processor time.
+    The child may allocate ``memory`` bytes of address space beyond its initial size, and use the given
+    seconds of CPU time.
     """
     source, sink = os.pipe()
     pid = os.fork()

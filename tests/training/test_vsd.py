@@ -207,7 +207,7 @@ def test_student_and_teacher_start_alike_and_only_the_student_learns(teacher: Pa
 
 
 def test_generator_and_teacher_from_init(teacher: Path, tmp_path: Path) -> None:
-    """A generator of the same backbone takes the denoiser's weights; --init alone names the teacher too."""
+    """A generator of the same backbone gets the denoiser's weights; --init alone also sets the teacher."""
     options = [*DISTIL, "--generator", "backbone", "--init", str(teacher), "--ratio-warmup-steps", "8",
                "--generator-ramp-steps", "0"]  # fmt: skip
     folder = tmp_path / "run"

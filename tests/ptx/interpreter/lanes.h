@@ -1,4 +1,4 @@
-// Handlers that compute every lane's result from its sources alone.
+// Handlers that compute every lane's result only from its sources.
 #pragma once
 #include <cmath>
 

@@ -1,5 +1,5 @@
 // The functions of the CUDA runtime that the project's launchers and nvcc's host stubs call. Launches go to the
-// interpreter, which executes the PTX in the fat binary that nvcc put beside the stubs.
+// interpreter, which executes the PTX in the fat binary that nvcc embeds with the stubs.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

@@ -71,7 +71,7 @@ struct MixerArguments {
   void* conditioning_gradient[2];
   void* out[network_weights];
   void* loss;
-  int64_t workspace_limit, slice_units;  // slice_units, if not 0: the workspace is for so many units
+  int64_t workspace_limit, slice_units;  // slice_units, if not 0: the workspace is for this many units
   void* kept;                            // if kept_bytes: the staged operands of the last slice are copied there
   int64_t kept_bytes;
   // results
