@@ -1,4 +1,4 @@
-// What the source files of the Python module share: noise_bindings.cpp, ratio_bindings.cpp and module.cpp.
+// Declarations shared by the source files of the Python module: *_bindings.cpp and module.cpp.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace diffratio {
 
-// Raised with every change of a schema. diffratio_fast/ops/compiled.py holds the same number.
+// Increment with every change of a schema, together with INTERFACE in diffratio_fast/ops/compiled.py.
 constexpr int interface_version = 5;
 
 // The SIMD level in use, and its name.
@@ -16,7 +16,7 @@ const cpu::Level& cpu_level();
 const char* simd_level();
 // Changes the level (for tests). Throws std::runtime_error if the level does not exist.
 void use_simd_level(const char* name);
-// torch's thread pool, in the form that the CPU implementations take.
+// torch's thread pool, with the interface that the CPU implementations use.
 void parallel_for(int64_t count, int64_t grain, cpu::Body body, const void* context);
 
 // Bytes that a ratio operation allocates besides its arguments and results.

@@ -1,5 +1,5 @@
-// The EDM2 operations as torch sees them: schemas, checks that keep memory safe, allocation, dispatch.
-// diffratio_fast/ops/edm2.py checks the same earlier, with longer messages.
+// The EDM2 operations for torch: schemas, memory-safety checks, allocation, dispatch.
+// diffratio_fast/ops/edm2.py checks the same arguments first, with longer messages.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -27,7 +27,7 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Runs a launcher of the CPU or CUDA backend, whichever the tensor lives on.
+// Runs a launcher of the CPU or CUDA backend, by the device of the tensor.
 template <class Arguments>
 void run(const Tensor& on, const Arguments& a,
          void (*cpu_launch)(const cpu::Level&, const Arguments&, cpu::ParallelFor),
@@ -130,7 +130,7 @@ Tensor pixel_norm_silu_backward(const Tensor& x_, const Optional& by_normalized_
   return by_x;
 }
 
-// What forward and backward of scale_silu share, with the tensors that the pointers point into.
+// Shared arguments of forward and backward of scale_silu, with the tensors that own the memory.
 struct Scaled {
   Tensor x, condition, rng, index;
   ScaleSilu a{};
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> sum_clamp_backward(const Optional& by_out_, const Opt
                                               bool channels_last) {
   TORCH_CHECK_VALUE(by_out_ || by_activated_, "a gradient is missing");
   TORCH_CHECK_VALUE(!by_activated_ || out_, "out is missing");
-  // The bits are in the order in which the result lay in memory.
+  // The bits are in the memory order of the forward result.
   const Tensor& given = out_ ? *out_ : *by_out_;
   TORCH_CHECK_VALUE(!channels_last || given.dim() == 4, "channels_last tensors are images");
   const Tensor like = given.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);

@@ -67,7 +67,7 @@ py::dict plan_ratio(const std::string& operation, const std::string& device, con
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  diffratio::simd_level();  // so that a wrong DIFFRATIO_SIMD is an import error
+  diffratio::simd_level();  // a wrong DIFFRATIO_SIMD then raises an import error
   m.def("build_info", &build_info);
   m.def("use_simd_level", [](const std::string& name) { diffratio::use_simd_level(name.c_str()); });
   m.def("philox", &philox, "Philox4x32-10 of one raw counter and key, on the named SIMD level");

@@ -1,4 +1,4 @@
-// The noise operations for torch: schemas, checks that keep memory safe, allocation, dispatch to a backend.
+// The noise operations for torch: schemas, memory-safety checks, allocation, dispatch to a backend.
 // diffratio_fast/ops/noise_checks.py checks the same arguments first and has the messages for users.
 #include "bindings.h"
 
@@ -65,7 +65,7 @@ void run([[maybe_unused]] const at::Tensor& on, const Arguments& a,
 #if defined(DIFFRATIO_WITH_CUDA)
          cudaError_t (*on_cuda)(const Arguments&, cudaStream_t)) {
   if (on.is_cuda()) {
-    // The stream without libc10_cuda: one build imports beside a CPU and a CUDA torch.
+    // Get the stream without libc10_cuda: one build then works with a CPU and a CUDA build of torch.
     const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     auto* stream = static_cast<cudaStream_t>(guard.getStreamNativeHandle(guard.getStream(on.device())));
     const cudaError_t error = on_cuda(a, stream);
@@ -190,7 +190,7 @@ at::Tensor add_noise(at::TensorList x0, const at::Tensor& sigma_, const at::Tens
   shape[0] *= inputs;
   at::Tensor out = at::empty(shape, first.options().dtype(dtype));
   a.out = out.mutable_data_ptr();
-  if (out.numel() == 0) return out;  // also keeps null pointers of empty inputs from meaning "normals"
+  if (out.numel() == 0) return out;  // a null pointer of an empty input would mean "normals only"
   if (first.is_cpu()) {
     TORCH_CHECK_VALUE(!(compute == at::kDouble ? has_nan<double>(sigma) : has_nan<float>(sigma)), "sigma contains NaN");
   }

@@ -1,4 +1,4 @@
-// The parameter operations as torch sees them: schemas, checks that keep memory safe, allocation, dispatch.
+// The parameter operations for torch: schemas, memory-safety checks, allocation, dispatch.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

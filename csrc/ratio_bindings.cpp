@@ -1,4 +1,4 @@
-// The ratio operations for torch: schemas, checks that keep memory safe, allocation, dispatch to a backend.
+// The ratio operations for torch: schemas, memory-safety checks, allocation, dispatch to a backend.
 // diffratio_fast/ops/ratio_checks.py checks the same arguments first and has the messages for users.
 //
 // Nothing here synchronizes with a GPU, so the operations may be captured in CUDA graphs.
@@ -170,7 +170,7 @@ class Cuda {
     return packed;
   }
 
-  // Through c10, not libc10_cuda: one build imports beside a CPU and a CUDA torch.
+  // Use c10, not libc10_cuda: one build then works with a CPU and a CUDA build of torch.
   static cudaStream_t stream_of(at::Device device) {
     const c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     return static_cast<cudaStream_t>(guard.getStreamNativeHandle(guard.getStream(device)));

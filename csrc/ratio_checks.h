@@ -1,4 +1,4 @@
-// Checks of the ratio operations' arguments that keep memory safe, for every backend.
+// Memory-safety checks of the arguments of the ratio operations, for every backend.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,7 +1,7 @@
-// The divergences that a generator can descend: h(l) = f''(rho) rho^2 of each, with rho = e^l.
+// The divergences that a generator can minimize: h(l) = f''(rho) rho^2 of each, with rho = e^l.
 //
 // The same table in Python is diffratio_fast/divergences.py; tests compare names, order and values. To add a
-// divergence, append one row to each table. Never reorder: the place in the table is the code of the operations.
+// divergence, append one row to each table. Never reorder: operations use the position in the table as code.
 #pragma once
 
 #include "host_device.h"

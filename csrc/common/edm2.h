@@ -10,7 +10,7 @@ namespace diffratio {
 
 constexpr float norm_epsilon = 1e-4f;       // added to a root mean square
 constexpr float silu_gain = 1.0f / 0.596f;  // EDM2, Eq. 81
-constexpr int64_t pixel_chunk = 256;        // pixels behind one partial sum of ScaleSilu::partial
+constexpr int64_t pixel_chunk = 256;        // pixels per partial sum in ScaleSilu::partial
 
 // normalized = x / (epsilon + rms over channels), activated = mp_silu(normalized).
 // Backward (by_x set): either upstream may be null, which means zero.
@@ -25,8 +25,8 @@ struct PixelNorm {
   void* by_x;
 };
 
-// Dropout masks of the noise contract: element e of a sample (in contiguous order) is kept where sixteen bits of
-// its random word are at least `least`. Words [0, half) give low halves to elements [0, half), high ones to the rest.
+// Dropout masks of the noise contract: element e of a sample (in contiguous order) is kept if its 16 random bits are
+// at least `least`. Elements [0, half) use the low 16 bits of words [0, half), the other elements the high 16 bits.
 struct DropoutMask {
   const int64_t* rng;    // [2]: seed, step; null: nothing is dropped
   const int64_t* index;  // [batch]
@@ -53,10 +53,10 @@ struct ScaleSilu {
   DR_HOST_DEVICE int64_t chunks() const { return channels_last ? (pixels + pixel_chunk - 1) / pixel_chunk : 1; }
 };
 
-// out = clamp(weight_a a + weight_b b, -clip, clip), activated = mp_silu(out) where it is not null.
-// Bit i % 8 of passes[i / 8]: whether element i was inside; passes is null where clip is infinite.
-// Backward (by_a set): either upstream may be null; `out` is read only where by_activated is not.
-// mp_silu alone has neither b nor out, and in the backward pass no by_b.
+// out = clamp(weight_a a + weight_b b, -clip, clip), activated = mp_silu(out) if it is not null.
+// Bit i % 8 of passes[i / 8]: whether element i was not clamped; passes is null if clip is infinite.
+// Backward (by_a set): either upstream may be null; `out` is read only if by_activated is not null.
+// For mp_silu alone, b, out and by_b are null.
 struct SumClamp {
   Type type;
   int64_t count;

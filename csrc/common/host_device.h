@@ -1,4 +1,4 @@
-// One spelling for functions that are compiled for the CPU, for CUDA and for the CUDA-on-CPU tests.
+// Macros for functions that are compiled for the CPU, for CUDA and for the CUDA-on-CPU tests.
 #pragma once
 
 #if defined(__CUDACC__)

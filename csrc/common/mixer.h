@@ -1,5 +1,5 @@
-// A call of a ratio operation, in the same words for every backend. diffratio_fast/ops/reference_ratio.py defines what
-// is computed; pointers are to memory of the backend's device.
+// Arguments of the ratio operations, the same for every backend (diffratio_fast/ops/reference_ratio.py is the
+// definition). All pointers are to memory of the backend's device.
 #pragma once
 
 #include "divergences.h"
@@ -19,10 +19,10 @@ struct MixerSizes {
   DR_HOST_DEVICE int64_t conditioning() const { return width + depth * hidden; }  // D
 };
 
-// The weights in the order of ops/ratio_checks.py, which has their shapes. The last is there with an energy head only.
+// The weights in the order of ops/ratio_checks.py, which has their shapes. The last exists only with an energy head.
 enum Weight { w_patch, w_position, w_mix, w_mix_bias, w_up, w_down, w_head, w_energy, weights };
 
-// The function of the log ratio l whose gradient is wanted.
+// The function of the log ratio l that is differentiated.
 enum class Objective {
   none,      // no gradient
   given,     // its derivative by l is upstream[sample]

@@ -1,5 +1,5 @@
-// Arguments of the noise operations, the same for every backend. All pointers are to memory of the backend's device, so
-// that a captured CUDA graph reads the seed and step of its replay.
+// Arguments of the noise operations, the same for every backend. All pointers are to memory of the backend's device: a
+// captured CUDA graph reads the seed and step at replay.
 #pragma once
 
 #include "integers.h"
@@ -9,9 +9,9 @@ namespace diffratio {
 
 constexpr int max_inputs = 8;
 
-// out[i][b] = (x0[i][b] + sigma[b] eps) scale[b] over arrays [inputs][batch][size], eps from stream i. Where all
+// out[i][b] = (x0[i][b] + sigma[b] eps) scale[b] over arrays [inputs][batch][size], eps from stream i. If all
 // streams are equal, eps is generated once for all inputs. sigma and scale are double for float64 images, else float;
-// scale may be null (one). A null x0[0] gives the normals themselves, in float32; sigma and scale are then not read.
+// scale may be null (1). If x0[0] is null, out gets the normals in float32, and sigma and scale are not read.
 struct AddNoise {
   const int64_t* rng;    // [2]: seed, step
   const int64_t* index;  // [batch]

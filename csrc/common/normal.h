@@ -3,9 +3,9 @@
 //   theta = w_second 2^-32 turns, as the nearest quarter turn and a remainder of at most 1/8 turn
 //   normals: r cos(theta), r sin(theta)
 // The largest radius is sqrt(48 ln 2) = 5.77. Logarithm and sine are the polynomials below, in explicit fma;
-// files that include this one are compiled without contraction (-ffp-contract=off, --fmad=false), so every
-// device computes the same bits. Against exact formulas on the same words the error is below 1e-6: at most 3.53e-7
-// from the radius (over all 2^24), 7.5e-8 r from the angle and 2.4e-7 from the product, together below 9.35e-7.
+// files that include this one are compiled without contraction (-ffp-contract=off, --fmad=false), so results are
+// bit-identical on every device. The error against the exact formulas is below 9.35e-7: at most 3.53e-7 from the
+// radius (over all 2^24 values), 7.5e-8 r from the angle and 2.4e-7 from the product.
 // diffratio_fast/ops/reference_noise.py repeats these lines in PyTorch and must change with them.
 #pragma once
 
@@ -22,7 +22,7 @@ DR_HOST_DEVICE typename V::Float radius(typename V::Bits word) {
   using B = typename V::Bits;
   const F u = V::fma(V::from_signed(word >> 8), V::constant(0x1p-24f), V::constant(0x1p-24f));
   const B bits = V::as_bits(u);
-  const B k23 = (bits - 0x3f2aaaabu) & 0xff800000u;  // k << 23: the mantissa is taken in [2/3, 4/3)
+  const B k23 = (bits - 0x3f2aaaabu) & 0xff800000u;  // k << 23: the mantissa is in [2/3, 4/3)
   const F s = V::as_float(bits - k23) - V::constant(1.0f);
   F q = V::constant(-0x1.25295ep-2f);
   q = V::fma(q, s, V::constant(0x1.3dd1e4p-2f));
@@ -61,7 +61,7 @@ DR_HOST_DEVICE void cosine_sine(typename V::Bits word, typename V::Float& cosine
   sine = V::flip_sign(V::choose(quarter, 0x40000000u, c, s), quarter);
 }
 
-// The pair of normals of a pair of words.
+// The two normals of a pair of words.
 template <class V>
 DR_HOST_DEVICE void box_muller(typename V::Bits first, typename V::Bits second, typename V::Float& n0,
                                typename V::Float& n1) {

@@ -1,5 +1,5 @@
 // Arguments of the parameter operations, the same for every backend (diffratio_fast/ops/reference_parameters.py is
-// the definition). Weights are matrices [rows][length]: a row is what makes one output.
+// the definition). Weights are matrices [rows][length]: a row has the weights of one output.
 #pragma once
 
 #include "integers.h"
@@ -20,8 +20,8 @@ struct NormalizeWeight {
   float* by_weight;
 };
 
-// One tensor of an Adam step, float32. Rows matter where it is normalized: then rows are divided by their root mean
-// square after the update, and `normalized` (may be null) gets what NormalizeWeight makes of the result.
+// One tensor of an Adam step, float32. If it is normalized, its rows are divided by their root mean square after the
+// update, and `normalized` (may be null) gets the result of NormalizeWeight for the new weight.
 struct AdamTensor {
   const float* gradient;
   float* weight;
@@ -34,7 +34,7 @@ struct AdamTensor {
   bool normalize;
 };
 
-// A number by value, or in the device's memory where a captured graph is to read it.
+// A number by value, or in device memory for a captured graph.
 struct Number {
   const float* pointer;
   float value;
@@ -52,7 +52,7 @@ struct AdamSettings {
 
 struct Adam {
   AdamSettings settings;
-  const AdamTensor* tensors;  // in the host's memory
+  const AdamTensor* tensors;  // in host memory
   int64_t count;
   float* squares;  // [count]: sums of squares of the gradients
   float* partial;  // a float for each row of each tensor, one tensor after the other

@@ -5,8 +5,8 @@
 //   key      = (low 32 bits of seed, high 32 bits of seed)
 //   counter  = (element / 4, low 32 bits of step, low 32 bits of the sample's index,
 //               purpose << 24 | substep << 16 | draw)
-// and element i of a sample is word i % 4 of counter i / 4. Nothing else (device, grid, threads, batch, ranks)
-// enters. Part 2, from words to normals, is normal.h.
+// and element i of a sample is word i % 4 of counter i / 4. It does not depend on device, grid, threads, batch or
+// ranks. Part 2, from words to normals, is normal.h.
 #pragma once
 
 #include "host_device.h"
@@ -30,7 +30,7 @@ DR_HOST_DEVICE void philox4x32_10(typename V::Word (&state)[4], uint32_t key0, u
   }
 }
 
-// The last counter word: which stream of a sample. purpose < 256, substep < 256, draw < 65536.
+// The last counter word: the stream of a sample. purpose < 256, substep < 256, draw < 65536.
 DR_HOST_DEVICE uint32_t stream_word(int64_t purpose, int64_t substep, int64_t draw) {
   return static_cast<uint32_t>(purpose) << 24 | static_cast<uint32_t>(substep) << 16 | static_cast<uint32_t>(draw);
 }

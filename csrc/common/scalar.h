@@ -1,6 +1,6 @@
-// The one-lane "vector": the operations that philox.h and normal.h are written in, for one number at a time.
-// csrc/cpu/simd_*.h give the same operations for whole registers. Every one of them is exact or correctly
-// rounded (IEEE), which makes all implementations bit-identical.
+// The one-lane "vector": the operations that philox.h and normal.h use, for one number at a time.
+// csrc/cpu/simd.h has the same operations for SIMD registers. Each operation is exact or correctly rounded (IEEE), so
+// all implementations are bit-identical.
 #pragma once
 
 #include "host_device.h"
@@ -64,7 +64,7 @@ struct Scalar {
     return b;
 #endif
   }
-  // Where `mask & bit` is set a, else b.
+  // a if `mask & bit` is set, else b.
   static DR_HOST_DEVICE Float choose(Bits mask, uint32_t bit, Float a, Float b) { return mask & bit ? a : b; }
   // a with its sign flipped where bit 31 of `sign` is set.
   static DR_HOST_DEVICE Float flip_sign(Float a, Bits sign) { return as_float(as_bits(a) ^ (sign & 0x80000000u)); }

@@ -36,7 +36,7 @@ DR_HOST_DEVICE float to_float(Float16 x) {
   if (magnitude >= 0x7c00u) {  // infinity and NaN (made quiet, as hardware does)
     return Scalar::as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x400000u : 0u));
   }
-  // Placed 112 exponents too low, then scaled up exactly; this makes subnormals normal.
+  // The exponent is 112 too low, then scaled up exactly; this converts subnormals to normal numbers.
   return Scalar::as_float(sign | Scalar::as_bits(Scalar::as_float(magnitude << 13) * 0x1p112f));
 #endif
 }
@@ -71,7 +71,7 @@ DR_HOST_DEVICE Float16 from_float<Float16>(float x) {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u | (magnitude >> 13 & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // from 65520 on: infinity
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above: infinity
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {  // below 2^-14: the sum with 1/2 rounds at the subnormals' last bit
     half = Scalar::as_bits(Scalar::as_float(magnitude) + 0.5f) - 0x3f000000u;

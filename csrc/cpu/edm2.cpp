@@ -1,4 +1,4 @@
-// The CPU backend of the EDM2 operations: the split of the work. The arithmetic is in edm2_level.cpp.
+// The CPU backend of the EDM2 operations: distribution of work to threads. The arithmetic is in edm2_level.cpp.
 #include "edm2.h"
 
 #include <cstring>
@@ -13,8 +13,8 @@ extern const Edm2Level edm2_avx512;
 
 namespace {
 
-constexpr int64_t grain = 16384;        // elements worth a thread
-constexpr int64_t streamed = 24 << 20;  // bytes of results from which on stores go around the cache
+constexpr int64_t grain = 16384;        // minimum elements per thread
+constexpr int64_t streamed = 24 << 20;  // bytes of results above which stores bypass the cache
 
 const Edm2Level& kernels(const Level& level) {
 #if defined(DR_HAVE_X86)

@@ -7,7 +7,7 @@
 
 namespace diffratio::cpu {
 
-// Tiles of contiguous images are staged in this many floats: the channels that PixelNorm may have.
+// Floats of the buffer for tiles of contiguous images; also the maximum channels of PixelNorm.
 constexpr int64_t staged_floats = 32768;
 constexpr int64_t max_norm_channels = staged_floats / 16;
 constexpr int64_t max_scale_channels = 8192;  // of ScaleSilu
@@ -20,7 +20,7 @@ void cat_silu(const Level& level, const CatSilu& arguments, ParallelFor parallel
 void ones_channel(const Level& level, const OnesChannel& arguments, ParallelFor parallel_for);
 void qkv_norm(const Level& level, const QkvNorm& arguments, ParallelFor parallel_for);
 
-// Arguments as a level's kernels take them. `stream`: results are larger than the cache, so stores go around it.
+// Arguments of the kernels of a SIMD level. `stream`: results are larger than the cache, so stores bypass it.
 template <class Arguments>
 struct Streamed {
   Arguments a;

@@ -1,4 +1,4 @@
-// What joins two tensors, elementwise: SumClamp, CatSilu, OnesChannel, for one SIMD level.
+// Operations that join two tensors: SumClamp, CatSilu, OnesChannel, for one SIMD level.
 #pragma once
 
 #include "edm2.h"

@@ -7,7 +7,7 @@
 namespace diffratio::cpu {
 namespace {
 
-// 1 / (epsilon + rms) of a vector whose squares have this sum, and the factor of sum(gradient x) x in its derivative.
+// From the sum of squares of a vector: 1 / (epsilon + rms), and the factor of sum(gradient x) x in its derivative.
 struct Norm {
   float scale, slope;
   DR_HOST_DEVICE Norm(float squares, int64_t count) {
@@ -26,7 +26,8 @@ DR_HOST_DEVICE float squares_of(const T* x, int64_t count) {
   });
 }
 
-// The gradient by what was normalized: by_normalized + by_activated mp_silu'(normalized); null means zero.
+// The gradient with respect to the normalized value: by_normalized + by_activated mp_silu'(normalized); null means
+// zero.
 template <class W, class T>
 DR_HOST_DEVICE typename W::F upstream(const T* by_normalized, const T* by_activated, int64_t i,
                                       typename W::F normalized) {
@@ -83,7 +84,7 @@ void norm_rows(const PixelNorm& a, bool stream, int64_t begin, int64_t end) {
   }
 }
 
-// Work items are tiles of pixels of contiguous images, [channels][tile]; they are staged as floats.
+// Work items are tiles of pixels of contiguous images, [channels][tile], copied to a float buffer.
 template <class T>
 void norm_tiles(const PixelNorm& a, bool stream, int64_t tile, int64_t begin, int64_t end) {
   const int64_t tiles = (a.inner + tile - 1) / tile;

@@ -1,4 +1,4 @@
-// Small matrix products out of one register tile, for one SIMD level. Included by mixer_level.cpp; the level's
+// Small matrix products built from one register tile, for one SIMD level. Included by mixer_level.cpp; the level's
 // compiler flags decide the register width.
 #pragma once
 
@@ -25,8 +25,8 @@ constexpr int panel = 2 * lanes;
 typedef float V __attribute__((vector_size(4 * lanes)));
 typedef int32_t I __attribute__((vector_size(4 * lanes)));
 
-// While one lives, subnormal numbers count as zero: a confident network's gradients are made of them, and each
-// costs a processor a hundred cycles.
+// Flushes subnormal numbers to zero during its lifetime. At large log ratios many gradients are subnormal, and each
+// operation on one costs about a hundred cycles.
 class FlushSubnormals {
 #if defined(__x86_64__)
  public:
@@ -75,7 +75,7 @@ DR_HOST_DEVICE V sigmoid(V x) {
   const V bound = constant(87.0f);
   V y = x > bound ? bound : x;
   y = y < -bound ? -bound : y;
-  return reciprocal(1.0f + exponential(-y));  // of NaN: NaN, both comparisons being false
+  return reciprocal(1.0f + exponential(-y));  // NaN stays NaN: both comparisons are false
 }
 
 template <int N>

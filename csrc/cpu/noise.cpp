@@ -1,4 +1,4 @@
-// Choice of the SIMD level, and the split of the work.
+// Selection of the SIMD level, and distribution of work to threads.
 #include "noise.h"
 
 #include <cstring>
@@ -16,7 +16,7 @@ static const Level all[] = {level_portable};
 
 namespace {
 constexpr int64_t chunk = 2048;   // as in noise_level.cpp
-constexpr int64_t grain = 16384;  // elements worth a thread: about 10 microseconds
+constexpr int64_t grain = 16384;  // minimum elements per thread: about 10 microseconds
 }  // namespace
 
 const Level* levels(int* count) {

@@ -9,11 +9,11 @@
 namespace diffratio::cpu {
 
 // Calls body(context, begin, end) on disjoint ranges that cover [0, count), each of at least `grain` items
-// (or all), from as many threads as the caller likes. Comes in from outside: torch's thread pool.
+// (or all), from any number of threads. The caller passes torch's thread pool.
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, const void* context);
 
-// SIMD levels in ascending order; which exist was decided at build time.
+// SIMD levels in ascending order; the build determines which exist.
 struct Level {
   const char* name;
   bool (*supported)();  // by this CPU
@@ -23,8 +23,8 @@ struct Level {
 };
 
 const Level* levels(int* count);
-// The named level, or the best supported one where the name is null or empty. Returns null and sets *error where
-// the named one is not compiled or not supported.
+// The level with this name, or the best supported level if the name is null or empty. Returns null and sets *error
+// if the level is not compiled or not supported.
 const Level* choose_level(const char* name, const char** error);
 
 void add_noise(const Level& level, const AddNoise& arguments, ParallelFor parallel_for);

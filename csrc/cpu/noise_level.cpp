@@ -1,6 +1,6 @@
 // The noise kernels of one SIMD level. CMake compiles this file once per level, with that level's flags and
-// DR_LEVEL set to its name. Everything here is in an unnamed namespace or always inlined, so that the linker can
-// never take one level's code for another's.
+// DR_LEVEL set to its name. Everything here is in an unnamed namespace or always inlined, so that the linker
+// cannot merge the code of two levels.
 #include "../common/normal.h"
 #include "../common/philox.h"
 #include "noise.h"
@@ -34,10 +34,10 @@ DR_HOST_DEVICE void random_stripes(const Key& key, uint32_t index, uint32_t stre
   }
 }
 
-// Calls take(i, n) for the normals i to i + stripe, in the four registers n, of elements first + i of a sample;
-// first is a multiple of 4, the last stripe may reach beyond `count`. Two passes, because each alone has few enough
-// instructions and constants to keep several iterations in flight and everything in registers. Before that,
-// prepare(i) is called for each stripe while the execution units are busy with its words: to ask for its memory.
+// Calls take(i, n) for the normals i to i + stripe, in the four registers n, of elements first + i of a sample.
+// `first` is a multiple of 4; the last stripe may end after `count`. There are two passes: each alone is small enough
+// to keep several iterations in flight and all constants in registers. The first pass also calls prepare(i) for each
+// stripe, to prefetch its memory while the execution units compute its words.
 template <class Prepare, class Take>
 DR_HOST_DEVICE void for_normals(const Key& key, uint32_t index, uint32_t stream, int64_t first, int64_t count,
                                 const Prepare& prepare, const Take& take) {
@@ -129,7 +129,7 @@ void combine(const double* __restrict__ x, const float* __restrict__ eps, double
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] + sigma * static_cast<double>(eps[i])) * scale;
 }
 
-// Prefetches x before the normals are generated: they need the execution units, x needs the memory.
+// Prefetches x before the normals are generated: memory access and arithmetic then overlap.
 void prefetch(const void* x, Type type, int64_t at, int64_t n) {
   if (!x) return;
   const char* p = static_cast<const char*>(x) + at * size_of(type);

@@ -1,4 +1,4 @@
-// The CPU backend of the parameter operations: the split of the work. The arithmetic is in parameters_level.cpp.
+// The CPU backend of the parameter operations: distribution of work to threads. Arithmetic: parameters_level.cpp.
 #include "parameters.h"
 
 #include <cmath>
@@ -14,7 +14,7 @@ extern const ParametersLevel parameters_avx512;
 
 namespace {
 
-constexpr int64_t grain = 16384;  // elements worth a thread
+constexpr int64_t grain = 16384;  // minimum elements per thread
 
 const ParametersLevel& kernels(const Level& level) {
 #if defined(DR_HAVE_X86)

@@ -10,10 +10,10 @@ namespace diffratio::cpu {
 void normalize_weight(const Level& level, const NormalizeWeight& arguments, ParallelFor parallel_for);
 void adam(const Level& level, const Adam& arguments, ParallelFor parallel_for);
 
-// Tensors that are not normalized are cut into rows of so many elements.
+// Row length for tensors that are not normalized.
 constexpr int64_t plain_row = 4096;
 
-// What one tensor of a step takes, as a level's kernels see it.
+// Arguments of a level's kernels for one tensor of an Adam step.
 struct AdamRows {
   AdamSettings settings;
   AdamTensor tensor;

@@ -14,7 +14,7 @@ DR_HOST_DEVICE float squares_of(const float* x, int64_t n) {
   });
 }
 
-// What a row is multiplied by, given the sum of its squares.
+// The factor of a row, from the sum of its squares.
 DR_HOST_DEVICE float row_scale(float squares, int64_t n) {
   const float length = static_cast<float>(n);
   return 1.0f / ((weight_epsilon + Scalar::square_root(squares / length)) * Scalar::square_root(length));

@@ -6,8 +6,8 @@
 namespace diffratio {
 namespace {
 
-// n registers of counters at a time, in the operations that Philox needs: their instructions alternate, so that a
-// processor sees n independent chains at once instead of one after the other.
+// The operations of Philox on n registers of counters at a time. Instructions of the n registers alternate, so that the
+// processor executes n independent dependency chains in parallel.
 template <class V, int n>
 struct Several {
   struct Word {

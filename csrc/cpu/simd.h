@@ -1,5 +1,5 @@
 // Vector implementations of common/scalar.h for AVX2+FMA and AVX-512 (GCC vector types and intrinsics).
-// Included once per level; the level's compiler flags decide which of them exists.
+// Included once per level; the compiler flags of the level select the implementation.
 #pragma once
 
 #if defined(DR_LEVEL_AVX512) || defined(DR_LEVEL_AVX2)
@@ -18,8 +18,8 @@ struct Vector {
   static constexpr int together = 2;  // registers of counters in Philox: measured, 10% faster than 1
   using Float = __m512;
   using Bits = uint32_t __attribute__((vector_size(64)));
-  // vpmuludq multiplies the even 32-bit lanes into 64 bits. So a word of the Philox state is two registers, one
-  // for the even and one for the odd counters, with garbage in the upper halves.
+  // vpmuludq multiplies the even 32-bit lanes into 64 bits. So a word of the Philox state is two registers, for
+  // the even and the odd counters. The upper halves are undefined.
   struct Word {
     __m512i even, odd;
   };
@@ -36,7 +36,7 @@ struct Vector {
     const __m512i b = _mm512_set1_epi32(m);
     return {_mm512_mul_epu32(a.even, b), _mm512_mul_epu32(a.odd, b)};
   }
-  // A shuffle, not a shift: the multiplications already fill the shifts' execution port.
+  // A shuffle, not a shift: multiplications already use the execution port of shifts.
   static DR_HOST_DEVICE Word high(Product p) {
     constexpr auto odd = static_cast<_MM_PERM_ENUM>(0xf5);
     return {_mm512_shuffle_epi32(p.even, odd), _mm512_shuffle_epi32(p.odd, odd)};
@@ -85,7 +85,7 @@ struct Vector {
 
 #elif defined(DR_LEVEL_AVX2)
 
-struct Vector {  // as above, half as wide
+struct Vector {  // as above, half the width
   static constexpr int lanes = 8;
   static constexpr int together = 1;  // with 2, the 16 registers are too few
   using Float = __m256;
@@ -122,7 +122,7 @@ struct Vector {  // as above, half as wide
   static DR_HOST_DEVICE Float as_float(Bits a) { return (Float)a; }
   static DR_HOST_DEVICE Bits as_bits(Float a) { return (Bits)a; }
   static DR_HOST_DEVICE Float choose(Bits mask, uint32_t bit, Float a, Float b) {
-    return _mm256_blendv_ps(b, a, (Float)(mask << __builtin_clz(bit)));  // the sign bit chooses
+    return _mm256_blendv_ps(b, a, (Float)(mask << __builtin_clz(bit)));  // selects by the sign bit
   }
   static DR_HOST_DEVICE Float flip_sign(Float a, Bits sign) { return (Float)((Bits)a ^ (sign & 1u << 31)); }
   static DR_HOST_DEVICE Float constant(float a) { return _mm256_set1_ps(a); }
@@ -148,7 +148,7 @@ struct Vector {  // as above, half as wide
 
 #else
 
-struct Vector : Scalar {  // portable: one lane; where the CPU has no fma instruction the library's is used
+struct Vector : Scalar {  // portable, one lane; uses the library's fma if the CPU has no fma instruction
   static constexpr int lanes = 1;
   static constexpr int together = 1;
   static DR_HOST_DEVICE Word word(uint32_t a) { return a; }

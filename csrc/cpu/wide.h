@@ -1,5 +1,5 @@
-// Registers of floats with loads and stores of every type, and the functions that the EDM2 and parameter operations
-// need of them. One has one lane: what is left over at the end of a row takes it, with the same bits.
+// Registers of floats with loads and stores of every type, and functions for the EDM2 and parameter operations. `One`
+// has one lane: it processes the remaining elements at the end of a row, with bit-identical results.
 #pragma once
 
 #include <cmath>
@@ -28,9 +28,9 @@ struct One {
   static DR_HOST_DEVICE void store(T* p, F a, bool) {
     *p = from_float<T>(a);
   }
-  // Bit i: whether lane i of |a| is not above the limit (so of NaN too).
+  // Bit i: whether lane i of |a| is not above the limit (true for NaN).
   static DR_HOST_DEVICE uint32_t within(F a, float limit) { return !(std::fabs(a) > limit); }
-  // Lanes of a where the bit is set, else 0.
+  // Lanes of a if the bit is set, else 0.
   static DR_HOST_DEVICE F keep(uint32_t bits, F a) { return bits & 1 ? a : 0.0f; }
   // Philox counters first, first + stride, ... of the lanes.
   static DR_HOST_DEVICE uint32_t strided_counters(uint32_t first, uint32_t) { return first; }
@@ -93,7 +93,7 @@ struct Wide {
 
 #elif defined(DR_LEVEL_AVX2)
 
-struct Wide {  // as above, half as wide
+struct Wide {  // as above, half the width
   static constexpr int lanes = 8;
   using F = __m256;
   using I = uint32_t __attribute__((vector_size(32)));
@@ -162,14 +162,14 @@ using Wide = One;
 
 #endif
 
-// Orders streamed stores before a later signal to other threads.
+// Orders streaming stores before a later signal to other threads.
 DR_HOST_DEVICE void finish_streaming() {
 #if defined(DR_LEVEL_AVX512) || defined(DR_LEVEL_AVX2)
   _mm_sfence();
 #endif
 }
 
-// Whether rows of `count` elements at p may be streamed: every register's store is aligned.
+// Whether streaming stores can write rows of `count` elements at p: every register store is aligned.
 template <class T>
 DR_HOST_DEVICE bool streams(const T* p, int64_t count) {
   constexpr int64_t bytes = Wide::lanes * sizeof(T);

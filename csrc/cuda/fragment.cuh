@@ -17,7 +17,7 @@ DR_DEVICE Element a_row(int lane) { return {lane % 16, lane / 16 * 8}; }
 // r[2], r[3].
 DR_DEVICE Element b_row(int lane) { return {lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8}; }
 
-// Accumulators d[0], d[1] are this element and the next in its row; d[2], d[3] lie eight rows below.
+// Accumulators d[0], d[1] are this element and the next in its row; d[2], d[3] are eight rows below.
 DR_DEVICE Element accumulator(int lane) { return {lane / 4, lane % 4 * 2}; }
 
 }  // namespace diffratio::fragment

@@ -1,8 +1,8 @@
-// Everything that only a GPU has: all inline PTX, and the one way to shared memory.
+// Everything that exists only on a GPU: all inline PTX, and the access to shared memory.
 //
 // A kernel written in terms of this file also compiles for the host, where tests/simt supplies the same functions and
-// executes them with checks (docs/kernels.md). Every operation therefore takes a `Site`, by default the line that
-// calls it: nothing on a GPU, and on the host the place that a report names. Host-free: NVRTC compiles it as it is.
+// executes them with checks (docs/kernels.md). Every operation therefore takes a `Site`, by default the line of the
+// call. It is empty on a GPU; error reports on the host print it. There is no host code, so NVRTC compiles this file.
 #pragma once
 
 #include "../common/host_device.h"
@@ -26,8 +26,8 @@ struct alignas(16) Vector16 {
   uint32_t v[4];
 };
 
-// Test builds (DR_SHARED_MARKS) leave a gap behind each array of shared memory and report it to tests/ptx, by an
-// instruction that nothing else uses.
+// Test builds (DR_SHARED_MARKS) leave a gap after each array of shared memory and mark it for tests/ptx with an
+// instruction that no other code uses.
 #if defined(DR_SHARED_MARKS)
 constexpr uint32_t shared_gap = 128;
 DR_DEVICE void mark_shared(uint64_t end) { asm volatile("prefetchu.L1 [%0];" ::"l"(end) : "memory"); }
@@ -51,7 +51,7 @@ DR_DEVICE void barrier_arrive(int id, int threads, Site = DR_HERE) {
 // Orders the lanes' memory accesses. ldmatrix, mma and shuffles do not.
 DR_DEVICE void warp_sync(uint32_t lanes = all_lanes, Site = DR_HERE) { __syncwarp(lanes); }
 
-// All blocks of a cooperative launch. `arrived`: a word of global memory, zero before the launch, of no other use.
+// All blocks of a cooperative launch. `arrived`: a word of global memory, zero before the launch, not used otherwise.
 DR_DEVICE void grid_sync(uint32_t* arrived, Site = DR_HERE) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -66,11 +66,11 @@ DR_DEVICE void grid_sync(uint32_t* arrived, Site = DR_HERE) {
   __syncthreads();
 }
 
-// Declares the contents of this block's shared memory dead, other than the arrays of SharedArena::keep.
-// No synchronization, and nothing at all on a GPU; on the host, using an older value afterwards is an error.
+// Invalidates the contents of this block's shared memory, except the arrays of SharedArena::keep.
+// It does not synchronize and does nothing on a GPU. On the host, reading an older value afterwards is an error.
 DR_DEVICE void forget_shared() { mark_shared(0); }
 
-// The compiler computes what depends on x after here again, instead of keeping it in registers from before.
+// Makes the compiler recompute values that depend on x after this point, instead of keeping them in registers.
 DR_DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 
 // --- shuffles --------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Shared {
     *static_cast<V*>(__cvta_shared_to_generic(address(i))) = value;
   }
 
-  // Part of it, and the same bytes as another type.
+  // part: a part of the array. as: the same bytes as another type.
   DR_DEVICE Shared part(int first, int /*count*/, Site = DR_HERE) const { return Shared(address(first)); }
   template <class U>
   DR_DEVICE Shared<U> as() const {
@@ -168,8 +168,8 @@ class Shared {
   uint32_t base_;
 };
 
-// Carves the launch's dynamic shared memory into arrays that start at multiples of 16 bytes. Every thread of the
-// block takes the same arrays in the same order.
+// Allocates arrays in the dynamic shared memory of the launch, at multiples of 16 bytes. Every thread of the block
+// must allocate the same arrays in the same order.
 class SharedArena {
  public:
   DR_DEVICE SharedArena() {
@@ -180,7 +180,7 @@ class SharedArena {
   DR_DEVICE Shared<T> take(int count, const char* /*name*/ = "", Site = DR_HERE) {
     return reserve<T>(count, 0);
   }
-  // The same, and forget_shared() leaves it alone.
+  // As take(), for an array that forget_shared() does not invalidate.
   template <class T>
   DR_DEVICE Shared<T> keep(int count, const char* /*name*/ = "", Site = DR_HERE) {
     return reserve<T>(count, 1);
@@ -201,9 +201,9 @@ class SharedArena {
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, both at multiples of 16; of which `valid` are read and the rest are zeros.
-// In flight until the issuing thread waits for its group; no thread may access either side before. copy_async goes
-// through L2 only; copy_async_l1 keeps the line in L1, for what several warps of a multiprocessor read.
+// 16 bytes from global to shared memory, both at multiples of 16. `valid` bytes are read, the rest are zeros.
+// In flight until the issuing thread waits for its group; no thread may access source or destination before. copy_async
+// goes through L2 only; copy_async_l1 keeps the line in L1, for what several warps of a multiprocessor read.
 DR_DEVICE void copy_async(uint32_t to, const void* from, Site = DR_HERE) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -218,7 +218,7 @@ DR_DEVICE void copy_async_l1(uint32_t to, const void* from, int valid, Site = DR
 }
 // Closes this thread's group of copies.
 DR_DEVICE void copy_commit(Site = DR_HERE) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but this thread's `pending` newest groups have landed. The other threads need a barrier after it.
+// Waits until all but the `pending` newest groups of this thread are complete. Other threads need a barrier after it.
 template <int pending>
 DR_DEVICE void copy_wait(Site = DR_HERE) {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -226,7 +226,7 @@ DR_DEVICE void copy_wait(Site = DR_HERE) {
 
 // --- arithmetic ------------------------------------------------------------------------------------------------
 
-// To a relative error of 2^-11, in one instruction.
+// One instruction, relative error 2^-11.
 DR_DEVICE float tanh_approximate(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -280,15 +280,15 @@ DR_DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0
 
 namespace diffratio::ptx {
 
-// A matrix in shared memory whose rows lie `stride` elements apart. A stride of 16 (2 n + 1) bytes gives ldmatrix
-// no bank conflicts.
+// A matrix in shared memory; `stride` is the number of elements from row to row. A stride of 16 (2 n + 1) bytes gives
+// ldmatrix no bank conflicts.
 template <class T, int stride>
 class SharedTile {
  public:
   DR_DEVICE SharedTile() {}
   DR_DEVICE explicit SharedTile(Shared<T> data) : data_(data) {}
   DR_DEVICE uint32_t address(int row, int column) const { return data_.address(row * stride + column); }
-  // The memory of rows, for other use.
+  // The memory of rows, for other data.
   DR_DEVICE Shared<T> rows(int first, int count) const { return data_.part(first * stride, count * stride); }
   template <class V = T>
   DR_DEVICE V load(int row, int column, Site site = DR_HERE) const {

@@ -1,5 +1,5 @@
 // Kernel bodies of the noise operations. tests/simt also compiles them for the host, with its own threadIdx and
-// blockIdx: nothing in this file may exist on a GPU only.
+// blockIdx: this file must not use anything that exists only on a GPU.
 #pragma once
 
 #include "noise_values.cuh"
@@ -70,7 +70,7 @@ DR_HOST_DEVICE double noised(double x, double sigma, float eps, double scale) {
   return (x + sigma * static_cast<double>(eps)) * scale;  // compiled without contraction
 }
 
-// n / d and the remainder; 64-bit division is slow on a GPU, so only where the numbers need it (`wide`).
+// n / d and the remainder; 64-bit division is slow on a GPU, so it is used only for large numbers (`wide`).
 DR_HOST_DEVICE int64_t divide(int64_t n, int64_t d, bool wide, int64_t& remainder) {
   if (wide) {
     remainder = n % d;
@@ -82,7 +82,7 @@ DR_HOST_DEVICE int64_t divide(int64_t n, int64_t d, bool wide, int64_t& remainde
 }
 
 // One thread computes `unit` consecutive elements of one sample of one input, then advances by the size of the grid.
-// Where all inputs share their eps, it computes these elements of every input. normals_only: x0, sigma and scale are
+// If all inputs share their eps, it computes these elements of every input. normals_only: x0, sigma and scale are
 // null, and the normals are the result.
 template <class In, class Out, bool normals_only>
 __global__ void __launch_bounds__(threads) add_noise_kernel(const AddNoise a, bool in_aligned, bool out_aligned) {

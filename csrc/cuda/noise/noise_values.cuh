@@ -1,4 +1,4 @@
-// What every kernel that makes noise shares.
+// Shared by all kernels that generate noise.
 #pragma once
 
 #include "../../common/noise.h"
@@ -16,8 +16,8 @@ DR_HOST_DEVICE Key read_key(const int64_t* rng) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(rng[1])};
 }
 
-// Normals 4 counter ... 4 counter + 3 of a sample. (add_noise_kernel repeats this code: through this pointer the
-// compiler would take ten registers more.)
+// Normals 4 counter ... 4 counter + 3 of a sample. (add_noise_kernel repeats this code: with this pointer the
+// compiler uses ten more registers.)
 DR_HOST_DEVICE void four_normals(const Key& key, uint32_t counter, int64_t index, uint32_t stream, float* eps) {
   uint32_t state[4] = {counter, key.step, static_cast<uint32_t>(index), stream};
   philox4x32_10<Scalar>(state, key.low, key.high);

@@ -1,6 +1,5 @@
-// From the staged operands to the weight gradients: products over all tokens of many samples. A thread block computes
-// tiles of the results; each tile is summed by one thread block in a fixed order. So the gradients do not depend on
-// timing and need no atomics.
+// Weight gradients from the staged operands: products over all tokens of many samples. One thread block computes each
+// tile of the results and sums it in a fixed order. The gradients are deterministic and need no atomics.
 #pragma once
 
 #include "../../common/divergences.h"
@@ -57,7 +56,7 @@ constexpr int product_stage = product_rows * (product_depth + 8);
 static_assert(product_depth * (product_rows + 8) <= product_stage);
 constexpr uint32_t product_shared_bytes = 2 * 2 * product_stage * 2;
 
-// A thread block's part in the sums over the staged units.
+// The part of one thread block in the sums over the staged units.
 class GradientBlock {
  public:
   DR_DEVICE GradientBlock(const MixerCall& call, const GradientCall& gradients, ptx::SharedArena& arena)
@@ -71,7 +70,7 @@ class GradientBlock {
 
   // `units` of them; `first_slice`: the sums are written, not added to.
   DR_DEVICE void run(int units, bool first_slice) {
-    int job = 0;  // over products, splits and tiles; thread blocks take them in turn
+    int job = 0;  // over products, splits and tiles, distributed over thread blocks
     for (int number = 0; number < products_of(c); ++number) {
       const Product product = product_of(c, number);
       const int rows = (product.m + 32 * down - 1) / (32 * down), columns = (product.n + 32 * right - 1) / (32 * right);
@@ -119,7 +118,7 @@ class GradientBlock {
     if (total > 0) fetch_step(0, DR_HERE);
     for (int step = 0; step < total; ++step) {
       ptx::copy_wait<0>();
-      ptx::block_sync();  // all copies of this step; and the other stage is free
+      ptx::block_sync();  // all copies of this step are complete, and the other stage is free
       if (step + 1 < total) fetch_step(step + 1, DR_HERE);
       if (!works) continue;
       const auto xs = x.part(step % 2 * product_stage, product_stage),
@@ -185,7 +184,7 @@ class GradientBlock {
     ptx::store(sum, first_slice ? value : ptx::load(sum) + value);
   }
 
-  // Sums over units of what is not a product: position, head and mix_bias.
+  // Sums over units that are not products: position, head and mix_bias.
   DR_DEVICE void add_vectors(int units, bool first_slice) const {
     const Packing& p = c.packing;
     const Sums sums = sums_of(p);
@@ -225,7 +224,7 @@ class GradientBlock {
 
 // --- results -------------------------------------------------------------------------------------------------------
 
-// Where element (row, column) of matrix `layer` of a weight lies in Sums. Rows and columns that are channels, and
+// The index in Sums of element (row, column) of matrix `layer` of a weight. Rows and columns that are channels, and
 // hidden units, were staged in the order of `permuted`.
 DR_DEVICE int64_t place_in_sums(const Packing& p, const Sums& s, int weight, int layer, int row, int column) {
   const int group = chunk_of(p.width, rows_of_warp(p.real_tokens));
@@ -305,7 +304,7 @@ static __global__ void __launch_bounds__(gradient_threads) finish_kernel(const M
   if (g.loss) write_loss(c, g.loss);
 }
 
-// All of it in one cooperative launch: slices of `slice` units, one after the other. `arrived`: zero.
+// The complete operation in one cooperative launch: slices of `slice` units, one after the other. `arrived`: zero.
 template <class S>
 __global__ void __launch_bounds__(S::most_threads, 1)
     ratio_loss_kernel(const MixerCall c, const GradientCall g, int slice, uint32_t* arrived) {
@@ -317,7 +316,7 @@ __global__ void __launch_bounds__(S::most_threads, 1)
     mixer_units<S, Pass::weights>(c, samples, begin, begin + units);
     ptx::grid_sync(arrived);  // operands of all thread blocks
     products.run(units, begin == 0);
-    ptx::grid_sync(arrived);  // sums of all thread blocks; and the operands may be replaced
+    ptx::grid_sync(arrived);  // sums of all thread blocks; the operands may be overwritten
   }
   write_gradients(c, g);
   if (g.loss) write_loss(c, g.loss);

@@ -1,14 +1,14 @@
-// The ratio operations for one sample after the other: noise, the network, its log ratio, and the backward pass to the
-// image gradient or to the operands of the weight gradients (mixer_gradients.cuh continues from there).
+// The ratio operations, one sample at a time: noise, the network, its log ratio, and the backward pass to the image
+// gradient or to the operands of the weight gradients (mixer_gradients.cuh computes the weight gradients).
 //
-// A thread block has one sample at a time, a warp 16 or 32 of its tokens. The residual sum (forward) and its gradient
-// (backward) stay in the warps' accumulators in fp32 throughout; what other warps need of them, or the next product as
-// its operand, is bf16 in `tile`. A channel product needs a warp's own tokens only; the product over tokens needs
-// all of them, so there is a barrier on either side of it. Weights arrive by asynchronous copies, a chunk of hidden
-// units at a time, one chunk ahead. The backward pass computes the hidden units once more, from m.
+// A thread block processes one sample at a time, a warp 16 or 32 of its tokens. The residual sum (forward) and its
+// gradient (backward) stay in the warps' accumulators in fp32. `tile` has a bf16 copy, for other warps and as operand
+// of the next product. A product over channels needs only the warp's own tokens. The product over tokens needs all of
+// them, so there is a barrier before and after it. Weights are copied asynchronously, one chunk of hidden units at a
+// time, one chunk ahead. The backward pass recomputes the hidden units from m.
 //
-// Where the accumulators of all tokens would take more than half of the registers (`parts` 2), they come in two parts,
-// of which one is parked in global memory; each stage of a layer does one part, then the other.
+// If the accumulators of all tokens would need more than half of the registers, they are split in two parts (`parts`
+// 2). One part is saved in global memory; each stage of a layer processes one part, then the other.
 #pragma once
 
 #include "../../common/divergences.h"
@@ -32,7 +32,7 @@ class MixerBlock : MixerSample<S> {
   static constexpr bool back = pass != Pass::forward, staged = pass == Pass::weights;
   static constexpr int stage_size = (back ? S::backward_chunk : S::forward_chunk) / 2;
   static constexpr int unrolled =
-      staged && S::width * S::rows >= 4096 ? 1 : 2;  // no more, more would need too many registers
+      staged && S::width * S::rows >= 4096 ? 1 : 2;  // larger values need too many registers
   struct alignas(8) Pair {
     uint32_t left, right;  // of columns 0 to 7 and 8 to 15
   };
@@ -51,7 +51,7 @@ class MixerBlock : MixerSample<S> {
   DR_DEVICE void run(int half, int sample, int draw, unsigned char* operands) {
     const int64_t level = static_cast<int64_t>(sample) * c.inputs.draws + draw;
     e = c.inputs.conditioning[half] + level * p.conditioning();
-    prefetch_stage(0);  // meanwhile the noise
+    prefetch_stage(0);  // overlaps with the noise
     this->load_patches(half, sample, draw, c.inputs.sigma[level]);
     ptx::block_sync();  // the patch vectors of all warps are in the tile
 
@@ -66,7 +66,7 @@ class MixerBlock : MixerSample<S> {
       park(h);
     }
     for (int layer = 0; layer < p.depth; ++layer) forward(h, layer, operands);
-    if (with_energy()) {  // the patch vectors once more, where no warp needs the tile
+    if (with_energy()) {  // reload the patch vectors: no warp needs the tile now
       ptx::block_sync();
       this->load_patches(half, sample, draw, c.inputs.sigma[level]);
       ptx::block_sync();
@@ -84,7 +84,7 @@ class MixerBlock : MixerSample<S> {
         });
       }
       if (with_energy() && c.results.image_gradient) {
-        // where h was staged it is scaled by the slope already
+        // a staged h is already multiplied by the slope
         const float scale = (staged ? 1.0f : slope) * energy_scale(p) * this->c_in(c.inputs.sigma[level]);
         for_each_part(h, [&](int) { this->write_image_gradient(h, p.energy_t, sample, scale, draw > 0); });
       }
@@ -115,7 +115,7 @@ class MixerBlock : MixerSample<S> {
     }
   }
 
-  // Parks the part in the accumulators and loads the other.
+  // Saves the part in the accumulators to global memory and loads the other part.
   DR_DEVICE void swap_parts(Accumulator<S>& d) {
     park(d);
     part ^= 1;
@@ -348,7 +348,7 @@ class MixerBlock : MixerSample<S> {
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       const auto w = acquire_stage(((2 * p.depth - 1 - layer) * S::parts + i) * chunks() + chunk);
       if (chunk == 0) {                 // all warps have read the tile
-        if constexpr (S::parts == 2) {  // in the rows of the other part, which are free now
+        if constexpr (S::parts == 2) {  // uses the rows of the other part, which are free now
           checkpoint = tile.rows((1 - part) * (p.tokens / 2), p.tokens / 2);
           load_checkpoint(operands + c.staging.m + layer * wide);
         }

@@ -1,5 +1,5 @@
-// How calls of the ratio operations become launches: shapes, grids, slices, workspace. Written against a Launcher, so
-// that the tests run the same decisions without a GPU:
+// Launch parameters of the ratio operations: shapes, grids, slices, workspace. The Launcher is a template argument, so
+// that tests run this code without a GPU:
 //   int resident(kernel, int threads, uint32_t shared)    blocks of it that can run at once on the device
 //   cudaError_t launch(Launch, kernel, arguments...)
 #pragma once
@@ -37,7 +37,7 @@ uint32_t shared_bytes(const Packing& p, Pass pass, bool one_launch) {
   return mixer_shared_bytes<S>(pass, p.tokens) + (one_launch ? product_shared_bytes : 0);
 }
 
-// A thread block's shared memory on sm_80 and sm_90, and what the largest networks need of it.
+// Shared memory of a thread block on sm_80 and sm_90, and the amount that the largest networks need.
 constexpr uint32_t shared_limit_80 = 163 * 1024, shared_limit_90 = 227 * 1024;
 static_assert(mixer_shared_bytes<Shape<64, 32>>(Pass::weights, 256) + product_shared_bytes <= shared_limit_80);
 static_assert(mixer_shared_bytes<Shape<128, 32>>(Pass::weights, 256) <= shared_limit_80);
@@ -46,8 +46,8 @@ static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 64) <= shared_li
 static_assert(mixer_shared_bytes<Shape<256, 16>>(Pass::weights, 128) <= shared_limit_90);
 static_assert(mixer_shared_bytes<Shape<256, 16, 2>>(Pass::weights, 256) <= shared_limit_90);
 
-// One cooperative launch is worth it where its blocks have the four warps that a tile of the products takes. Larger
-// products of channels and rows leave it no registers: it spills.
+// One cooperative launch is faster if its blocks have the four warps of a product tile. With a larger product of
+// channels and rows its registers spill.
 template <class S>
 constexpr bool may_be_one_launch = S::width * S::rows < 4096 && S::parts == 1;
 

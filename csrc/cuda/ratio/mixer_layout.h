@@ -1,7 +1,7 @@
 // The RatioMixer on CUDA: padded sizes, the packed weights, the staged operands of the weight gradients.
 //
-// Padding with zeros changes no result: the padded rows of the head, of `mix` and of `down` are zero, so the contents
-// of padded tokens and channels never reach the log ratio, and their gradients are zero.
+// Padding with zeros changes no result: the padded rows of the head, of `mix` and of `down` are zero, so padded
+// tokens and channels do not affect the log ratio, and their gradients are zero.
 #pragma once
 
 #include "../../common/mixer.h"
@@ -13,7 +13,7 @@ constexpr int piece_bytes = 512;  // 16 x 16 bf16 as mma operand: 16 bytes for e
 
 constexpr DR_HOST_DEVICE int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
-// Sizes of the padded network, and where its parts lie in the packed weights (bytes). Matrices are in 16 x 16 pieces
+// Sizes of the padded network, and offsets of its parts in the packed weights (bytes). Matrices are in 16 x 16 pieces
 // in the order in which a warp consumes them; each lane's 16 bytes are its part of the operand of mma.m16n8k16.
 struct Packing {
   int channels, image_height, image_width, patch;  // images
@@ -41,15 +41,15 @@ struct Packing {
 // Tokens of a warp: above 128 tokens 32, else 16, where the registers allow it.
 constexpr DR_HOST_DEVICE int rows_of_warp(int64_t tokens) { return tokens > 128 ? 32 : 16; }
 
-// The largest networks have no registers left for an energy head: their kernels would spill.
+// The largest networks have no registers for an energy head: their kernels would spill.
 constexpr DR_HOST_DEVICE bool may_have_energy_head(int64_t width) { return width <= 128; }
 
-// 32 rows of 256 channels would be all registers of a warp: 16 of one half of the tokens, then 16 of the other.
+// 32 rows of 256 channels would need all registers of a warp, so it processes 16 rows of each half of the tokens.
 constexpr DR_HOST_DEVICE int parts_of(int width, int64_t tokens) { return width * rows_of_warp(tokens) > 4096 ? 2 : 1; }
 
 constexpr DR_HOST_DEVICE int padded_width(int64_t width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
 
-// Hidden units at a time: where the residual sum takes half of the registers, 16, else 32.
+// Hidden units at a time: 16 if the residual sum needs half of the registers, else 32.
 constexpr DR_HOST_DEVICE int chunk_of(int width, int rows) { return width * rows >= 4096 ? 16 : 32; }
 
 inline Packing packing_of(const MixerSizes& s) {
@@ -90,7 +90,7 @@ inline Packing packing_of(const MixerSizes& s) {
 }
 
 // One unit (sample of a half) of the operands of the weight gradients, bf16 but for `rows`; offsets in bytes. Columns
-// of what comes from accumulators are permuted within groups, see `permuted`.
+// of data from accumulators are permuted within groups, see `permuted`.
 struct Staging {
   int64_t h, m, g,
       gm;         // [depth][tokens][width]: a layer's input, mixed tokens, and the gradients of its output and of m
@@ -134,8 +134,8 @@ DR_HOST_DEVICE int rows_of_warp(const Packing& p) {
   return p.parts > 1 || p.width > 128 ? 16 : rows_of_warp(p.real_tokens);
 }
 
-// Where column `i` lies in a staged row: within groups of 32 (or 16) columns first by lane of a quad, then by 8 x 8
-// tile, so that what one lane holds of a group is contiguous.
+// The position of column `i` in a staged row: within groups of 32 (or 16) columns, first by lane of a quad, then by
+// 8 x 8 tile. So the elements of a group that one lane holds are contiguous.
 DR_HOST_DEVICE int permuted(int i, int group) {
   return i / group * group + i % 8 / 2 * (group / 4) + i % group / 8 * 2 + i % 2;
 }

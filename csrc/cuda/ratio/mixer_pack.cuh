@@ -1,4 +1,4 @@
-// From the weights as PyTorch has them to the packed weights of mixer_layout.h, once per step of the optimizer.
+// Conversion of PyTorch weights to the packed weights of mixer_layout.h, once per optimizer step.
 #pragma once
 
 #include "../ptx.cuh"

@@ -1,5 +1,5 @@
-// The plan of a call: slices, copies of the sums, places in the workspace. Plain host code without CUDA headers, so
-// that plans of memory for a GPU can be made on a machine without one (csrc/module.cpp exports it).
+// The plan of a call: slices, copies of the sums, offsets in the workspace. Host code without CUDA headers, so that
+// memory for a GPU can be planned on a machine without one (csrc/module.cpp exports it).
 #pragma once
 
 #include "mixer_layout.h"
@@ -12,7 +12,7 @@ enum class Pass { forward, image, weights };
 // How weight gradients are launched: one cooperative launch, or two launches for each slice and one at the end.
 enum class Form { automatic, one_launch, several };
 
-// The launch of a call, and the places of its buffers in the workspace (bytes).
+// The launch of a call, and the offsets of its buffers in the workspace (bytes).
 struct MixerPlan {
   int blocks, threads;  // of the kernel that processes samples
   uint32_t shared;

@@ -1,4 +1,4 @@
-// One sample's image and what a warp needs of the packed weights: patch vectors, embedding, the way back to pixels.
+// The image of one sample and the packed weights of a warp: patch vectors, embedding, image gradient.
 #pragma once
 
 #include "../noise/noise_values.cuh"
@@ -33,7 +33,7 @@ class MixerSample {
                              : to_float(static_cast<const BFloat16*>(c.inputs.images[half])[offset + i + j]);
         const float noised_x = c.noise.rng ? noised(x0, sigma, eps[j], scale) : x0 * scale;
         tile.store(token, start + column, from_float<BFloat16>(noised_x));
-        if (++x == p.image_width) {  // a row ends among the four
+        if (++x == p.image_width) {  // a row ends within the four elements
           x = 0;
           if (++y == p.image_height) y = 0, ++channel;
           column = 0, token = y / p.patch * side, start = (channel * p.patch + y % p.patch) * p.patch;
@@ -54,7 +54,7 @@ class MixerSample {
   DR_DEVICE void embed(Accumulator<S>& h) const {
     load_accumulators(h, p.position);
     int column = own_column();
-    if constexpr (S::parts > 1) ptx::hide(column);  // or 32 addresses stay in registers from part to part
+    if constexpr (S::parts > 1) ptx::hide(column);  // otherwise 32 addresses stay in registers between parts
     DR_UNROLL
     for (int n = 0; n < S::columns; ++n) {
       const float e0 = conditioning(n * 8 + column, p.real_width, 0);
@@ -94,7 +94,7 @@ class MixerSample {
     }
   }
 
-  // dx = scale unpatch(G matrix) for a packed [width, vector] matrix; `add` to what is there. A thread writes the same
+  // dx = scale unpatch(G matrix) for a packed [width, vector] matrix, or += with `add`. A thread writes the same
   // elements in every call.
   DR_DEVICE void write_image_gradient(const Accumulator<S>& g, int64_t matrix, int sample, float scale,
                                       bool add) const {
@@ -202,10 +202,10 @@ class MixerSample {
     return 1.0f / Scalar::square_root(sigma * sigma + c.sigma_data * c.sigma_data);
   }
 
-  // Parameters of the kernel are in constant memory and cost no registers, of which there are none to spare.
+  // Kernel parameters are in constant memory and need no registers; all registers are in use.
   const MixerCall& c;
   const Packing& p;
-  const float* e = nullptr;  // conditioning of the unit in work
+  const float* e = nullptr;  // conditioning of the current unit
   int part = 0;              // of the tokens, that the accumulators hold
   Activations<S> tile;
 };

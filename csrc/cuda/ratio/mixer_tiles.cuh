@@ -1,8 +1,8 @@
-// What a warp does with its tokens: products in bf16 with fp32 accumulators, and moving accumulators about.
+// Operations of a warp on its tokens: products in bf16 with fp32 accumulators, and copies of accumulators.
 //
 // A warp has `rows` tokens (one or two tiles of 16). Its accumulators of [rows, n] are float[rows / 16][n / 8][4] in
 // the order of mma.m16n8k16. As bf16, two neighboring 16 x 8 tiles are the operand a of 16 more columns, so an
-// activation goes from one product into the next without leaving the registers.
+// activation stays in registers from one product to the next.
 #pragma once
 
 #include "../fragment.cuh"

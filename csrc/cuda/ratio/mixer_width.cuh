@@ -17,11 +17,11 @@ struct StreamLauncher {
     if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error || shared > static_cast<uint32_t>(most)) return 0;
-    // Always the most there is: another thread's call of the same kernel must not lower it before our launch.
+    // Always the maximum: a call from another thread must not lower it before this launch.
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared);
     if (error) {
-      cudaGetLastError();  // or a later launch would report it
+      cudaGetLastError();  // clear the error: a later launch would report it
       return 0;
     }
     return blocks * multiprocessors;

@@ -1,4 +1,4 @@
-// The launchers of one width; each width is compiled in a file of its own, so that they compile side by side.
+// The launchers of one width; each width has its own source file, so that they compile in parallel.
 #pragma once
 
 #include <cuda_runtime_api.h>
