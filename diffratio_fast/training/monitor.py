@@ -110,13 +110,17 @@ class Evaluation:
     def _levels(self, law: NoiseLaw) -> Tensor:
         return noise_levels(law, LEVELS).to(self.iteration.device)
 
+    def _measure_levels(self) -> None:
+        """The part of an evaluation that goes through all noise levels, without the refit."""
+        for split in ("validation", "train"):
+            self.bound(split, every_level=True)
+
     def seconds(self) -> float:
         """Seconds that an evaluation takes at most: parts of it are timed, and scaled to all of it."""
         config = self.config
         began = time.perf_counter()
         self.grid_png()
-        for split in ("validation", "train"):
-            self.bound(split, every_level=True)
+        self._measure_levels()
         total = time.perf_counter() - began
         if self.quality is not None:
             began = time.perf_counter()

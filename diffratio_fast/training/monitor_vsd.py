@@ -31,6 +31,9 @@ class VSDEvaluation(Evaluation):
     def calibrations(self, fitted: Refitted | None) -> dict[str, list[dict[str, Any]]]:
         return {}
 
+    def _measure_levels(self) -> None:
+        self.loss_by_sigma()
+
     @torch.no_grad()
     def loss_by_sigma(self) -> tuple[dict[str, Any], Refitted | None]:
         """Errors of the online denoiser at fresh fakes, and the size of the score difference there."""

@@ -276,7 +276,7 @@ def test_bad_input_gets_one_line(trained: Path, samples: Path, tmp_path: Path) -
         (("../nosuch",), "../nosuch: no such file or directory; name a run directory"),
         ((trained, "--count", "1"), "--count must be at least 2"),
         ((trained, "--count", "64"), "needs at least 65; add images"),
-        ((trained, "--features", "clip"), "no such features: clip"),
+        ((trained, "--features", "clip"), "--features clip: unknown; expected one of"),
         ((trained, "--features", "pixels", "--weights", "x"), "omit --weights"),
         ((trained, "--save-reference", "x.pkl"), "name an .npz"),
         ((trained, "--split", "nothing"), "invalid choice"),

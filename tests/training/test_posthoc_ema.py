@@ -115,7 +115,7 @@ def test_a_denoiser_of_another_width(tmp_path: Path, capsys: pytest.CaptureFixtu
     ):
         with pytest.raises(UserError, match=expected):
             average.main([str(run), *arguments, "--out", str(out)])
-    with pytest.raises(UserError, match=r"must be a \.safetensors file"):
+    with pytest.raises(UserError, match=r"expected a \.safetensors file"):
         average.main([str(run), "--ema-std", "0.1", "--out", str(tmp_path / "none/x.safetensors")])
     kept[-1].write_bytes(kept[-1].read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
