@@ -229,10 +229,12 @@ void add_arithmetic(Table& t) {
   t["setp.le." name] = H((compare<T>(w, i, m, [](T a, T b) { return a <= b; })));         \
   t["setp.gt." name] = H((compare<T>(w, i, m, [](T a, T b) { return a > b; })));          \
   t["setp.ge." name] = H((compare<T>(w, i, m, [](T a, T b) { return a >= b; })));
+  // clang-format off: macros without semicolons have no stable layout
   COMPARE(s32, "s32")
   COMPARE(u32, "u32") COMPARE(s64, "s64") COMPARE(u64, "u64") COMPARE(float, "f32") COMPARE(double, "f64")
-      COMPARE(u32, "b32") COMPARE(u64, "b64") COMPARE(u16, "u16") COMPARE(int16_t, "s16") COMPARE(u16, "b16")
-          t["setp.equ.f32"] = H((compare<float>(w, i, m, [](float a, float b) { return !(a < b || a > b); })));
+  COMPARE(u32, "b32") COMPARE(u64, "b64") COMPARE(u16, "u16") COMPARE(int16_t, "s16") COMPARE(u16, "b16")
+      // clang-format on
+      t["setp.equ.f32"] = H((compare<float>(w, i, m, [](float a, float b) { return !(a < b || a > b); })));
   t["setp.neu.f32"] = H((compare<float>(w, i, m, [](float a, float b) { return !(a == b); })));
   t["setp.ltu.f32"] = H((compare<float>(w, i, m, [](float a, float b) { return !(a >= b); })));
   t["setp.leu.f32"] = H((compare<float>(w, i, m, [](float a, float b) { return !(a > b); })));
