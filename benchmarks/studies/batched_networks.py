@@ -42,7 +42,7 @@ class BatchedNetworks:
         self.first = weight(dimensions, width, 2.0), bias(width)
         self.blocks = [(weight(width, width, 1.0), bias(width)) for _ in range(depth)]
         self.last = weight(width, outputs, 0.0), bias(outputs)
-        self.depth = depth
+        self.depth, self.width = depth, width
 
     def parameters(self) -> list[Tensor]:
         layers = [self.condition, self.biases, self.first, *self.blocks, self.last]

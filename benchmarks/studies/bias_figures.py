@@ -9,8 +9,19 @@ from typing import Any
 from benchmarks.studies.figures import Figures
 
 Row = dict[str, Any]
-METHODS = ("DiffRatio", "VSD, learned teacher", "VSD, exact teacher")
-COLORS = {"DiffRatio": "#c23b22", "VSD, learned teacher": "#1f5fa8", "VSD, exact teacher": "#5a9e6f"}
+COLORS = {
+    "DiffRatio": "#c23b22",
+    "DiffRatio, before": "#e0a396",
+    "VSD, learned teacher": "#1f5fa8",
+    "VSD, exact teacher": "#5a9e6f",
+}
+METHODS = tuple(COLORS)
+SETTING_COLORS = {
+    "DiffRatio, before": "#e0a396",
+    "DiffRatio": "#c23b22",
+    "DiffRatio, matched pairs": "#7a1f10",
+    "score distillation": "#1f5fa8",
+}
 
 
 def rounded(value: Any) -> Any:
@@ -29,15 +40,17 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 def one_line(row: Row) -> str:
     mean, error = spread(row["sliced_wasserstein"][-1])
-    return (
-        f"{row['dimensions']} dimensions, {row['recipe']}: sliced Wasserstein {mean:.4f} +- {error:.4f} "
-        f"({row['seconds']:.0f} s)"
-    )
+    where = row.get("setting", f"{row['dimensions']} dimensions")
+    if row.get("held_out"):
+        where += f" ({row['online']:g}, {row['generator']:g}, {row['weight']})"
+    return f"{where}, {row['recipe']}: sliced Wasserstein {mean:.4f} +- {error:.4f} ({row['seconds']:.0f} s)"
 
 
 def tables(found: dict[str, Any]) -> str:
     """Format the existing parts as Markdown."""
     parts = []
+    if "settings" in found:
+        parts += [_setting_table(found["settings"]), _choice_table(found["settings"])]
     if "scores" in found:
         parts += [_score_table(found["scores"]), _weight_table(found["weights"])]
         parts += [_divergence_table(found["scores"]), _few_table(found["scores"])]
@@ -74,7 +87,28 @@ def _score_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _setting_table(rows: list[Row]) -> str:
+    rows = _pick(rows, held_out=False)
+    lines = _head("data and networks", *SETTING_COLORS)
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        cells = []
+        for row in _pick(rows, setting=setting):
+            mean, error = spread(row["sliced_wasserstein"][-1])
+            cells.append(f"{mean:.4f} ± {error:.4f}")
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _choice_table(rows: list[Row]) -> str:
+    lines = _head("method", "online rate", "generator rate", "weight")
+    for method in SETTING_COLORS:
+        for row in _pick(rows, recipe=method, held_out=False)[:1]:
+            lines.append(f"| {method} | {row['online']:g} | {row['generator']:g} | {row['weight']} |")
+    return "\n".join(lines)
+
+
 def _weight_table(rows: list[Row]) -> str:
+    """Relative error of the whole gradient and its bias, by weight."""
     weights = list(dict.fromkeys(row["weight"] for row in rows))
     lines = [
         f"| dimensions | pair | method | {' | '.join(weights)} |",
@@ -82,7 +116,10 @@ def _weight_table(rows: list[Row]) -> str:
     ]
     for key in dict.fromkeys((r["dimensions"], r["pair"], r["method"]) for r in rows):
         group = _pick(rows, dimensions=key[0], pair=key[1], method=key[2])
-        cells = [f"{_pick(group, weight=weight)[0]['relative_error']:.2f}" for weight in weights]
+        cells = []
+        for weight in weights:
+            row = _pick(group, weight=weight)[0]
+            cells.append(f"{math.sqrt(row['error2']):.2f} ({math.sqrt(max(row['bias2'], 0.0)):.2f})")
         lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -153,9 +190,38 @@ def draw(found: dict[str, Any], figures: Figures) -> None:
     """Draw the figures of the existing parts as PNG."""
     pyplot = figures.pyplot
     pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    for name, picture in (("scores", _draw_scores), ("training", _draw_training), ("knobs", _draw_knobs)):
+    for name, picture in (
+        ("settings", _draw_settings),
+        ("scores", _draw_scores),
+        ("training", _draw_training),
+        ("knobs", _draw_knobs),
+    ):
         if name in found:
             figures.save(picture(pyplot, found[name]), f"bias_study_{name}", bbox_inches="tight")
+
+
+def _draw_settings(pyplot: Any, rows: list[Row]) -> Any:
+    """Distances at the end, relative to score distillation, one line per setting."""
+    rows = _pick(rows, held_out=False)
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    figure, axis = pyplot.subplots(figsize=(6.5, 0.33 * len(names) + 1))
+    for offset, (method, color) in enumerate(SETTING_COLORS.items()):
+        means, bars = [], []
+        for name in names:
+            base, _ = spread(
+                _pick(rows, setting=name, recipe="score distillation")[0]["sliced_wasserstein"][-1]
+            )
+            mean, error = spread(_pick(rows, setting=name, recipe=method)[0]["sliced_wasserstein"][-1])
+            means.append(mean / base)
+            bars.append(error / base)
+        places = [len(names) - place + 0.24 - 0.16 * offset for place in range(len(names))]
+        axis.errorbar(means, places, xerr=bars, fmt="o", markersize=4, color=color, label=method, capsize=2)
+    axis.axvline(1.0, color="#bbbbbb", linewidth=0.7)
+    axis.set_yticks([len(names) - place for place in range(len(names))], names)
+    axis.set(xscale="log", xlabel="distance to the data at the end, relative to score distillation")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    figure.tight_layout()
+    return figure
 
 
 def _draw_scores(pyplot: Any, rows: list[Row]) -> Any:

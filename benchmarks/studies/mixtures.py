@@ -125,3 +125,14 @@ def clusters(dimensions: int, count: int, std: float, generator: torch.Generator
     return Mixture(
         torch.full((count,), 1 / count, dtype=torch.float64), means, torch.full((count,), std).double()
     )
+
+
+def elongated(data: Mixture, std: float, factor: float) -> Mixture:
+    """``data`` with centers whose extent falls by ``factor`` from the first axis to the last.
+
+    The standard deviation per coordinate is 0.5 on average, as before.
+    """
+    axes = torch.linspace(0, -math.log(factor), data.dimensions, dtype=data.means.dtype).exp()
+    means = data.means * axes
+    means = means * math.sqrt((0.25 - std**2) / float(means.square().mean()))
+    return Mixture(data.weights, means, data.stds)

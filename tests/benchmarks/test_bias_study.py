@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.studies import bias_study
+from benchmarks.studies import bias_parts, bias_settings, bias_study
 from benchmarks.studies.batched_networks import (
     Denoisers,
     EnergyRatios,
@@ -18,11 +18,12 @@ from benchmarks.studies.batched_networks import (
     matched_width,
     parameter_count,
 )
-from benchmarks.studies.bias_study import Study, decompose
+from benchmarks.studies.bias_parts import Study, decompose
 from benchmarks.studies.bias_training import Recipe, generator_gradient, train_generators
 from benchmarks.studies.mixtures import (
     Mixture,
     clusters,
+    elongated,
     kullback_leibler_2d,
     sliced_wasserstein,
     unit_directions,
@@ -182,12 +183,12 @@ def test_noise_law_of_the_study() -> None:
 
 def test_study_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same seeds give the same rows; parts that are not recomputed stay in the file."""
-    monkeypatch.setattr(bias_study, "DIMENSIONS", (2,))
-    monkeypatch.setattr(bias_study, "POINTS", 64)
+    monkeypatch.setattr(bias_parts, "DIMENSIONS", (2,))
+    monkeypatch.setattr(bias_parts, "POINTS", 64)
     monkeypatch.setattr(bias_study, "Study", lambda scale: Study(scale, seeds=3))
     monkeypatch.setattr(Study, "few_data", lambda self: iter(()))
     names = ("DiffRatio, jeffreys", "VSD, learned teacher", "VSD, exact teacher")
-    monkeypatch.setattr(bias_study, "RECIPES", {name: bias_study.RECIPES[name] for name in names})
+    monkeypatch.setattr(bias_parts, "RECIPES", {name: bias_parts.RECIPES[name] for name in names})
     path = tmp_path / "study.json"
     for parts in (["scores"], ["training"], ["scores"]):
         assert bias_study.main(["--scale", "0.002", "--json", str(path), "--only", *parts]) == 0
@@ -197,9 +198,37 @@ def test_study_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kept["scores"] == scores and [row["recipe"] for row in kept["training"]] == list(names)
     first = kept["scores"][0]
     assert first["error2"] == pytest.approx(first["bias2"] + first["variance"], rel=1e-3)
-    assert {row["method"] for row in kept["scores"]} == {"DiffRatio", *names[1:]}
+    assert {row["method"] for row in kept["scores"]} == {"DiffRatio", "DiffRatio, before", *names[1:]}
     with pytest.raises(UserError, match="--scale"):
         bias_study.main(["--scale", "2"])
+
+
+def test_every_method_is_trained_with_the_choice_that_was_best_on_other_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for table, keep in (("HELD_OUT", 1), ("SETTINGS", 2), ("METHODS", 2)):
+        some = dict(list(getattr(bias_settings, table).items())[-keep:])
+        monkeypatch.setattr(bias_settings, table, some)
+    monkeypatch.setattr(bias_settings, "GENERATOR_RATES", (1e-3,))
+    rows = list(bias_settings.settings(Study(0.002, seeds=2)))
+    tried = [row for row in rows if row["held_out"]]
+    assert len(tried) == 2 * 4 and len(rows) == len(tried) + 2 * 2
+    for row in rows[len(tried) :]:
+        assert row["setting"] in bias_settings.SETTINGS
+        ends = {
+            (other["online"], other["weight"]): sum(other["sliced_wasserstein"][-1])
+            for other in tried
+            if other["recipe"] == row["recipe"]
+        }
+        assert ends[row["online"], row["weight"]] == min(ends.values())
+
+
+def test_an_elongated_law_keeps_its_size() -> None:
+    round_data = clusters(16, 8, 0.2, torch.Generator().manual_seed(0))
+    data = elongated(round_data, 0.2, 8.0)
+    assert float(data.means.square().mean()) + 0.2**2 == pytest.approx(0.25)
+    extent = data.means.std(0) / round_data.means.std(0)
+    assert float(extent[0] / extent[-1]) == pytest.approx(8.0)
 
 
 def test_an_energy_head_starts_at_zero_and_is_as_large_as_counted() -> None:
