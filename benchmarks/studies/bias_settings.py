@@ -41,7 +41,7 @@ METHODS: dict[str, Recipe] = {
 """*Before* is with separate noise and a scalar head."""
 
 ONLINE_RATES = (3e-3, 1e-2)
-GENERATOR_RATES = (1e-3, 2e-3, 3e-3)
+GENERATOR_RATES = (1e-3, 3e-3)
 CHOSEN_WEIGHTS = ("bounded", "sigma2")
 CHOICE_SEEDS = 4
 
